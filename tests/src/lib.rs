@@ -1,0 +1,1 @@
+//! Nodes, pods and the plugin binary, for tests, the demo and the benchmark.
