@@ -1,6 +1,7 @@
 //! bpf-bridge: the bridge network, without the bridge.
 
 pub mod cni;
+pub mod datapath;
 pub mod ipam;
 pub mod link;
 pub mod netns;
