@@ -193,25 +193,22 @@ impl Datapath {
     /// also whether this call loaded it.
     pub fn open_or_load(level: LogLevel) -> Result<(Self, bool), Error> {
         pins::require_bpffs()?;
-        let lock = pins::lock(FlockArg::LockShared)?;
-        if attach::is_loaded(level) {
-            return Ok((Self::open_pins(lock)?, false));
+        let mut fresh = false;
+        loop {
+            let lock = pins::lock(FlockArg::LockShared)?;
+            if attach::is_loaded(level) {
+                return Ok((Self::open_pins(lock)?, fresh));
+            }
+            // Not upgraded in place: two that hold it shared would wait for each
+            // other. Whoever loads looks again, for a failed ADD may have
+            // unloaded meanwhile.
+            drop(lock);
+            let _alone = pins::lock(FlockArg::LockExclusive)?;
+            if !attach::is_loaded(level) {
+                object::load(level)?;
+                fresh = true;
+            }
         }
-        // Not upgraded in place: two that both hold it shared would wait for
-        // each other.
-        drop(lock);
-        let lock = pins::lock(FlockArg::LockExclusive)?;
-        let fresh = !attach::is_loaded(level);
-        if fresh {
-            object::load(level)?;
-        }
-        let lock = lock
-            .relock(FlockArg::LockShared)
-            .map_err(|errno| Error::Lock {
-                path: pins::root(),
-                source: errno.into(),
-            })?;
-        Ok((Self::open_pins(lock)?, fresh))
     }
 
     /// Opens the datapath if it was loaded.
