@@ -25,7 +25,7 @@ pub(crate) fn start(ctx: &TcContext) -> Result<i32, DropReason> {
 
 /// The program that floods, from the slot that is in the control buffer on.
 #[classifier]
-pub fn flood(ctx: TcContext) -> i32 {
+pub(crate) fn flood(ctx: TcContext) -> i32 {
     match copy(&ctx) {
         Ok(()) => HANDED_OVER,
         Err(reason) => {

@@ -41,7 +41,7 @@ const PACKET_HOST: u32 = 0;
 
 /// The program of every port.
 #[classifier]
-pub fn port(ctx: TcContext) -> i32 {
+pub(crate) fn port(ctx: TcContext) -> i32 {
     let ifindex = ifindex(&ctx);
     match switch(&ctx, ifindex) {
         Ok(verdict) => {

@@ -37,7 +37,7 @@ pub(crate) fn start(ctx: &TcContext) {
 
 /// The program that answers.
 #[classifier]
-pub fn responder(ctx: TcContext) -> i32 {
+pub(crate) fn responder(ctx: TcContext) -> i32 {
     let ifindex = ifindex(&ctx);
     let verdict = answer(&ctx, ifindex).unwrap_or_else(|| flood::start(&ctx));
     match verdict {

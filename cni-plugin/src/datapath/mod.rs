@@ -12,7 +12,7 @@ mod attach;
 mod object;
 mod pins;
 
-use std::{fs::File, io, net::IpAddr, path::PathBuf};
+use std::{io, net::IpAddr, path::PathBuf};
 
 use aya::{
     maps::{HashMap, Map, MapData, MapError, PerCpuHashMap, PerCpuValues},
@@ -23,8 +23,10 @@ use bpf_bridge_common::layout::{
     Endpoint, IpKey, Mac, MacKey, MAX_MEMBERS, Member, MemberKey, Neighbor, PORT_GATEWAY, Port,
     PortStats, Segment,
 };
-use nix::fcntl::{Flock, FlockArg};
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
+
+use crate::lock::{Lock, LockError, Mode};
 
 pub use attach::{FILTER_HANDLE, FILTER_PRIORITY};
 pub use object::verify;
@@ -60,13 +62,8 @@ pub enum Error {
         root: PathBuf,
     },
     /// A lock could not be taken.
-    #[error("locking {path}: {source}")]
-    Lock {
-        /// The lock file.
-        path: PathBuf,
-        /// What the kernel said.
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Lock(#[from] LockError),
     /// The embedded object was refused.
     #[error("loading the eBPF programs: {0}")]
     Load(#[from] aya::EbpfError),
@@ -116,7 +113,8 @@ pub enum Error {
 
 /// How much the programs write to their log. Each level is a set of programs of
 /// its own; what a level leaves out is not in its programs at all.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum LogLevel {
     /// Nothing.
     #[default]
@@ -185,17 +183,17 @@ pub struct Datapath {
     neighbors: Table<IpKey, Neighbor>,
     segments: Table<u32, Segment>,
     members: Table<MemberKey, Member>,
-    _lock: Flock<File>,
+    _lock: Lock,
 }
 
 impl Datapath {
     /// Opens the datapath, and loads it first if nobody did since the boot. Says
     /// also whether this call loaded it.
     pub fn open_or_load(level: LogLevel) -> Result<(Self, bool), Error> {
-        pins::require_bpffs()?;
+        require_bpffs()?;
         let mut fresh = false;
         loop {
-            let lock = pins::lock(FlockArg::LockShared)?;
+            let lock = pins::lock(Mode::Shared)?;
             if attach::is_loaded(level) {
                 return Ok((Self::open_pins(lock)?, fresh));
             }
@@ -203,7 +201,7 @@ impl Datapath {
             // other. Whoever loads looks again, for a failed ADD may have
             // unloaded meanwhile.
             drop(lock);
-            let _alone = pins::lock(FlockArg::LockExclusive)?;
+            let _alone = pins::lock(Mode::Exclusive)?;
             if !attach::is_loaded(level) {
                 object::load(level)?;
                 fresh = true;
@@ -216,7 +214,7 @@ impl Datapath {
         if !pins::map("PORTS").exists() {
             return Ok(None);
         }
-        let lock = pins::lock(FlockArg::LockShared)?;
+        let lock = pins::lock(Mode::Shared)?;
         if !pins::map("PORTS").exists() {
             return Ok(None);
         }
@@ -226,7 +224,7 @@ impl Datapath {
     /// Removes the pins again if there is no port: what a failed first ADD does.
     pub fn unload_if_unused(self) -> Result<(), Error> {
         drop(self);
-        let lock = pins::lock(FlockArg::LockExclusive)?;
+        let lock = pins::lock(Mode::Exclusive)?;
         let unused = match Self::open_pins(lock) {
             Ok(datapath) if datapath.ports.keys().next().is_none() => true,
             Ok(_) => false,
@@ -239,7 +237,7 @@ impl Datapath {
         Ok(())
     }
 
-    fn open_pins(lock: Flock<File>) -> Result<Self, Error> {
+    fn open_pins(lock: Lock) -> Result<Self, Error> {
         Ok(Self {
             ports: table("PORTS")?,
             stats: PerCpuHashMap::try_from(pinned("STATS")?).map_err(|source| foreign("STATS", &source))?,

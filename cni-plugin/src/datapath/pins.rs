@@ -9,19 +9,17 @@
 //! The version in the path is [`ABI`]: a plugin never sees maps of another layout.
 
 use std::{
-    fs::{self, DirBuilder, File, OpenOptions},
+    fs::{self, DirBuilder},
     io,
-    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
+    os::unix::fs::DirBuilderExt as _,
     path::{Path, PathBuf},
 };
 
 use bpf_bridge_common::layout::ABI;
-use nix::{
-    fcntl::{Flock, FlockArg},
-    sys::statfs::{BPF_FS_MAGIC, statfs},
-};
+use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 use super::{Error, LogLevel};
+use crate::lock::{Lock, Mode};
 
 /// Where bpffs is expected to be mounted.
 pub const BPFFS: &str = "/sys/fs/bpf";
@@ -73,25 +71,6 @@ pub(super) fn remove_all() -> Result<(), Error> {
 }
 
 /// Takes the lock of the pins.
-pub(super) fn lock(how: FlockArg) -> Result<Flock<File>, Error> {
-    let path = PathBuf::from(LOCK);
-    let error = |source: io::Error| Error::Lock {
-        path: path.clone(),
-        source,
-    };
-    if let Some(directory) = path.parent() {
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(directory)
-            .map_err(error)?;
-    }
-    let file = OpenOptions::new()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .mode(0o600)
-        .open(&path)
-        .map_err(error)?;
-    Flock::lock(file, how).map_err(|(_, errno)| error(errno.into()))
+pub(super) fn lock(mode: Mode) -> Result<Lock, Error> {
+    Ok(Lock::take(Path::new(LOCK), mode)?)
 }
