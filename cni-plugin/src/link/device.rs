@@ -1,0 +1,434 @@
+//! Devices: looking them up, creating veth pairs, changing and deleting them.
+
+use std::{
+    os::fd::{AsFd, AsRawFd},
+    thread,
+    time::{Duration, Instant},
+};
+
+use netlink_packet_route::{
+    RouteNetlinkMessage,
+    link::{
+        AfSpecInet, AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoKind, InfoVeth,
+        LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkMessage, State,
+    },
+};
+use rtnetlink::packet_core::{
+    DefaultNla, Emitable, NLA_F_NESTED, NLM_F_CREATE, NLM_F_ECHO, NLM_F_EXCL,
+};
+
+use super::{LinkError, MacAddr, Netlink};
+use crate::netns::Netns;
+
+/// A device as the kernel describes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Link {
+    /// Its index, unique in its namespace while it exists.
+    pub index: u32,
+    /// Its name.
+    pub name: String,
+    /// Its alias (`ip link … alias`), empty if it has none.
+    pub alias: String,
+    /// What kind of virtual device it is, by the kernel's name (`veth`, `bridge`,
+    /// …); empty for a physical or loopback device.
+    pub kind: String,
+    /// Its Ethernet address; `None` for a device that has none.
+    pub mac: Option<MacAddr>,
+    /// Largest packet, in bytes, without the Ethernet header.
+    pub mtu: u32,
+    /// Whether it is set up.
+    pub up: bool,
+    /// Whether it is up and its peer is too, so that packets pass (`IF_OPER_UP`).
+    pub running: bool,
+    /// Whether somebody set it promiscuous by name (`IFF_PROMISC`); a packet
+    /// socket or a bridge that needs it does not count here.
+    pub promisc: bool,
+    /// Index of the device it belongs to (a bridge, a bond).
+    pub master: Option<u32>,
+    /// Index of the device below it; for a veth its peer, in the namespace
+    /// [`peer_netns_id`](Self::peer_netns_id) says.
+    pub peer_index: Option<u32>,
+    /// Number by which the connection's namespace knows that of the peer (`ip
+    /// netns list-id`); `None` when the peer is in the same one.
+    pub peer_netns_id: Option<i32>,
+}
+
+/// A veth pair to be made by [`Netlink::create_veth`].
+#[derive(Clone, Copy, Debug)]
+pub struct VethSpec<'a> {
+    /// Name of the end in the connection's namespace.
+    pub name: &'a str,
+    /// Its Ethernet address; `None` lets the kernel choose.
+    pub mac: Option<MacAddr>,
+    /// Name of the peer.
+    pub peer_name: &'a str,
+    /// Its Ethernet address; `None` lets the kernel choose.
+    pub peer_mac: Option<MacAddr>,
+    /// The namespace in which the peer is born; `None` for the connection's own.
+    pub peer_netns: Option<&'a Netns>,
+    /// MTU of both ends in bytes; 0 is the kernel's default of 1500.
+    pub mtu: u32,
+}
+
+/// Indices of a new veth pair.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VethIndices {
+    /// The end in the connection's namespace.
+    pub host: u32,
+    /// The peer, in its own namespace.
+    pub peer: u32,
+}
+
+/// Changes to a device, made by one request ([`Netlink::configure`]). What is
+/// `None`, `false` or empty stays as it is.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct LinkSettings<'a> {
+    /// Set it up, or down.
+    pub up: Option<bool>,
+    /// The Ethernet address. A veth may change it while it is up.
+    pub mac: Option<MacAddr>,
+    /// The MTU in bytes.
+    pub mtu: Option<u32>,
+    /// The alias, at most 255 bytes; an empty one takes it away.
+    pub alias: Option<&'a str>,
+    /// Promiscuous or not.
+    pub promisc: Option<bool>,
+    /// Give it no IPv6 link-local address of the kernel's making (`addrgenmode
+    /// none`). For a device on which the host must not be addressed, without
+    /// switching off what arrives over IPv6 as `disable_ipv6` does. It has to be
+    /// set before the device gets its carrier.
+    pub no_link_local: bool,
+    /// Settings of `/proc/sys/net/ipv4/conf/<device>`, which cost nothing here.
+    pub ipv4: &'a [(Ipv4Conf, u32)],
+}
+
+/// A setting of `/proc/sys/net/ipv4/conf/<device>` that can be made by
+/// [`LinkSettings::ipv4`], and has no effect but on the device itself.
+///
+/// The values are the kernel's `IPV4_DEVCONF_*` (`include/uapi/linux/ip.h`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u16)]
+pub enum Ipv4Conf {
+    /// `proxy_arp`.
+    ProxyArp = 3,
+    /// `send_redirects`.
+    SendRedirects = 6,
+    /// `rp_filter`; the kernel takes the larger of the device's and `all`'s.
+    RpFilter = 8,
+    /// `arp_notify`: announce an address when the device comes up.
+    ArpNotify = 22,
+    /// `accept_local`.
+    AcceptLocal = 23,
+    /// `route_localnet`.
+    RouteLocalnet = 26,
+}
+
+/// `IFLA_INET_CONF` of the kernel's `include/uapi/linux/if_link.h`.
+const IFLA_INET_CONF: u16 = 1;
+
+impl Netlink {
+    /// Looks up a device by its name; `None` if there is none.
+    ///
+    /// # Errors
+    ///
+    /// [`LinkError::Refused`], with `ERANGE` or `EINVAL` for a name that no
+    /// device can have.
+    pub fn link_by_name(&self, name: &str) -> Result<Option<Link>, LinkError> {
+        let mut query = LinkMessage::default();
+        query
+            .attributes
+            .push(LinkAttribute::IfName(name.to_owned()));
+        self.link(query, || format!("look up interface {name}"))
+    }
+
+    /// Looks up a device by its index; `None` if there is none.
+    ///
+    /// # Errors
+    ///
+    /// [`LinkError::Refused`].
+    pub fn link_by_index(&self, index: u32) -> Result<Option<Link>, LinkError> {
+        let mut query = LinkMessage::default();
+        query.header.index = index;
+        self.link(query, || format!("look up interface {index}"))
+    }
+
+    fn link(
+        &self,
+        mut query: LinkMessage,
+        operation: impl Fn() -> String,
+    ) -> Result<Option<Link>, LinkError> {
+        // The counters are most of the answer, and nobody wants them here.
+        query
+            .attributes
+            .push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
+        match self.request(RouteNetlinkMessage::GetLink(query), 0, &operation) {
+            Ok(messages) => match find_link(messages) {
+                Some(link) => Ok(Some(link)),
+                None => Err(LinkError::Protocol {
+                    operation: operation(),
+                    problem: "the kernel answered without a device",
+                }),
+            },
+            Err(error) if error.is_missing() => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Creates a veth pair, its peer already in its namespace and under its
+    /// name. Both ends are down. One request; before Linux 6.2, which does not
+    /// echo what it made, a second one to look it up.
+    ///
+    /// Alias, `addrgenmode` and the rest are for [`configure`](Self::configure):
+    /// the kernel ignores them when a device is made.
+    ///
+    /// # Errors
+    ///
+    /// [`LinkError::Exists`] says which name is taken, then nothing was made;
+    /// [`LinkError::Refused`].
+    pub fn create_veth(&self, spec: &VethSpec<'_>) -> Result<VethIndices, LinkError> {
+        let end = |name: &str, mac: Option<MacAddr>| {
+            let mut end = LinkMessage::default();
+            end.attributes.push(LinkAttribute::IfName(name.to_owned()));
+            if let Some(mac) = mac {
+                end.attributes.push(LinkAttribute::Address(mac.0.to_vec()));
+            }
+            if spec.mtu != 0 {
+                end.attributes.push(LinkAttribute::Mtu(spec.mtu));
+            }
+            end
+        };
+        let mut peer = end(spec.peer_name, spec.peer_mac);
+        if let Some(netns) = spec.peer_netns {
+            peer.attributes
+                .push(LinkAttribute::NetNsFd(netns.as_fd().as_raw_fd()));
+        }
+        let mut pair = end(spec.name, spec.mac);
+        pair.attributes.push(LinkAttribute::LinkInfo(vec![
+            LinkInfo::Kind(InfoKind::Veth),
+            LinkInfo::Data(InfoData::Veth(InfoVeth::Peer(peer))),
+        ]));
+        let operation = || format!("create veth pair {} and {}", spec.name, spec.peer_name);
+        let made = self
+            .request(
+                RouteNetlinkMessage::NewLink(pair),
+                NLM_F_CREATE | NLM_F_EXCL | NLM_F_ECHO,
+                operation,
+            )
+            .map_err(|error| {
+                if error.errno() == Some(nix::libc::EEXIST) {
+                    self.whose_name_is_taken(spec)
+                } else {
+                    error
+                }
+            })?;
+        let host = match find_link(made) {
+            Some(link) => Some(link),
+            None => self.link_by_name(spec.name)?,
+        };
+        match host {
+            Some(Link {
+                index: host,
+                peer_index: Some(peer),
+                ..
+            }) => Ok(VethIndices { host, peer }),
+            _ => Err(LinkError::Protocol {
+                operation: operation(),
+                problem: "the new device has no peer",
+            }),
+        }
+    }
+
+    fn whose_name_is_taken(&self, spec: &VethSpec<'_>) -> LinkError {
+        let on_host = |name| self.link_by_name(name);
+        let (name, in_sandbox) = match on_host(spec.name) {
+            Err(error) => return error,
+            Ok(Some(_)) => (spec.name, false),
+            Ok(None) => (spec.peer_name, spec.peer_netns.is_some()),
+        };
+        LinkError::Exists {
+            name: name.to_owned(),
+            in_sandbox,
+        }
+    }
+
+    /// Changes a device, by one request.
+    ///
+    /// # Errors
+    ///
+    /// [`LinkError::Refused`], [missing](LinkError::is_missing) if there is no
+    /// such device. The kernel takes settings in an order of its own; those
+    /// before the one it refused stay made.
+    pub fn configure(&self, index: u32, settings: &LinkSettings<'_>) -> Result<(), LinkError> {
+        let mut change = LinkMessage::default();
+        change.header.index = index;
+        for (flag, value) in [
+            (LinkFlags::Up, settings.up),
+            (LinkFlags::Promisc, settings.promisc),
+        ] {
+            if let Some(value) = value {
+                change.header.change_mask |= flag;
+                change.header.flags.set(flag, value);
+            }
+        }
+        let attributes = &mut change.attributes;
+        if let Some(mac) = settings.mac {
+            attributes.push(LinkAttribute::Address(mac.0.to_vec()));
+        }
+        if let Some(mtu) = settings.mtu {
+            attributes.push(LinkAttribute::Mtu(mtu));
+        }
+        if let Some(alias) = settings.alias {
+            // Not the crate's `IfAlias`: it adds a NUL, and the kernel keeps the
+            // alias by its length.
+            attributes.push(LinkAttribute::Other(DefaultNla::new(
+                IFLA_IFALIAS,
+                alias.as_bytes().to_vec(),
+            )));
+        }
+        let mut families = Vec::new();
+        if settings.no_link_local {
+            families.push(AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(
+                In6AddrGenMode::None,
+            )]));
+        }
+        if !settings.ipv4.is_empty() {
+            families.push(AfSpecUnspec::Inet(vec![ipv4_conf(settings.ipv4)]));
+        }
+        if !families.is_empty() {
+            attributes.push(LinkAttribute::AfSpecUnspec(families));
+        }
+        self.request(RouteNetlinkMessage::SetLink(change), 0, || {
+            format!("configure interface {index} ({settings:?})")
+        })?;
+        Ok(())
+    }
+
+    /// Sets a device up.
+    ///
+    /// Of a veth pair, the end that is set up second has its carrier, can send
+    /// and (unless told otherwise) has its IPv6 link-local address at once; the
+    /// other follows when the kernel's link watch has run. Set the sandbox's up
+    /// last.
+    ///
+    /// # Errors
+    ///
+    /// As [`configure`](Self::configure).
+    pub fn set_up(&self, index: u32) -> Result<(), LinkError> {
+        self.configure(
+            index,
+            &LinkSettings {
+                up: Some(true),
+                ..LinkSettings::default()
+            },
+        )
+    }
+
+    /// Waits until a device is [running](Link::running), at most `limit`;
+    /// returns whether it is.
+    ///
+    /// Of a veth pair, the end that was set up first drops what it is to send
+    /// until the kernel's link watch has seen its carrier.
+    ///
+    /// # Errors
+    ///
+    /// As [`link_by_index`](Self::link_by_index).
+    pub fn wait_running(&self, index: u32, limit: Duration) -> Result<bool, LinkError> {
+        let deadline = Instant::now() + limit;
+        let mut pause = Duration::from_micros(50);
+        loop {
+            match self.link_by_index(index)? {
+                Some(link) if link.running => return Ok(true),
+                None => return Ok(false),
+                Some(_) => {}
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(false);
+            }
+            thread::sleep(pause.min(left));
+            pause = (pause * 2).min(Duration::from_millis(10));
+        }
+    }
+
+    /// Deletes a device; a veth takes its peer with it. `false` if there was
+    /// none.
+    ///
+    /// # Errors
+    ///
+    /// [`LinkError::Refused`].
+    pub fn delete(&self, index: u32) -> Result<bool, LinkError> {
+        let mut target = LinkMessage::default();
+        target.header.index = index;
+        match self.request(RouteNetlinkMessage::DelLink(target), 0, || {
+            format!("delete interface {index}")
+        }) {
+            Ok(_) => Ok(true),
+            Err(error) if error.is_missing() => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// `IFLA_IFALIAS` of the kernel's `include/uapi/linux/if_link.h`.
+const IFLA_IFALIAS: u16 = 20;
+
+/// Not the crate's `DevConfRequest`: that one leaves out what is to become 0.
+fn ipv4_conf(settings: &[(Ipv4Conf, u32)]) -> AfSpecInet {
+    let settings: Vec<_> = settings
+        .iter()
+        .map(|&(key, value)| DefaultNla::new(key as u16, value.to_ne_bytes().to_vec()))
+        .collect();
+    let mut nested = vec![0; settings.as_slice().buffer_len()];
+    settings.as_slice().emit(&mut nested);
+    AfSpecInet::Other(DefaultNla::new(IFLA_INET_CONF | NLA_F_NESTED, nested))
+}
+
+fn find_link(messages: Vec<RouteNetlinkMessage>) -> Option<Link> {
+    messages.into_iter().find_map(|message| match message {
+        RouteNetlinkMessage::NewLink(link) => Some(link.into()),
+        _ => None,
+    })
+}
+
+impl From<LinkMessage> for Link {
+    fn from(message: LinkMessage) -> Self {
+        let LinkMessage {
+            header, attributes, ..
+        } = message;
+        let mut link = Self {
+            index: header.index,
+            name: String::new(),
+            alias: String::new(),
+            kind: String::new(),
+            mac: None,
+            mtu: 0,
+            up: header.flags.contains(LinkFlags::Up),
+            running: false,
+            promisc: header.flags.contains(LinkFlags::Promisc),
+            master: None,
+            peer_index: None,
+            peer_netns_id: None,
+        };
+        for attribute in attributes {
+            match attribute {
+                LinkAttribute::IfName(name) => link.name = name,
+                LinkAttribute::IfAlias(alias) => link.alias = alias,
+                LinkAttribute::Address(octets) => link.mac = octets.try_into().ok().map(MacAddr),
+                LinkAttribute::Mtu(mtu) => link.mtu = mtu,
+                LinkAttribute::OperState(state) => link.running = state == State::Up,
+                LinkAttribute::Controller(index) => link.master = Some(index),
+                LinkAttribute::Link(index) => link.peer_index = Some(index),
+                LinkAttribute::LinkNetNsId(id) => link.peer_netns_id = Some(id),
+                LinkAttribute::LinkInfo(info) => {
+                    for part in info {
+                        if let LinkInfo::Kind(kind) = part {
+                            link.kind = kind.to_string();
+                        }
+                    }
+                }
+                _ => {}
+            }
+        }
+        link
+    }
+}

@@ -1,0 +1,296 @@
+//! Routes over one device.
+
+use std::{
+    fmt,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
+
+use ipnet::IpNet;
+use netlink_packet_route::{
+    AddressFamily, RouteNetlinkMessage,
+    route::{
+        RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteMetric, RouteProtocol,
+        RouteScope, RouteType,
+    },
+};
+use rtnetlink::packet_core::NLM_F_CREATE;
+
+use super::{LinkError, Netlink};
+
+/// The routing table that is used where none is named (`main`).
+pub const MAIN_TABLE: u32 = 254;
+
+/// A unicast route over a device, with what the CNI's result can say of one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Route {
+    /// Where to; bits behind the prefix do not count.
+    pub dst: IpNet,
+    /// Through which neighbour; `None` if the destination is on the link.
+    pub gw: Option<IpAddr>,
+    /// Metric, lower is preferred; 0 leaves it to the kernel, which means 0 for
+    /// IPv4 and 1024 for IPv6.
+    pub priority: u32,
+    /// Routing table; `None` is [`MAIN_TABLE`].
+    pub table: Option<u32>,
+    /// Scope as the kernel numbers it (`RT_SCOPE_*`: 0 universe, 253 link, 254
+    /// host); `None` is universe with a gateway and link without one. IPv6 has
+    /// no scopes: the kernel takes any, keeps none.
+    pub scope: Option<u8>,
+    /// Path MTU in bytes; 0 leaves it to the device.
+    pub mtu: u32,
+    /// Largest TCP segment to advertise, in bytes; 0 leaves it to the MTU.
+    pub advmss: u32,
+}
+
+impl Route {
+    /// A route in the main table, everything else the kernel's default.
+    #[must_use]
+    pub const fn new(dst: IpNet, gw: Option<IpAddr>) -> Self {
+        Self {
+            dst,
+            gw,
+            priority: 0,
+            table: None,
+            scope: None,
+            mtu: 0,
+            advmss: 0,
+        }
+    }
+
+    fn to_message(self, index: u32) -> RouteMessage {
+        let dst = self.dst.trunc();
+        let mut message = RouteMessage::default();
+        let header = &mut message.header;
+        header.address_family = family(&dst);
+        header.destination_prefix_length = dst.prefix_len();
+        header.protocol = RouteProtocol::Boot;
+        header.kind = RouteType::Unicast;
+        header.scope = match (self.scope, self.gw) {
+            (Some(scope), _) => RouteScope::from(scope),
+            (None, Some(_)) => RouteScope::Universe,
+            (None, None) => RouteScope::Link,
+        };
+        let table = self.table.unwrap_or(MAIN_TABLE);
+        let attributes = &mut message.attributes;
+        match u8::try_from(table) {
+            Ok(table) => header.table = table,
+            Err(_) => {
+                header.table = RouteHeader::RT_TABLE_UNSPEC;
+                attributes.push(RouteAttribute::Table(table));
+            }
+        }
+        attributes.push(RouteAttribute::Oif(index));
+        // Without RTA_DST the prefix length of 0 is a default route.
+        if dst.prefix_len() != 0 {
+            attributes.push(RouteAttribute::Destination(dst.addr().into()));
+        }
+        if let Some(gw) = self.gw {
+            attributes.push(RouteAttribute::Gateway(gw.into()));
+        }
+        if self.priority != 0 {
+            attributes.push(RouteAttribute::Priority(self.priority));
+        }
+        let metrics: Vec<_> = [
+            (self.mtu != 0).then_some(RouteMetric::Mtu(self.mtu)),
+            (self.advmss != 0).then_some(RouteMetric::Advmss(self.advmss)),
+        ]
+        .into_iter()
+        .flatten()
+        .collect();
+        if !metrics.is_empty() {
+            attributes.push(RouteAttribute::Metrics(metrics));
+        }
+        message
+    }
+}
+
+impl fmt::Display for Route {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "route to {}", self.dst)?;
+        if let Some(gw) = self.gw {
+            write!(f, " through {gw}")?;
+        }
+        if self.priority != 0 {
+            write!(f, " metric {}", self.priority)?;
+        }
+        if let Some(table) = self.table {
+            write!(f, " in table {table}")?;
+        }
+        if let Some(scope) = self.scope {
+            write!(f, " of scope {scope}")?;
+        }
+        Ok(())
+    }
+}
+
+fn family(net: &IpNet) -> AddressFamily {
+    match net {
+        IpNet::V4(_) => AddressFamily::Inet,
+        IpNet::V6(_) => AddressFamily::Inet6,
+    }
+}
+
+impl Netlink {
+    /// Adds a route over the device `index`, beside any other to the same
+    /// destination, as the stock plugins do: a new IPv4 route of the same metric
+    /// goes before the old one, an IPv6 one becomes another path of it. `false`
+    /// if this very route is there already.
+    ///
+    /// # Errors
+    ///
+    /// [`LinkError::Refused`], with `ENETUNREACH` or `EHOSTUNREACH` if the
+    /// gateway is not on the link.
+    pub fn add_route(&self, index: u32, route: &Route) -> Result<bool, LinkError> {
+        match self.request(
+            RouteNetlinkMessage::NewRoute(route.to_message(index)),
+            NLM_F_CREATE,
+            || format!("add {route} over interface {index}"),
+        ) {
+            Ok(_) => Ok(true),
+            Err(error) if error.errno() == Some(nix::libc::EEXIST) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Deletes a route over the device `index`. `false` if there is none.
+    ///
+    /// # Errors
+    ///
+    /// [`LinkError::Refused`].
+    pub fn delete_route(&self, index: u32, route: &Route) -> Result<bool, LinkError> {
+        match self.request(
+            RouteNetlinkMessage::DelRoute(route.to_message(index)),
+            0,
+            || format!("delete {route} over interface {index}"),
+        ) {
+            Ok(_) => Ok(true),
+            Err(error) if error.is_missing() => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The unicast routes of one table and family whose one path goes over the
+    /// device `index`. One dump, filtered by the kernel; made for a sandbox,
+    /// where it is a handful.
+    ///
+    /// A route of several paths is given once for each path over the device.
+    ///
+    /// # Errors
+    ///
+    /// [`LinkError::Refused`].
+    pub fn routes(&self, index: u32, ipv6: bool, table: u32) -> Result<Vec<Route>, LinkError> {
+        let mut query = RouteMessage::default();
+        query.header.address_family = if ipv6 {
+            AddressFamily::Inet6
+        } else {
+            AddressFamily::Inet
+        };
+        query.header.kind = RouteType::Unicast;
+        query.attributes = vec![RouteAttribute::Table(table), RouteAttribute::Oif(index)];
+        let found = match self.dump(&RouteNetlinkMessage::GetRoute(query), || {
+            format!("list the routes over interface {index} in table {table}")
+        }) {
+            Ok(found) => found,
+            // The kernel has no such table, or the device is gone.
+            Err(error) if error.errno() == Some(nix::libc::ENOENT) || error.is_missing() => {
+                Vec::new()
+            }
+            Err(error) => return Err(error),
+        };
+        Ok(found
+            .iter()
+            .filter_map(|message| match message {
+                RouteNetlinkMessage::NewRoute(message) => Some(describe(index, message)),
+                _ => None,
+            })
+            .flatten()
+            .filter(|route| route.table == Some(table))
+            .collect())
+    }
+
+    /// Whether `route` is there, over the device `index`: same destination,
+    /// gateway and table, and the same metric, scope, MTU and advertised segment
+    /// as far as `route` says any.
+    ///
+    /// # Errors
+    ///
+    /// [`LinkError::Refused`].
+    pub fn has_route(&self, index: u32, route: &Route) -> Result<bool, LinkError> {
+        let ipv6 = matches!(route.dst, IpNet::V6(_));
+        let dst = route.dst.trunc();
+        let table = route.table.unwrap_or(MAIN_TABLE);
+        Ok(self.routes(index, ipv6, table)?.iter().any(|found| {
+            let says = |want: u32, is: u32| want == 0 || want == is;
+            found.dst == dst
+                && found.gw == route.gw
+                && says(route.priority, found.priority)
+                && (ipv6 || route.scope.is_none() || route.scope == found.scope)
+                && says(route.mtu, found.mtu)
+                && says(route.advmss, found.advmss)
+        }))
+    }
+}
+
+/// The paths of one route that go over the device `index`.
+fn describe(index: u32, message: &RouteMessage) -> Vec<Route> {
+    let header = &message.header;
+    let any = match header.address_family {
+        AddressFamily::Inet6 => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+        _ => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+    };
+    let mut dst = any;
+    let mut route = Route::new(IpNet::from(any), None);
+    route.table = Some(header.table.into());
+    route.scope = Some(header.scope.into());
+    let mut over = Vec::new();
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Destination(address) => dst = to_ip(address).unwrap_or(any),
+            RouteAttribute::Gateway(address) => route.gw = to_ip(address),
+            RouteAttribute::Oif(found) => over.push((*found, None)),
+            RouteAttribute::Priority(priority) => route.priority = *priority,
+            RouteAttribute::Table(table) => route.table = Some(*table),
+            RouteAttribute::Metrics(metrics) => {
+                for metric in metrics {
+                    match metric {
+                        RouteMetric::Mtu(mtu) => route.mtu = *mtu,
+                        RouteMetric::Advmss(advmss) => route.advmss = *advmss,
+                        _ => {}
+                    }
+                }
+            }
+            RouteAttribute::MultiPath(paths) => {
+                for path in paths {
+                    let gw = path
+                        .attributes
+                        .iter()
+                        .find_map(|attribute| match attribute {
+                            RouteAttribute::Gateway(address) => to_ip(address),
+                            _ => None,
+                        });
+                    over.push((path.interface_index, Some(gw)));
+                }
+            }
+            _ => {}
+        }
+    }
+    let Ok(dst) = IpNet::new(dst, header.destination_prefix_length) else {
+        return Vec::new();
+    };
+    route.dst = dst;
+    over.into_iter()
+        .filter(|(found, _)| *found == index)
+        .map(|(_, gw)| Route {
+            gw: gw.unwrap_or(route.gw),
+            ..route
+        })
+        .collect()
+}
+
+fn to_ip(address: &RouteAddress) -> Option<IpAddr> {
+    match address {
+        RouteAddress::Inet(address) => Some((*address).into()),
+        RouteAddress::Inet6(address) => Some((*address).into()),
+        _ => None,
+    }
+}
