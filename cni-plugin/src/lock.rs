@@ -132,7 +132,8 @@ impl Lock {
                 if errno == Errno::EWOULDBLOCK {
                     LockError::Held {
                         path: path.to_owned(),
-                        holder: holder(path).unwrap_or_else(|| "a process that was not found".to_owned()),
+                        holder: holder(path)
+                            .unwrap_or_else(|| "a process that was not found".to_owned()),
                     }
                 } else {
                     error(errno.into())

@@ -3,13 +3,15 @@
 
 use std::{net::IpAddr, str::FromStr};
 
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
+
+use crate::mac::MacAddr;
 
 use super::{
     env::{CniArgs, Command, parse_requested_ip},
     error::CniError,
     json::{self, Object, shown},
-    mac::MacAddr,
     names::{self, AttachmentId},
     result::{CniResult, Dns},
     version::SpecVersion,
@@ -25,22 +27,43 @@ const MTU_RANGE: std::ops::RangeInclusive<i64> = 68..=65535;
 /// The highest VLAN id that a frame can be tagged with (IEEE 802.1Q).
 const VLAN_MAX: i64 = 4094;
 
-/// How much the plugin tells on stderr.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+/// How much the eBPF programs of a network's ports write to their log. Each level
+/// is a set of programs of its own: what a level leaves out is not in them at all.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum LogLevel {
     /// Nothing.
     #[default]
     Off,
-    /// What failed.
+    /// Errors.
     Error,
-    /// And what is doubtful.
+    /// And warnings.
     Warn,
-    /// And what was done.
+    /// And what happens rarely.
     Info,
-    /// And how.
+    /// And each drop.
     Debug,
-    /// And every packet.
+    /// And each frame.
     Trace,
+}
+
+impl LogLevel {
+    /// Its name in a configuration and in a pin path.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Error => "error",
+            Self::Warn => "warn",
+            Self::Info => "info",
+            Self::Debug => "debug",
+            Self::Trace => "trace",
+        }
+    }
+
+    /// Its number in `aya_log::Level`, 0 for none.
+    pub const fn number(self) -> u8 {
+        self as u8
+    }
 }
 
 impl FromStr for LogLevel {
@@ -469,7 +492,7 @@ fn labels(cni_args: &Object<'_>) -> Result<Vec<(String, String)>, CniError> {
     labels
         .iter()
         .map(|label| {
-            let text = |key| Ok(label.str(key)?.unwrap_or_default().to_owned());
+            let text = |key| Ok::<_, CniError>(label.str(key)?.unwrap_or_default().to_owned());
             Ok((text("key")?, text("value")?))
         })
         .collect()

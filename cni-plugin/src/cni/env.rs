@@ -5,9 +5,10 @@ use std::{ffi::OsString, fmt, net::IpAddr, path::PathBuf};
 
 use ipnet::IpNet;
 
+use crate::mac::MacAddr;
+
 use super::{
     error::{CniError, ErrorCode},
-    mac::MacAddr,
     names::{self, AttachmentId},
 };
 

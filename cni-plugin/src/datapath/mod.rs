@@ -20,21 +20,24 @@ use aya::{
     util::nr_cpus,
 };
 use bpf_bridge_common::layout::{
-    Endpoint, IpKey, Mac, MacKey, MAX_MEMBERS, Member, MemberKey, Neighbor, PORT_GATEWAY, Port,
+    Endpoint, IpKey, MAX_MEMBERS, Mac, MacKey, Member, MemberKey, Neighbor, PORT_GATEWAY, Port,
     PortStats, Segment,
 };
-use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::lock::{Lock, LockError, Mode};
+use crate::{
+    lock::{Lock, LockError, Mode},
+    mac::MacAddr,
+};
+
+pub use crate::cni::config::LogLevel;
 
 pub use attach::{FILTER_HANDLE, FILTER_PRIORITY};
 pub use object::verify;
 pub use pins::{BPFFS, require_bpffs};
 
-/// `BPF_ANY`, `BPF_NOEXIST` and `BPF_EXIST` of `linux/bpf.h`.
+/// `BPF_ANY` and `BPF_EXIST` of `linux/bpf.h`.
 const ANY: u64 = 0;
-const NOEXIST: u64 = 1;
 const EXIST: u64 = 2;
 
 /// Why the datapath could not be used.
@@ -52,7 +55,9 @@ pub enum Error {
         source: io::Error,
     },
     /// A pinned object is not what this version pins there.
-    #[error("the pin {path} is not the map that this version made ({detail}): remove {root} when no pod is attached")]
+    #[error(
+        "the pin {path} is not the map that this version made ({detail}): remove {root} when no pod is attached"
+    )]
     ForeignPin {
         /// The pin path.
         path: PathBuf,
@@ -109,45 +114,6 @@ pub enum Error {
     /// The segment has no entry: its gateway port was never made, or was removed.
     #[error("the segment {0} is not known to the datapath")]
     NoSegment(u32),
-}
-
-/// How much the programs write to their log. Each level is a set of programs of
-/// its own; what a level leaves out is not in its programs at all.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum LogLevel {
-    /// Nothing.
-    #[default]
-    Off,
-    /// Errors.
-    Error,
-    /// And warnings.
-    Warn,
-    /// And what happens rarely.
-    Info,
-    /// And each drop.
-    Debug,
-    /// And each frame.
-    Trace,
-}
-
-impl LogLevel {
-    /// Its name in a configuration and in the pin path.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Off => "off",
-            Self::Error => "error",
-            Self::Warn => "warn",
-            Self::Info => "info",
-            Self::Debug => "debug",
-            Self::Trace => "trace",
-        }
-    }
-
-    /// Its number in `aya_log::Level`, 0 for none.
-    const fn number(self) -> u8 {
-        self as u8
-    }
 }
 
 /// bytemuck proves that `T` has no padding and no invalid values.
@@ -240,7 +206,8 @@ impl Datapath {
     fn open_pins(lock: Lock) -> Result<Self, Error> {
         Ok(Self {
             ports: table("PORTS")?,
-            stats: PerCpuHashMap::try_from(pinned("STATS")?).map_err(|source| foreign("STATS", &source))?,
+            stats: PerCpuHashMap::try_from(pinned("STATS")?)
+                .map_err(|source| foreign("STATS", &source))?,
             endpoints: table("ENDPOINTS")?,
             neighbors: table("NEIGHBORS")?,
             segments: table("SEGMENTS")?,
@@ -292,9 +259,11 @@ impl Datapath {
 
     /// Every port, for those who must look at all: GC and people.
     pub fn ports(&self) -> impl Iterator<Item = (u32, Port)> + '_ {
-        self.ports
-            .iter()
-            .filter_map(|entry| entry.ok().map(|(Wire(ifindex), Wire(port))| (ifindex, port)))
+        self.ports.iter().filter_map(|entry| {
+            entry
+                .ok()
+                .map(|(Wire(ifindex), Wire(port))| (ifindex, port))
+        })
     }
 
     /// Makes a segment: its gateway port is the first of its list.
@@ -318,7 +287,12 @@ impl Datapath {
     }
 
     /// Lets the responder answer for an address of the gateway.
-    pub fn add_gateway_address(&mut self, segment: u32, address: IpAddr, mac: Mac) -> Result<(), Error> {
+    pub fn add_gateway_address(
+        &mut self,
+        segment: u32,
+        address: IpAddr,
+        mac: Mac,
+    ) -> Result<(), Error> {
         let port = self
             .segment(segment)?
             .ok_or(Error::NoSegment(segment))?
@@ -344,7 +318,12 @@ impl Datapath {
     }
 
     /// Removes a segment of which only the gateway port is left.
-    pub fn remove_segment(&mut self, segment: u32, mac: Mac, addresses: &[IpAddr]) -> Result<(), Error> {
+    pub fn remove_segment(
+        &mut self,
+        segment: u32,
+        mac: Mac,
+        addresses: &[IpAddr],
+    ) -> Result<(), Error> {
         let Some(entry) = self.segment(segment)? else {
             return Ok(());
         };
@@ -422,7 +401,12 @@ impl Datapath {
     /// new length.
     fn set_port(&mut self, port: &PortSpec<'_>, flags: u32, slot: u32) -> Result<(), Error> {
         let cpus = nr_cpus().map_err(|(_, source)| {
-            failed("counting CPUs for", "STATS", &port.ifindex, MapError::IoError(source))
+            failed(
+                "counting CPUs for",
+                "STATS",
+                &port.ifindex,
+                MapError::IoError(source),
+            )
         })?;
         PerCpuValues::try_from(vec![Wire(PortStats::default()); cpus])
             .map_err(MapError::IoError)
@@ -436,7 +420,14 @@ impl Datapath {
             reserved: [0; 2],
         };
         set(&mut self.ports, "PORTS", port.ifindex, entry, ANY)?;
-        self.assign_mac(port.segment, port.mac, Endpoint { port: port.ifindex, flags })?;
+        self.assign_mac(
+            port.segment,
+            port.mac,
+            Endpoint {
+                port: port.ifindex,
+                flags,
+            },
+        )?;
         let key = MemberKey {
             segment: port.segment,
             slot,
@@ -451,20 +442,29 @@ impl Datapath {
     fn assign_mac(&mut self, segment: u32, mac: Mac, endpoint: Endpoint) -> Result<(), Error> {
         let key = MacKey::new(segment, mac);
         if let Some(owner) = get(&self.endpoints, "ENDPOINTS", key)?
-            && self.port(owner.port)?.is_some_and(|port| port.segment == segment && port.mac == mac)
+            && self
+                .port(owner.port)?
+                .is_some_and(|port| port.segment == segment && port.mac == mac)
             && owner.port != endpoint.port
         {
             return Err(Error::Assigned {
-                address: crate::link::MacAddr::from(mac).to_string(),
+                address: MacAddr::new(mac).to_string(),
                 port: owner.port,
             });
         }
         set(&mut self.endpoints, "ENDPOINTS", key, endpoint, ANY)
     }
 
-    fn assign_ip(&mut self, segment: u32, address: IpAddr, neighbor: Neighbor) -> Result<(), Error> {
+    fn assign_ip(
+        &mut self,
+        segment: u32,
+        address: IpAddr,
+        neighbor: Neighbor,
+    ) -> Result<(), Error> {
         if let Some(owner) = self.neighbor(segment, address)?
-            && self.port(owner.port)?.is_some_and(|port| port.segment == segment && port.mac == owner.mac)
+            && self
+                .port(owner.port)?
+                .is_some_and(|port| port.segment == segment && port.mac == owner.mac)
             && owner.port != neighbor.port
         {
             return Err(Error::Assigned {
@@ -472,18 +472,36 @@ impl Datapath {
                 port: owner.port,
             });
         }
-        set(&mut self.neighbors, "NEIGHBORS", ip_key(segment, address), neighbor, ANY)
+        set(
+            &mut self.neighbors,
+            "NEIGHBORS",
+            ip_key(segment, address),
+            neighbor,
+            ANY,
+        )
     }
 
     /// Removes what is the port's own, its `PORTS` entry last: it is what others
     /// judge the rest by.
-    fn forget(&mut self, ifindex: u32, segment: u32, mac: Mac, addresses: &[IpAddr]) -> Result<(), Error> {
+    fn forget(
+        &mut self,
+        ifindex: u32,
+        segment: u32,
+        mac: Mac,
+        addresses: &[IpAddr],
+    ) -> Result<(), Error> {
         for &address in addresses {
-            if self.neighbor(segment, address)?.is_some_and(|owner| owner.port == ifindex) {
+            if self
+                .neighbor(segment, address)?
+                .is_some_and(|owner| owner.port == ifindex)
+            {
                 remove(&mut self.neighbors, "NEIGHBORS", ip_key(segment, address))?;
             }
         }
-        if self.endpoint(segment, mac)?.is_some_and(|owner| owner.port == ifindex) {
+        if self
+            .endpoint(segment, mac)?
+            .is_some_and(|owner| owner.port == ifindex)
+        {
             remove(&mut self.endpoints, "ENDPOINTS", MacKey::new(segment, mac))?;
         }
         match self.stats.remove(&ifindex) {
@@ -528,7 +546,12 @@ fn foreign(name: &str, detail: &MapError) -> Error {
     }
 }
 
-fn failed(action: &'static str, map: &'static str, key: &dyn std::fmt::Debug, source: MapError) -> Error {
+fn failed(
+    action: &'static str,
+    map: &'static str,
+    key: &dyn std::fmt::Debug,
+    source: MapError,
+) -> Error {
     Error::Map {
         action,
         map,

@@ -94,10 +94,7 @@ pub(super) fn load(level: LogLevel) -> Result<(), Error> {
     Ok(())
 }
 
-fn load_program<'a>(
-    ebpf: &'a mut aya::Ebpf,
-    name: &str,
-) -> Result<&'a mut SchedClassifier, Error> {
+fn load_program<'a>(ebpf: &'a mut aya::Ebpf, name: &str) -> Result<&'a mut SchedClassifier, Error> {
     let error = |source| Error::Program {
         program: name.to_owned(),
         source,

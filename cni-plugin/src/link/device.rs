@@ -17,7 +17,8 @@ use rtnetlink::packet_core::{
     DefaultNla, Emitable, NLA_F_NESTED, NLM_F_CREATE, NLM_F_ECHO, NLM_F_EXCL,
 };
 
-use super::{LinkError, MacAddr, Netlink};
+use super::{LinkError, Netlink};
+use crate::mac::MacAddr;
 use crate::netns::Netns;
 
 /// A device as the kernel describes it.
@@ -190,7 +191,8 @@ impl Netlink {
             let mut end = LinkMessage::default();
             end.attributes.push(LinkAttribute::IfName(name.to_owned()));
             if let Some(mac) = mac {
-                end.attributes.push(LinkAttribute::Address(mac.0.to_vec()));
+                end.attributes
+                    .push(LinkAttribute::Address(mac.octets().to_vec()));
             }
             if spec.mtu != 0 {
                 end.attributes.push(LinkAttribute::Mtu(spec.mtu));
@@ -272,7 +274,7 @@ impl Netlink {
         }
         let attributes = &mut change.attributes;
         if let Some(mac) = settings.mac {
-            attributes.push(LinkAttribute::Address(mac.0.to_vec()));
+            attributes.push(LinkAttribute::Address(mac.octets().to_vec()));
         }
         if let Some(mtu) = settings.mtu {
             attributes.push(LinkAttribute::Mtu(mtu));
@@ -413,7 +415,9 @@ impl From<LinkMessage> for Link {
             match attribute {
                 LinkAttribute::IfName(name) => link.name = name,
                 LinkAttribute::IfAlias(alias) => link.alias = alias,
-                LinkAttribute::Address(octets) => link.mac = octets.try_into().ok().map(MacAddr),
+                LinkAttribute::Address(octets) => {
+                    link.mac = octets.try_into().ok().map(MacAddr::new)
+                }
                 LinkAttribute::Mtu(mtu) => link.mtu = mtu,
                 LinkAttribute::OperState(state) => link.running = state == State::Up,
                 LinkAttribute::Controller(index) => link.master = Some(index),

@@ -1,6 +1,10 @@
 //! Ethernet addresses.
 
-use std::{fmt, str::FromStr};
+use std::{
+    fmt,
+    hash::{BuildHasher as _, RandomState},
+    str::FromStr,
+};
 
 /// A 48-bit Ethernet (MAC) address, in the order of the wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -20,6 +24,19 @@ impl MacAddr {
     /// The octets, first on the wire first.
     pub const fn octets(self) -> [u8; 6] {
         self.0
+    }
+
+    /// A locally administered unicast address made of the low 46 bits of `hash`:
+    /// the same hash always gives the same address (IEEE 802, 8.4).
+    pub const fn from_hash(hash: u64) -> Self {
+        let [_, _, first, b, c, d, e, f] = hash.to_be_bytes();
+        Self([(first & !0x01) | 0x02, b, c, d, e, f])
+    }
+
+    /// A random locally administered unicast address.
+    pub fn random() -> Self {
+        // Its keys come from the operating system's random source.
+        Self::from_hash(RandomState::new().hash_one(()))
     }
 
     /// Whether an interface can have this address: neither a group address
@@ -118,6 +135,17 @@ mod tests {
         #[test]
         fn any_text_is_survived(text in "\\PC{0,24}") {
             let _ = text.parse::<MacAddr>();
+        }
+    }
+
+    #[test]
+    fn made_addresses_are_local_and_unicast() {
+        assert_ne!(MacAddr::random(), MacAddr::random());
+        for hash in [0, 1, u64::MAX, 0x0123_4567_89ab_cdef] {
+            let mac = MacAddr::from_hash(hash);
+            assert!(mac.is_unicast());
+            assert_eq!(mac.octets()[0] & 0x03, 0x02);
+            assert_eq!(mac.octets()[1..], hash.to_be_bytes()[3..]);
         }
     }
 }
