@@ -134,6 +134,9 @@ impl Netlink {
             let _reactor = runtime.enter();
             // Strict checking is what makes the kernel filter a dump.
             let (mut connection, handle, _) = rtnetlink::new_connection_with_strict_check()?;
+            // Otherwise an acknowledged request looks like a lost connection.
+            connection.set_forward_ack(true);
+            connection.set_forward_done(true);
             let socket = rtnetlink::sys::AsyncSocket::socket_mut(connection.socket_mut());
             // Reasons in words, and no echo of the request before them. Neither
             // is needed to work (Linux 4.12 and 4.3 have them).

@@ -1,8 +1,11 @@
 //! Namespaces for tests. They need root, and touch nothing of the machine.
 
-use std::thread;
+use std::{path::Path, thread};
 
-use nix::sched::{CloneFlags, unshare};
+use nix::{
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, unshare},
+};
 
 use crate::netns::Netns;
 
@@ -15,4 +18,29 @@ pub(crate) fn netns() -> Netns {
     })
     .join()
     .unwrap()
+}
+
+/// Runs `work` with the namespace's own `/sys/class/net`, as a second opinion
+/// beside rtnetlink's.
+pub(crate) fn sys<T: Send>(netns: &Netns, work: impl FnOnce(&Path) -> T + Send) -> T {
+    netns
+        .run_in(|| {
+            let none = None::<&str>;
+            // The thread ends with the mount; nobody else sees it.
+            unshare(CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS).unwrap();
+            mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+            let point = tempfile::tempdir().unwrap();
+            mount(
+                Some("sysfs"),
+                point.path(),
+                Some("sysfs"),
+                MsFlags::MS_RDONLY,
+                none,
+            )
+            .unwrap();
+            let result = work(&point.path().join("class/net"));
+            nix::mount::umount(point.path()).unwrap();
+            result
+        })
+        .unwrap()
 }
