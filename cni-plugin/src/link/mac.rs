@@ -3,6 +3,7 @@
 use std::{
     fmt,
     hash::{BuildHasher, RandomState},
+    net::Ipv6Addr,
     str::FromStr,
 };
 
@@ -35,6 +36,31 @@ impl MacAddr {
     pub fn random() -> Self {
         // Its keys come from the operating system's random source.
         Self::from_hash(RandomState::new().hash_one(()))
+    }
+
+    /// The IPv6 link-local address that the kernel makes of this address by
+    /// default: `fe80::/64` with the modified EUI-64 (RFC 4291, appendix A).
+    #[must_use]
+    pub const fn link_local(self) -> Ipv6Addr {
+        let [a, b, c, d, e, f] = self.0;
+        Ipv6Addr::from_octets([
+            0xfe,
+            0x80,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+            a ^ 0x02,
+            b,
+            c,
+            0xff,
+            0xfe,
+            d,
+            e,
+            f,
+        ])
     }
 
     /// Whether this can be one device's address: neither a group address nor
@@ -112,6 +138,13 @@ mod tests {
     #[test]
     fn random_addresses_differ() {
         assert_ne!(MacAddr::random(), MacAddr::random());
+    }
+
+    #[test]
+    fn makes_the_link_local_address() {
+        // The example of RFC 4291, appendix A, with its digits filled in.
+        let mac = MacAddr([0x34, 0x56, 0x78, 0x9a, 0xbc, 0xde]);
+        assert_eq!(mac.link_local().to_string(), "fe80::3656:78ff:fe9a:bcde");
     }
 
     #[test]

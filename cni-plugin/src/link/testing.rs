@@ -7,6 +7,7 @@ use nix::{
     sched::{CloneFlags, unshare},
 };
 
+use super::{Netlink, VethIndices, VethSpec};
 use crate::netns::Netns;
 
 /// A network namespace of its own, which goes when the value does. Its loopback
@@ -43,4 +44,43 @@ pub(crate) fn sys<T: Send>(netns: &Netns, work: impl FnOnce(&Path) -> T + Send) 
             result
         })
         .unwrap()
+}
+
+/// A veth pair between two namespaces: `veth0` on the host, `eth0` in the
+/// sandbox, both down.
+pub(crate) struct Pair {
+    pub(crate) sandbox: Netns,
+    pub(crate) outside: Netlink,
+    pub(crate) inside: Netlink,
+    pub(crate) made: VethIndices,
+}
+
+impl Pair {
+    pub(crate) fn new() -> Self {
+        let sandbox = netns();
+        let outside = Netlink::open(&netns()).unwrap();
+        let inside = Netlink::open(&sandbox).unwrap();
+        let made = outside
+            .create_veth(&VethSpec {
+                name: "veth0",
+                mac: None,
+                peer_name: "eth0",
+                peer_mac: None,
+                peer_netns: Some(&sandbox),
+                mtu: 0,
+            })
+            .unwrap();
+        Self {
+            sandbox,
+            outside,
+            inside,
+            made,
+        }
+    }
+
+    /// Sets both ends up, the sandbox's last.
+    pub(crate) fn up(&self) {
+        self.outside.set_up(self.made.host).unwrap();
+        self.inside.set_up(self.made.peer).unwrap();
+    }
 }
