@@ -142,7 +142,6 @@ mod tests {
 
     #[test]
     fn makes_the_link_local_address() {
-        // The example of RFC 4291, appendix A, with its digits filled in.
         let mac = MacAddr([0x34, 0x56, 0x78, 0x9a, 0xbc, 0xde]);
         assert_eq!(mac.link_local().to_string(), "fe80::3656:78ff:fe9a:bcde");
     }
