@@ -73,7 +73,7 @@ impl Netlink {
             }
         }
         self.request(RouteNetlinkMessage::NewAddress(message), flags, || {
-            format!("add address {address} to interface {index}")
+            format!("add address {address} to {}", self.interface(index))
         })?;
         Ok(())
     }
@@ -87,7 +87,7 @@ impl Netlink {
         match self.request(
             RouteNetlinkMessage::DelAddress(message(index, address)),
             0,
-            || format!("delete address {address} from interface {index}"),
+            || format!("delete address {address} from {}", self.interface(index)),
         ) {
             Ok(_) => Ok(true),
             Err(error) if error.is_missing() => Ok(false),
@@ -105,7 +105,7 @@ impl Netlink {
         let mut query = AddressMessage::default();
         query.header.index = index;
         let found = match self.dump(&RouteNetlinkMessage::GetAddress(query), || {
-            format!("list the addresses of interface {index}")
+            format!("list the addresses of {}", self.interface(index))
         }) {
             Ok(found) => found,
             Err(error) if error.is_missing() => Vec::new(),

@@ -1,6 +1,7 @@
 //! Devices: looking them up, creating veth pairs, changing and deleting them.
 
 use std::{
+    fmt,
     os::fd::{AsFd, AsRawFd},
     thread,
     time::{Duration, Instant},
@@ -102,6 +103,75 @@ pub struct LinkSettings<'a> {
     pub ipv4: &'a [(Ipv4Conf, u32)],
 }
 
+impl LinkSettings<'_> {
+    fn to_message(self, index: u32) -> LinkMessage {
+        let mut change = LinkMessage::default();
+        change.header.index = index;
+        for (flag, value) in [(LinkFlags::Up, self.up), (LinkFlags::Promisc, self.promisc)] {
+            if let Some(value) = value {
+                change.header.change_mask |= flag;
+                change.header.flags.set(flag, value);
+            }
+        }
+        let attributes = &mut change.attributes;
+        if let Some(mac) = self.mac {
+            attributes.push(LinkAttribute::Address(mac.0.to_vec()));
+        }
+        if let Some(mtu) = self.mtu {
+            attributes.push(LinkAttribute::Mtu(mtu));
+        }
+        if let Some(alias) = self.alias {
+            // Not the crate's `IfAlias`: it adds a NUL, and the kernel keeps the
+            // alias by its length.
+            attributes.push(LinkAttribute::Other(DefaultNla::new(
+                IFLA_IFALIAS,
+                alias.as_bytes().to_vec(),
+            )));
+        }
+        let mut families = Vec::new();
+        if self.no_link_local {
+            families.push(AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(
+                In6AddrGenMode::None,
+            )]));
+        }
+        if !self.ipv4.is_empty() {
+            families.push(AfSpecUnspec::Inet(vec![ipv4_conf(self.ipv4)]));
+        }
+        if !families.is_empty() {
+            attributes.push(LinkAttribute::AfSpecUnspec(families));
+        }
+        change
+    }
+}
+
+impl fmt::Display for LinkSettings<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut parts = Vec::new();
+        if let Some(up) = self.up {
+            parts.push(if up { "up" } else { "down" }.to_owned());
+        }
+        if let Some(mac) = self.mac {
+            parts.push(format!("address {mac}"));
+        }
+        if let Some(mtu) = self.mtu {
+            parts.push(format!("mtu {mtu}"));
+        }
+        if let Some(alias) = self.alias {
+            parts.push(format!("alias {alias:?}"));
+        }
+        if let Some(promisc) = self.promisc {
+            parts.push(format!("promisc {}", if promisc { "on" } else { "off" }));
+        }
+        if self.no_link_local {
+            parts.push("addrgenmode none".to_owned());
+        }
+        for (key, value) in self.ipv4 {
+            parts.push(format!("{key:?} {value}"));
+        }
+        f.write_str(&parts.join(", "))
+    }
+}
+
 /// A setting of `/proc/sys/net/ipv4/conf/<device>` that can be made by
 /// [`LinkSettings::ipv4`], and has no effect but on the device itself.
 ///
@@ -149,7 +219,7 @@ impl Netlink {
     pub fn link_by_index(&self, index: u32) -> Result<Option<Link>, LinkError> {
         let mut query = LinkMessage::default();
         query.header.index = index;
-        self.link(query, || format!("look up interface {index}"))
+        self.link(query, || format!("look up interface number {index}"))
     }
 
     fn link(
@@ -259,48 +329,28 @@ impl Netlink {
     /// such device. The kernel takes settings in an order of its own; those
     /// before the one it refused stay made.
     pub fn configure(&self, index: u32, settings: &LinkSettings<'_>) -> Result<(), LinkError> {
-        let mut change = LinkMessage::default();
-        change.header.index = index;
-        for (flag, value) in [
-            (LinkFlags::Up, settings.up),
-            (LinkFlags::Promisc, settings.promisc),
-        ] {
-            if let Some(value) = value {
-                change.header.change_mask |= flag;
-                change.header.flags.set(flag, value);
+        let made = self.request(
+            RouteNetlinkMessage::SetLink(settings.to_message(index)),
+            0,
+            || format!("configure {} ({settings})", self.interface(index)),
+        );
+        match made {
+            Ok(_) => Ok(()),
+            // Where there is no IPv6 (switched off, or an MTU below 1280) there
+            // is nothing to be kept away.
+            Err(error)
+                if settings.no_link_local && error.errno() == Some(nix::libc::EAFNOSUPPORT) =>
+            {
+                self.configure(
+                    index,
+                    &LinkSettings {
+                        no_link_local: false,
+                        ..*settings
+                    },
+                )
             }
+            Err(error) => Err(error),
         }
-        let attributes = &mut change.attributes;
-        if let Some(mac) = settings.mac {
-            attributes.push(LinkAttribute::Address(mac.0.to_vec()));
-        }
-        if let Some(mtu) = settings.mtu {
-            attributes.push(LinkAttribute::Mtu(mtu));
-        }
-        if let Some(alias) = settings.alias {
-            // Not the crate's `IfAlias`: it adds a NUL, and the kernel keeps the
-            // alias by its length.
-            attributes.push(LinkAttribute::Other(DefaultNla::new(
-                IFLA_IFALIAS,
-                alias.as_bytes().to_vec(),
-            )));
-        }
-        let mut families = Vec::new();
-        if settings.no_link_local {
-            families.push(AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(
-                In6AddrGenMode::None,
-            )]));
-        }
-        if !settings.ipv4.is_empty() {
-            families.push(AfSpecUnspec::Inet(vec![ipv4_conf(settings.ipv4)]));
-        }
-        if !families.is_empty() {
-            attributes.push(LinkAttribute::AfSpecUnspec(families));
-        }
-        self.request(RouteNetlinkMessage::SetLink(change), 0, || {
-            format!("configure interface {index} ({settings:?})")
-        })?;
-        Ok(())
     }
 
     /// Sets a device up.
@@ -360,7 +410,7 @@ impl Netlink {
         let mut target = LinkMessage::default();
         target.header.index = index;
         match self.request(RouteNetlinkMessage::DelLink(target), 0, || {
-            format!("delete interface {index}")
+            format!("delete {}", self.interface(index))
         }) {
             Ok(_) => Ok(true),
             Err(error) if error.is_missing() => Ok(false),
@@ -689,7 +739,10 @@ mod tests {
         assert_eq!(netlink.link_by_index(99_999).unwrap(), None);
         let error = netlink.set_up(99_999).unwrap_err();
         assert!(error.is_missing(), "{error}");
-        assert!(error.to_string().contains("interface 99999"), "{error}");
+        assert_eq!(
+            error.to_string(),
+            "cannot configure interface number 99999 (up): No such device (os error 19)"
+        );
         let error = netlink.link_by_name("a-name-that-is-too-long").unwrap_err();
         assert!(
             error.to_string().contains("a-name-that-is-too-long"),
@@ -712,12 +765,33 @@ mod tests {
             )
             .unwrap_err();
         assert_eq!(error.errno(), Some(nix::libc::EINVAL));
-        assert!(
-            error
-                .to_string()
-                .contains("mtu greater than device maximum"),
-            "{error}"
+        assert_eq!(
+            error.to_string(),
+            "cannot configure interface veth0123456789a (mtu 70000): Invalid argument (os error \
+             22): mtu greater than device maximum"
         );
+    }
+
+    #[test]
+    fn a_device_too_small_for_ipv6_is_configured_all_the_same() {
+        let (host, sandbox) = (testing::netns(), testing::netns());
+        let netlink = Netlink::open(&host).unwrap();
+        let made = netlink
+            .create_veth(&VethSpec {
+                mtu: 1000,
+                ..spec(&sandbox)
+            })
+            .unwrap();
+        let settings = LinkSettings {
+            up: Some(true),
+            alias: Some("small"),
+            no_link_local: true,
+            ..LinkSettings::default()
+        };
+        netlink.configure(made.host, &settings).unwrap();
+        let link = netlink.link_by_index(made.host).unwrap().unwrap();
+        assert!(link.up);
+        assert_eq!((link.alias.as_str(), link.mtu), ("small", 1000));
     }
 
     type Described = (u32, String, u32, u32, String);

@@ -22,8 +22,10 @@ impl Netlink {
         pref: u16,
         handle: u32,
     ) -> Result<Option<u32>, LinkError> {
-        let operation =
-            || format!("look up classifier {handle:#x} of priority {pref} on interface {index}");
+        let operation = || {
+            let interface = self.interface(index);
+            format!("look up classifier {handle:#x} of priority {pref} on {interface}")
+        };
         let Ok(tc_index) = i32::try_from(index) else {
             return Ok(None);
         };

@@ -41,9 +41,9 @@ impl MacAddr {
     /// The IPv6 link-local address that the kernel makes of this address by
     /// default: `fe80::/64` with the modified EUI-64 (RFC 4291, appendix A).
     #[must_use]
-    pub const fn link_local(self) -> Ipv6Addr {
+    pub fn link_local(self) -> Ipv6Addr {
         let [a, b, c, d, e, f] = self.0;
-        Ipv6Addr::from_octets([
+        Ipv6Addr::from([
             0xfe,
             0x80,
             0,

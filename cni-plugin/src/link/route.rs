@@ -144,7 +144,7 @@ impl Netlink {
         match self.request(
             RouteNetlinkMessage::NewRoute(route.to_message(index)),
             NLM_F_CREATE,
-            || format!("add {route} over interface {index}"),
+            || format!("add {route} over {}", self.interface(index)),
         ) {
             Ok(_) => Ok(true),
             Err(error) if error.errno() == Some(nix::libc::EEXIST) => Ok(false),
@@ -161,7 +161,7 @@ impl Netlink {
         match self.request(
             RouteNetlinkMessage::DelRoute(route.to_message(index)),
             0,
-            || format!("delete {route} over interface {index}"),
+            || format!("delete {route} over {}", self.interface(index)),
         ) {
             Ok(_) => Ok(true),
             Err(error) if error.is_missing() => Ok(false),
@@ -188,7 +188,10 @@ impl Netlink {
         query.header.kind = RouteType::Unicast;
         query.attributes = vec![RouteAttribute::Table(table), RouteAttribute::Oif(index)];
         let found = match self.dump(&RouteNetlinkMessage::GetRoute(query), || {
-            format!("list the routes over interface {index} in table {table}")
+            format!(
+                "list the routes over {} in table {table}",
+                self.interface(index)
+            )
         }) {
             Ok(found) => found,
             // The kernel has no such table, or the device is gone.
