@@ -73,7 +73,7 @@ impl Netlink {
             }
         }
         self.request(RouteNetlinkMessage::NewAddress(message), flags, || {
-            format!("add address {address} to interface {index}")
+            format!("add address {address} to {}", self.interface(index))
         })?;
         Ok(())
     }
@@ -87,7 +87,7 @@ impl Netlink {
         match self.request(
             RouteNetlinkMessage::DelAddress(message(index, address)),
             0,
-            || format!("delete address {address} from interface {index}"),
+            || format!("delete address {address} from {}", self.interface(index)),
         ) {
             Ok(_) => Ok(true),
             Err(error) if error.is_missing() => Ok(false),
@@ -105,7 +105,7 @@ impl Netlink {
         let mut query = AddressMessage::default();
         query.header.index = index;
         let found = match self.dump(&RouteNetlinkMessage::GetAddress(query), || {
-            format!("list the addresses of interface {index}")
+            format!("list the addresses of {}", self.interface(index))
         }) {
             Ok(found) => found,
             Err(error) if error.is_missing() => Vec::new(),
@@ -160,4 +160,154 @@ fn describe(message: &AddressMessage) -> Option<Address> {
         duplicate: flags.contains(AddressFlags::Dadfailed),
         link_local: message.header.scope == AddressScope::Link,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, net::UdpSocket};
+
+    use super::*;
+    use crate::{
+        link::{
+            MacAddr, VethSpec,
+            testing::{self, Pair},
+        },
+        netns::Netns,
+    };
+
+    fn net(text: &str) -> IpNet {
+        text.parse().unwrap()
+    }
+
+    /// Whether an address can be bound to: the kernel refuses a tentative one.
+    fn usable(netns: &Netns, address: IpAddr) -> bool {
+        netns
+            .run_in(|| UdpSocket::bind((address, 0)).is_ok())
+            .unwrap()
+    }
+
+    #[test]
+    fn addresses_of_both_families_work_at_once() {
+        let pair = Pair::new();
+        pair.up();
+        let (four, six) = (net("10.1.2.3/16"), net("fd00:1::3/64"));
+        let inside = &pair.inside;
+        inside.add_address(pair.made.peer, four, false).unwrap();
+        inside.add_address(pair.made.peer, six, false).unwrap();
+        assert!(usable(&pair.sandbox, four.addr()));
+        assert!(usable(&pair.sandbox, six.addr()));
+
+        let found = inside.addresses(pair.made.peer).unwrap();
+        for wanted in [four, six] {
+            let address = found.iter().find(|address| address.net == wanted).unwrap();
+            assert!(!address.tentative && !address.duplicate && !address.link_local);
+        }
+        let listed = pair
+            .sandbox
+            .run_in(|| fs::read_to_string("/proc/thread-self/net/if_inet6"))
+            .unwrap()
+            .unwrap();
+        // The fifth column is the flags: permanent (0x80), no DAD (0x02).
+        let line = listed
+            .lines()
+            .find(|line| line.starts_with("fd000001000000000000000000000003"))
+            .unwrap();
+        assert_eq!(line.split_whitespace().nth(2), Some("40"), "{line}");
+        assert_eq!(line.split_whitespace().nth(4), Some("82"), "{line}");
+    }
+
+    #[test]
+    fn duplicate_address_detection_is_left_on_where_it_is_wanted() {
+        let pair = Pair::new();
+        pair.up();
+        let six = net("fd00:1::3/64");
+        pair.inside.add_address(pair.made.peer, six, true).unwrap();
+        let found = pair.inside.addresses(pair.made.peer).unwrap();
+        assert!(
+            found
+                .iter()
+                .any(|address| address.net == six && address.tentative)
+        );
+        assert!(!usable(&pair.sandbox, six.addr()));
+    }
+
+    #[test]
+    fn a_link_local_address_given_before_the_device_is_up_works_at_once() {
+        let pair = Pair::new();
+        let peer = pair.made.peer;
+        let mac = pair
+            .inside
+            .link_by_index(peer)
+            .unwrap()
+            .unwrap()
+            .mac
+            .unwrap();
+        let own = IpNet::new(mac.link_local().into(), 64).unwrap();
+        pair.inside.add_address(peer, own, false).unwrap();
+        pair.up();
+        let found = pair.inside.addresses(peer).unwrap();
+        let expected = Address {
+            net: own,
+            tentative: false,
+            duplicate: false,
+            link_local: true,
+        };
+        assert_eq!(found, [expected]);
+        // The route to its prefix, which a device that is down cannot have.
+        let route = super::super::Route::new(net("fe80::/64"), None);
+        assert!(pair.inside.has_route(peer, &route).unwrap());
+    }
+
+    #[test]
+    fn an_address_is_added_once_and_deleted_once() {
+        let pair = Pair::new();
+        let (netlink, peer) = (&pair.inside, pair.made.peer);
+        for address in [net("10.1.2.3/16"), net("fd00:1::3/64")] {
+            netlink.add_address(peer, address, false).unwrap();
+            let error = netlink.add_address(peer, address, false).unwrap_err();
+            assert_eq!(error.errno(), Some(nix::libc::EEXIST));
+            assert!(error.to_string().contains(&address.to_string()), "{error}");
+            netlink.replace_address(peer, address, false).unwrap();
+            assert_eq!(netlink.addresses(peer).unwrap().len(), 1);
+            assert!(netlink.delete_address(peer, address).unwrap());
+            assert!(!netlink.delete_address(peer, address).unwrap());
+            assert_eq!(netlink.addresses(peer).unwrap(), []);
+        }
+    }
+
+    #[test]
+    fn only_one_devices_addresses_are_listed() {
+        let host = testing::netns();
+        let netlink = Netlink::open(&host).unwrap();
+        let made = netlink
+            .create_veth(&VethSpec {
+                name: "one",
+                mac: Some(MacAddr::random()),
+                peer_name: "two",
+                peer_mac: None,
+                peer_netns: None,
+                mtu: 0,
+            })
+            .unwrap();
+        netlink
+            .add_address(made.host, net("10.0.1.1/24"), false)
+            .unwrap();
+        netlink
+            .add_address(made.peer, net("10.0.2.1/24"), false)
+            .unwrap();
+        netlink
+            .add_address(made.peer, net("10.0.2.2/24"), false)
+            .unwrap();
+        let one: Vec<_> = netlink.addresses(made.host).unwrap();
+        let two: Vec<_> = netlink.addresses(made.peer).unwrap();
+        assert_eq!(
+            one.iter().map(|a| a.net).collect::<Vec<_>>(),
+            [net("10.0.1.1/24")]
+        );
+        assert_eq!(
+            two.iter().map(|a| a.net).collect::<Vec<_>>(),
+            [net("10.0.2.1/24"), net("10.0.2.2/24")]
+        );
+        assert_eq!(netlink.addresses(99_999).unwrap(), []);
+    }
 }

@@ -1,6 +1,7 @@
 //! Devices: looking them up, creating veth pairs, changing and deleting them.
 
 use std::{
+    fmt,
     os::fd::{AsFd, AsRawFd},
     thread,
     time::{Duration, Instant},
@@ -103,6 +104,75 @@ pub struct LinkSettings<'a> {
     pub ipv4: &'a [(Ipv4Conf, u32)],
 }
 
+impl LinkSettings<'_> {
+    fn to_message(self, index: u32) -> LinkMessage {
+        let mut change = LinkMessage::default();
+        change.header.index = index;
+        for (flag, value) in [(LinkFlags::Up, self.up), (LinkFlags::Promisc, self.promisc)] {
+            if let Some(value) = value {
+                change.header.change_mask |= flag;
+                change.header.flags.set(flag, value);
+            }
+        }
+        let attributes = &mut change.attributes;
+        if let Some(mac) = self.mac {
+            attributes.push(LinkAttribute::Address(mac.octets().to_vec()));
+        }
+        if let Some(mtu) = self.mtu {
+            attributes.push(LinkAttribute::Mtu(mtu));
+        }
+        if let Some(alias) = self.alias {
+            // Not the crate's `IfAlias`: it adds a NUL, and the kernel keeps the
+            // alias by its length.
+            attributes.push(LinkAttribute::Other(DefaultNla::new(
+                IFLA_IFALIAS,
+                alias.as_bytes().to_vec(),
+            )));
+        }
+        let mut families = Vec::new();
+        if self.no_link_local {
+            families.push(AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(
+                In6AddrGenMode::None,
+            )]));
+        }
+        if !self.ipv4.is_empty() {
+            families.push(AfSpecUnspec::Inet(vec![ipv4_conf(self.ipv4)]));
+        }
+        if !families.is_empty() {
+            attributes.push(LinkAttribute::AfSpecUnspec(families));
+        }
+        change
+    }
+}
+
+impl fmt::Display for LinkSettings<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut parts = Vec::new();
+        if let Some(up) = self.up {
+            parts.push(if up { "up" } else { "down" }.to_owned());
+        }
+        if let Some(mac) = self.mac {
+            parts.push(format!("address {mac}"));
+        }
+        if let Some(mtu) = self.mtu {
+            parts.push(format!("mtu {mtu}"));
+        }
+        if let Some(alias) = self.alias {
+            parts.push(format!("alias {alias:?}"));
+        }
+        if let Some(promisc) = self.promisc {
+            parts.push(format!("promisc {}", if promisc { "on" } else { "off" }));
+        }
+        if self.no_link_local {
+            parts.push("addrgenmode none".to_owned());
+        }
+        for (key, value) in self.ipv4 {
+            parts.push(format!("{key:?} {value}"));
+        }
+        f.write_str(&parts.join(", "))
+    }
+}
+
 /// A setting of `/proc/sys/net/ipv4/conf/<device>` that can be made by
 /// [`LinkSettings::ipv4`], and has no effect but on the device itself.
 ///
@@ -150,7 +220,7 @@ impl Netlink {
     pub fn link_by_index(&self, index: u32) -> Result<Option<Link>, LinkError> {
         let mut query = LinkMessage::default();
         query.header.index = index;
-        self.link(query, || format!("look up interface {index}"))
+        self.link(query, || format!("look up interface number {index}"))
     }
 
     fn link(
@@ -191,8 +261,7 @@ impl Netlink {
             let mut end = LinkMessage::default();
             end.attributes.push(LinkAttribute::IfName(name.to_owned()));
             if let Some(mac) = mac {
-                end.attributes
-                    .push(LinkAttribute::Address(mac.octets().to_vec()));
+                end.attributes.push(LinkAttribute::Address(mac.octets().to_vec()));
             }
             if spec.mtu != 0 {
                 end.attributes.push(LinkAttribute::Mtu(spec.mtu));
@@ -261,48 +330,28 @@ impl Netlink {
     /// such device. The kernel takes settings in an order of its own; those
     /// before the one it refused stay made.
     pub fn configure(&self, index: u32, settings: &LinkSettings<'_>) -> Result<(), LinkError> {
-        let mut change = LinkMessage::default();
-        change.header.index = index;
-        for (flag, value) in [
-            (LinkFlags::Up, settings.up),
-            (LinkFlags::Promisc, settings.promisc),
-        ] {
-            if let Some(value) = value {
-                change.header.change_mask |= flag;
-                change.header.flags.set(flag, value);
+        let made = self.request(
+            RouteNetlinkMessage::SetLink(settings.to_message(index)),
+            0,
+            || format!("configure {} ({settings})", self.interface(index)),
+        );
+        match made {
+            Ok(_) => Ok(()),
+            // Where there is no IPv6 (switched off, or an MTU below 1280) there
+            // is nothing to be kept away.
+            Err(error)
+                if settings.no_link_local && error.errno() == Some(nix::libc::EAFNOSUPPORT) =>
+            {
+                self.configure(
+                    index,
+                    &LinkSettings {
+                        no_link_local: false,
+                        ..*settings
+                    },
+                )
             }
+            Err(error) => Err(error),
         }
-        let attributes = &mut change.attributes;
-        if let Some(mac) = settings.mac {
-            attributes.push(LinkAttribute::Address(mac.octets().to_vec()));
-        }
-        if let Some(mtu) = settings.mtu {
-            attributes.push(LinkAttribute::Mtu(mtu));
-        }
-        if let Some(alias) = settings.alias {
-            // Not the crate's `IfAlias`: it adds a NUL, and the kernel keeps the
-            // alias by its length.
-            attributes.push(LinkAttribute::Other(DefaultNla::new(
-                IFLA_IFALIAS,
-                alias.as_bytes().to_vec(),
-            )));
-        }
-        let mut families = Vec::new();
-        if settings.no_link_local {
-            families.push(AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(
-                In6AddrGenMode::None,
-            )]));
-        }
-        if !settings.ipv4.is_empty() {
-            families.push(AfSpecUnspec::Inet(vec![ipv4_conf(settings.ipv4)]));
-        }
-        if !families.is_empty() {
-            attributes.push(LinkAttribute::AfSpecUnspec(families));
-        }
-        self.request(RouteNetlinkMessage::SetLink(change), 0, || {
-            format!("configure interface {index} ({settings:?})")
-        })?;
-        Ok(())
     }
 
     /// Sets a device up.
@@ -362,7 +411,7 @@ impl Netlink {
         let mut target = LinkMessage::default();
         target.header.index = index;
         match self.request(RouteNetlinkMessage::DelLink(target), 0, || {
-            format!("delete interface {index}")
+            format!("delete {}", self.interface(index))
         }) {
             Ok(_) => Ok(true),
             Err(error) if error.is_missing() => Ok(false),
@@ -415,9 +464,7 @@ impl From<LinkMessage> for Link {
             match attribute {
                 LinkAttribute::IfName(name) => link.name = name,
                 LinkAttribute::IfAlias(alias) => link.alias = alias,
-                LinkAttribute::Address(octets) => {
-                    link.mac = octets.try_into().ok().map(MacAddr::new)
-                }
+                LinkAttribute::Address(octets) => link.mac = octets.try_into().ok().map(MacAddr::new),
                 LinkAttribute::Mtu(mtu) => link.mtu = mtu,
                 LinkAttribute::OperState(state) => link.running = state == State::Up,
                 LinkAttribute::Controller(index) => link.master = Some(index),
@@ -434,5 +481,336 @@ impl From<LinkMessage> for Link {
             }
         }
         link
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, path::Path};
+
+    use super::*;
+    use crate::link::testing::{self, sys};
+
+    const MAC: MacAddr = MacAddr::new([0x02, 0, 0x5e, 0, 0, 1]);
+    const PEER_MAC: MacAddr = MacAddr::new([0x02, 0, 0x5e, 0, 0, 2]);
+
+    fn spec<'a>(sandbox: &'a Netns) -> VethSpec<'a> {
+        VethSpec {
+            name: "veth0123456789a",
+            mac: Some(MAC),
+            peer_name: "eth0",
+            peer_mac: Some(PEER_MAC),
+            peer_netns: Some(sandbox),
+            mtu: 9000,
+        }
+    }
+
+    #[test]
+    fn a_veth_pair_is_born_where_it_belongs() {
+        let (host, sandbox) = (testing::netns(), testing::netns());
+        let netlink = Netlink::open(&host).unwrap();
+        let made = netlink.create_veth(&spec(&sandbox)).unwrap();
+
+        let in_host = sys(&host, |class| read_device(class, "veth0123456789a"));
+        assert_eq!(
+            in_host,
+            (made.host, MAC.to_string(), 9000, made.peer, String::new())
+        );
+        let in_sandbox = sys(&sandbox, |class| read_device(class, "eth0"));
+        assert_eq!(
+            in_sandbox,
+            (
+                made.peer,
+                PEER_MAC.to_string(),
+                9000,
+                made.host,
+                String::new()
+            )
+        );
+        assert!(sys(&host, |class| !class.join("eth0").exists()));
+
+        let link = netlink.link_by_name("veth0123456789a").unwrap().unwrap();
+        assert_eq!(link.index, made.host);
+        assert_eq!(link.kind, "veth");
+        assert_eq!(link.mac, Some(MAC));
+        assert_eq!(link.mtu, 9000);
+        assert_eq!(link.peer_index, Some(made.peer));
+        assert!(link.peer_netns_id.is_some());
+        assert!(!link.up && !link.running && !link.promisc);
+        assert_eq!(link.master, None);
+        assert_eq!(netlink.link_by_index(made.host).unwrap(), Some(link));
+    }
+
+    #[test]
+    fn both_ends_can_stay_in_one_namespace() {
+        let host = testing::netns();
+        let netlink = Netlink::open(&host).unwrap();
+        let made = netlink
+            .create_veth(&VethSpec {
+                name: "cni0",
+                mac: None,
+                peer_name: "cni0-port",
+                peer_mac: None,
+                peer_netns: None,
+                mtu: 0,
+            })
+            .unwrap();
+        let gateway = netlink.link_by_name("cni0").unwrap().unwrap();
+        let port = netlink.link_by_name("cni0-port").unwrap().unwrap();
+        assert_eq!((gateway.index, port.index), (made.host, made.peer));
+        assert_eq!(gateway.peer_netns_id, None);
+        assert_eq!((gateway.mtu, port.mtu), (1500, 1500));
+    }
+
+    #[test]
+    fn a_taken_name_is_named() {
+        let (host, sandbox) = (testing::netns(), testing::netns());
+        let netlink = Netlink::open(&host).unwrap();
+        netlink.create_veth(&spec(&sandbox)).unwrap();
+
+        let error = netlink
+            .create_veth(&VethSpec {
+                name: "other",
+                ..spec(&sandbox)
+            })
+            .unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "interface eth0 already exists in the sandbox"
+        );
+        assert_eq!(netlink.link_by_name("other").unwrap(), None);
+
+        let error = netlink
+            .create_veth(&VethSpec {
+                peer_name: "eth1",
+                ..spec(&sandbox)
+            })
+            .unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "interface veth0123456789a already exists on the host"
+        );
+        let inside = Netlink::open(&sandbox).unwrap();
+        assert_eq!(inside.link_by_name("eth1").unwrap(), None);
+    }
+
+    #[test]
+    fn settings_are_made_by_one_request() {
+        let (host, sandbox) = (testing::netns(), testing::netns());
+        let netlink = Netlink::open(&host).unwrap();
+        let made = netlink.create_veth(&spec(&sandbox)).unwrap();
+        let alias = "bpf-bridge cbr0 0123456789abcdef eth0";
+        let mac = MacAddr::new([0x02, 0, 0x5e, 0, 0, 3]);
+        let before = host
+            .run_in(|| fs::read_to_string("/proc/sys/net/ipv4/conf/veth0123456789a/rp_filter"))
+            .unwrap()
+            .unwrap();
+        let rp_filter = if before.trim() == "0" { 2 } else { 0 };
+        netlink
+            .configure(
+                made.host,
+                &LinkSettings {
+                    up: Some(true),
+                    mac: Some(mac),
+                    mtu: Some(1400),
+                    alias: Some(alias),
+                    promisc: Some(true),
+                    no_link_local: true,
+                    ipv4: &[
+                        (Ipv4Conf::RpFilter, rp_filter),
+                        (Ipv4Conf::ArpNotify, 1),
+                        (Ipv4Conf::SendRedirects, 0),
+                    ],
+                },
+            )
+            .unwrap();
+
+        let link = netlink.link_by_index(made.host).unwrap().unwrap();
+        assert!(link.up && link.promisc && !link.running);
+        assert_eq!(
+            (link.alias.as_str(), link.mac, link.mtu),
+            (alias, Some(mac), 1400)
+        );
+        let in_host = sys(&host, |class| read_device(class, "veth0123456789a"));
+        assert_eq!(
+            in_host,
+            (
+                made.host,
+                mac.to_string(),
+                1400,
+                made.peer,
+                alias.to_owned()
+            )
+        );
+        let conf = |key: &str| {
+            host.run_in(|| {
+                fs::read_to_string(format!("/proc/sys/net/{key}"))
+                    .unwrap()
+                    .trim()
+                    .parse::<u32>()
+                    .unwrap()
+            })
+            .unwrap()
+        };
+        assert_eq!(conf("ipv4/conf/veth0123456789a/rp_filter"), rp_filter);
+        assert_eq!(conf("ipv4/conf/veth0123456789a/arp_notify"), 1);
+        assert_eq!(conf("ipv4/conf/veth0123456789a/send_redirects"), 0);
+        assert_eq!(conf("ipv6/conf/veth0123456789a/addr_gen_mode"), 1);
+        assert_eq!(conf("ipv6/conf/veth0123456789a/disable_ipv6"), 0);
+
+        netlink
+            .configure(
+                made.host,
+                &LinkSettings {
+                    up: Some(false),
+                    promisc: Some(false),
+                    alias: Some(""),
+                    ..LinkSettings::default()
+                },
+            )
+            .unwrap();
+        let link = netlink.link_by_index(made.host).unwrap().unwrap();
+        assert!(!link.up && !link.promisc);
+        assert_eq!(link.alias, "");
+        assert_eq!((link.mac, link.mtu), (Some(mac), 1400));
+    }
+
+    #[test]
+    fn the_end_set_up_last_works_at_once_and_the_host_end_stays_unaddressed() {
+        let (host, sandbox) = (testing::netns(), testing::netns());
+        let (outside, inside) = (
+            Netlink::open(&host).unwrap(),
+            Netlink::open(&sandbox).unwrap(),
+        );
+        let made = outside.create_veth(&spec(&sandbox)).unwrap();
+        outside
+            .configure(
+                made.host,
+                &LinkSettings {
+                    up: Some(true),
+                    no_link_local: true,
+                    ..LinkSettings::default()
+                },
+            )
+            .unwrap();
+        inside.set_up(made.peer).unwrap();
+        let found = inside.addresses(made.peer).unwrap();
+        assert!(
+            matches!(found.as_slice(), [address] if address.link_local),
+            "{found:?}"
+        );
+        assert!(
+            outside
+                .wait_running(made.host, Duration::from_secs(5))
+                .unwrap()
+        );
+        assert_eq!(outside.addresses(made.host).unwrap(), []);
+    }
+
+    #[test]
+    fn waiting_for_a_peer_that_is_down_ends() {
+        let (host, sandbox) = (testing::netns(), testing::netns());
+        let netlink = Netlink::open(&host).unwrap();
+        let made = netlink.create_veth(&spec(&sandbox)).unwrap();
+        netlink.set_up(made.host).unwrap();
+        let running = netlink.wait_running(made.host, Duration::from_millis(20));
+        assert!(!running.unwrap());
+        assert!(
+            !netlink
+                .wait_running(99_999, Duration::from_secs(60))
+                .unwrap()
+        );
+    }
+
+    #[test]
+    fn deleting_takes_both_ends_and_may_be_repeated() {
+        let (host, sandbox) = (testing::netns(), testing::netns());
+        let netlink = Netlink::open(&host).unwrap();
+        let made = netlink.create_veth(&spec(&sandbox)).unwrap();
+        assert!(netlink.delete(made.host).unwrap());
+        assert!(!netlink.delete(made.host).unwrap());
+        assert!(sys(&host, |class| !class.join("veth0123456789a").exists()));
+        assert!(sys(&sandbox, |class| !class.join("eth0").exists()));
+    }
+
+    #[test]
+    fn what_is_not_there_is_no_error_to_look_up_and_one_to_change() {
+        let netlink = Netlink::open(&testing::netns()).unwrap();
+        assert_eq!(netlink.link_by_name("nosuch").unwrap(), None);
+        assert_eq!(netlink.link_by_index(99_999).unwrap(), None);
+        let error = netlink.set_up(99_999).unwrap_err();
+        assert!(error.is_missing(), "{error}");
+        assert_eq!(
+            error.to_string(),
+            "cannot configure interface number 99999 (up): No such device (os error 19)"
+        );
+        let error = netlink.link_by_name("a-name-that-is-too-long").unwrap_err();
+        assert!(
+            error.to_string().contains("a-name-that-is-too-long"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn the_kernels_words_are_in_the_error() {
+        let (host, sandbox) = (testing::netns(), testing::netns());
+        let netlink = Netlink::open(&host).unwrap();
+        let made = netlink.create_veth(&spec(&sandbox)).unwrap();
+        let error = netlink
+            .configure(
+                made.host,
+                &LinkSettings {
+                    mtu: Some(70_000),
+                    ..LinkSettings::default()
+                },
+            )
+            .unwrap_err();
+        assert_eq!(error.errno(), Some(nix::libc::EINVAL));
+        assert_eq!(
+            error.to_string(),
+            "cannot configure interface veth0123456789a (mtu 70000): Invalid argument (os error \
+             22): mtu greater than device maximum"
+        );
+    }
+
+    #[test]
+    fn a_device_too_small_for_ipv6_is_configured_all_the_same() {
+        let (host, sandbox) = (testing::netns(), testing::netns());
+        let netlink = Netlink::open(&host).unwrap();
+        let made = netlink
+            .create_veth(&VethSpec {
+                mtu: 1000,
+                ..spec(&sandbox)
+            })
+            .unwrap();
+        let settings = LinkSettings {
+            up: Some(true),
+            alias: Some("small"),
+            no_link_local: true,
+            ..LinkSettings::default()
+        };
+        netlink.configure(made.host, &settings).unwrap();
+        let link = netlink.link_by_index(made.host).unwrap().unwrap();
+        assert!(link.up);
+        assert_eq!((link.alias.as_str(), link.mtu), ("small", 1000));
+    }
+
+    type Described = (u32, String, u32, u32, String);
+
+    /// What sysfs says of a device: index, address, MTU, peer's index, alias.
+    fn read_device(class: &Path, name: &str) -> Described {
+        let read = |key: &str| {
+            fs::read_to_string(class.join(name).join(key))
+                .unwrap()
+                .trim()
+                .to_owned()
+        };
+        (
+            read("ifindex").parse().unwrap(),
+            read("address"),
+            read("mtu").parse().unwrap(),
+            read("iflink").parse().unwrap(),
+            read("ifalias"),
+        )
     }
 }

@@ -65,7 +65,7 @@ impl fmt::Display for Detail<'_> {
         if self.0.is_empty() {
             Ok(())
         } else {
-            write!(f, " ({})", self.0)
+            write!(f, ": {}", self.0)
         }
     }
 }
@@ -134,6 +134,9 @@ impl Netlink {
             let _reactor = runtime.enter();
             // Strict checking is what makes the kernel filter a dump.
             let (mut connection, handle, _) = rtnetlink::new_connection_with_strict_check()?;
+            // Otherwise an acknowledged request looks like a lost connection.
+            connection.set_forward_ack(true);
+            connection.set_forward_done(true);
             let socket = rtnetlink::sys::AsyncSocket::socket_mut(connection.socket_mut());
             // Reasons in words, and no echo of the request before them. Neither
             // is needed to work (Linux 4.12 and 4.3 have them).
@@ -187,48 +190,71 @@ impl Netlink {
     ) -> Result<Answer, LinkError> {
         let mut request = NetlinkMessage::from(message);
         request.header.flags = flags;
-        let unanswered = || LinkError::Protocol {
-            operation: operation(),
-            problem: "the rtnetlink connection broke off",
-        };
-        let mut responses = self
-            .handle
-            .clone()
-            .request(request)
-            .map_err(|_| unanswered())?;
-        self.runtime.block_on(async {
-            let mut answer = Answer::default();
-            let mut complete = false;
-            while let Some(response) = responses.next().await {
-                answer.interrupted |= response.header.flags & NLM_F_DUMP_INTR != 0;
-                match response.payload {
-                    NetlinkPayload::InnerMessage(message) => answer.messages.push(message),
-                    NetlinkPayload::Error(error) if error.code.is_some() => {
-                        return Err(LinkError::Refused {
-                            operation: operation(),
-                            source: error.to_io(),
-                            detail: detail(&error),
-                        });
-                    }
-                    // A dump that fails halfway says so at its end.
-                    NetlinkPayload::Done(done) if done.code != 0 => {
-                        return Err(LinkError::Refused {
-                            operation: operation(),
-                            source: io::Error::from_raw_os_error(done.code.saturating_abs()),
-                            detail: String::new(),
-                        });
-                    }
-                    NetlinkPayload::Error(_) | NetlinkPayload::Done(_) => complete = true,
-                    _ => {}
-                }
+        // The operation is put into words only here, outside the runtime:
+        // wording it may take a request of its own.
+        self.runtime
+            .block_on(answer(self.handle.clone(), request))
+            .map_err(|failure| match failure {
+                Failure::Refused { source, detail } => LinkError::Refused {
+                    operation: operation(),
+                    source,
+                    detail,
+                },
+                Failure::Lost => LinkError::Protocol {
+                    operation: operation(),
+                    problem: "the rtnetlink connection broke off",
+                },
+            })
+    }
+
+    /// How a device is called in an error: by its name, while it has one.
+    pub(super) fn interface(&self, index: u32) -> String {
+        match self.link_by_index(index) {
+            Ok(Some(link)) => format!("interface {}", link.name),
+            Ok(None) | Err(_) => format!("interface number {index}"),
+        }
+    }
+}
+
+/// Why an exchange failed, before it is known what it was for.
+enum Failure {
+    Refused { source: io::Error, detail: String },
+    Lost,
+}
+
+async fn answer(
+    mut handle: Handle,
+    request: NetlinkMessage<RouteNetlinkMessage>,
+) -> Result<Answer, Failure> {
+    let mut responses = handle.request(request).map_err(|_| Failure::Lost)?;
+    let mut answer = Answer::default();
+    let mut complete = false;
+    while let Some(response) = responses.next().await {
+        answer.interrupted |= response.header.flags & NLM_F_DUMP_INTR != 0;
+        match response.payload {
+            NetlinkPayload::InnerMessage(message) => answer.messages.push(message),
+            NetlinkPayload::Error(error) if error.code.is_some() => {
+                return Err(Failure::Refused {
+                    source: error.to_io(),
+                    detail: detail(&error),
+                });
             }
-            // The stream also ends when the connection does.
-            if complete {
-                Ok(answer)
-            } else {
-                Err(unanswered())
+            // A dump that fails halfway says so at its end.
+            NetlinkPayload::Done(done) if done.code != 0 => {
+                return Err(Failure::Refused {
+                    source: io::Error::from_raw_os_error(done.code.saturating_abs()),
+                    detail: String::new(),
+                });
             }
-        })
+            NetlinkPayload::Error(_) | NetlinkPayload::Done(_) => complete = true,
+            _ => {}
+        }
+    }
+    // The stream also ends when the connection does.
+    if complete {
+        Ok(answer)
+    } else {
+        Err(Failure::Lost)
     }
 }
 
@@ -256,7 +282,7 @@ fn detail(error: &ErrorMessage) -> String {
         .find(|attribute| attribute.kind() == NLMSGERR_ATTR_MSG)
         .map(|attribute| {
             String::from_utf8_lossy(attribute.value())
-                .trim_end_matches('\0')
+                .trim_end_matches(['\0', '.'])
                 .to_owned()
         })
         .unwrap_or_default()

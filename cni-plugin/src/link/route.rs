@@ -144,7 +144,7 @@ impl Netlink {
         match self.request(
             RouteNetlinkMessage::NewRoute(route.to_message(index)),
             NLM_F_CREATE,
-            || format!("add {route} over interface {index}"),
+            || format!("add {route} over {}", self.interface(index)),
         ) {
             Ok(_) => Ok(true),
             Err(error) if error.errno() == Some(nix::libc::EEXIST) => Ok(false),
@@ -161,7 +161,7 @@ impl Netlink {
         match self.request(
             RouteNetlinkMessage::DelRoute(route.to_message(index)),
             0,
-            || format!("delete {route} over interface {index}"),
+            || format!("delete {route} over {}", self.interface(index)),
         ) {
             Ok(_) => Ok(true),
             Err(error) if error.is_missing() => Ok(false),
@@ -188,7 +188,10 @@ impl Netlink {
         query.header.kind = RouteType::Unicast;
         query.attributes = vec![RouteAttribute::Table(table), RouteAttribute::Oif(index)];
         let found = match self.dump(&RouteNetlinkMessage::GetRoute(query), || {
-            format!("list the routes over interface {index} in table {table}")
+            format!(
+                "list the routes over {} in table {table}",
+                self.interface(index)
+            )
         }) {
             Ok(found) => found,
             // The kernel has no such table, or the device is gone.
@@ -292,5 +295,171 @@ fn to_ip(address: &RouteAddress) -> Option<IpAddr> {
         RouteAddress::Inet(address) => Some((*address).into()),
         RouteAddress::Inet6(address) => Some((*address).into()),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::link::testing::Pair;
+
+    fn net(text: &str) -> IpNet {
+        text.parse().unwrap()
+    }
+
+    /// A pair whose sandbox has an address of each family.
+    fn addressed() -> Pair {
+        let pair = Pair::new();
+        pair.up();
+        for address in ["10.1.0.5/16", "fd00::5/64"] {
+            pair.inside
+                .add_address(pair.made.peer, net(address), false)
+                .unwrap();
+        }
+        pair
+    }
+
+    fn default(gw: &str) -> Route {
+        let gw: IpAddr = gw.parse().unwrap();
+        let any = if gw.is_ipv4() { "0.0.0.0/0" } else { "::/0" };
+        Route::new(net(any), Some(gw))
+    }
+
+    #[test]
+    fn default_routes_are_added_once() {
+        let pair = addressed();
+        for gw in ["10.1.0.1", "fd00::1"] {
+            let route = default(gw);
+            assert!(!pair.inside.has_route(pair.made.peer, &route).unwrap());
+            assert!(pair.inside.add_route(pair.made.peer, &route).unwrap());
+            assert!(!pair.inside.add_route(pair.made.peer, &route).unwrap());
+            assert!(pair.inside.has_route(pair.made.peer, &route).unwrap());
+        }
+        let table = |file: &str| {
+            pair.sandbox
+                .run_in(|| fs::read_to_string(format!("/proc/thread-self/net/{file}")))
+                .unwrap()
+                .unwrap()
+        };
+        // Interface, destination, gateway (network order read as an integer).
+        let four = table("route");
+        assert!(four.contains("eth0\t00000000\t0100010A\t"), "{four}");
+        let six = table("ipv6_route");
+        let gateway = "00000000000000000000000000000000 00 00000000000000000000000000000000 00 \
+                       fd000000000000000000000000000001";
+        assert!(six.contains(gateway), "{six}");
+    }
+
+    #[test]
+    fn everything_said_of_a_route_arrives() {
+        let pair = addressed();
+        let peer = pair.made.peer;
+        for (dst, gw) in [("192.0.2.0/24", "10.1.0.1"), ("2001:db8::/32", "fd00::1")] {
+            let route = Route {
+                dst: net(dst),
+                gw: Some(gw.parse().unwrap()),
+                priority: 77,
+                table: Some(4242),
+                scope: Some(0),
+                mtu: 1400,
+                advmss: 1300,
+            };
+            assert!(pair.inside.add_route(peer, &route).unwrap());
+            let ipv6 = route.gw.unwrap().is_ipv6();
+            assert_eq!(pair.inside.routes(peer, ipv6, 4242).unwrap(), [route]);
+            assert!(pair.inside.has_route(peer, &route).unwrap());
+            // Each part counts, and another table is another table.
+            for other in [
+                Route {
+                    table: None,
+                    ..route
+                },
+                Route {
+                    table: Some(4243),
+                    ..route
+                },
+                Route {
+                    priority: 78,
+                    ..route
+                },
+                Route { mtu: 1401, ..route },
+                Route {
+                    advmss: 1301,
+                    ..route
+                },
+                Route { gw: None, ..route },
+                Route {
+                    dst: net("198.51.100.0/24"),
+                    ..route
+                },
+            ] {
+                assert!(!pair.inside.has_route(peer, &other).unwrap(), "{other}");
+            }
+            assert!(pair.inside.delete_route(peer, &route).unwrap());
+            assert!(!pair.inside.delete_route(peer, &route).unwrap());
+            assert!(!pair.inside.has_route(peer, &route).unwrap());
+        }
+    }
+
+    #[test]
+    fn routes_to_the_link_and_host_bits_are_taken() {
+        let pair = addressed();
+        let peer = pair.made.peer;
+        for dst in ["192.0.2.9/24", "2001:db8::9/64"] {
+            let route = Route::new(net(dst), None);
+            assert!(pair.inside.add_route(peer, &route).unwrap());
+            assert!(pair.inside.has_route(peer, &route).unwrap());
+        }
+        let found = pair.inside.routes(peer, false, MAIN_TABLE).unwrap();
+        let route = found.iter().find(|r| r.dst == net("192.0.2.0/24")).unwrap();
+        assert_eq!((route.gw, route.scope), (None, Some(253)));
+    }
+
+    #[test]
+    fn a_second_default_route_stands_beside_the_first() {
+        let pair = addressed();
+        let peer = pair.made.peer;
+        for gw in ["10.1.0.1", "10.1.0.2", "fd00::1", "fd00::2"] {
+            assert!(pair.inside.add_route(peer, &default(gw)).unwrap());
+        }
+        for gw in ["10.1.0.1", "10.1.0.2", "fd00::1", "fd00::2"] {
+            assert!(pair.inside.has_route(peer, &default(gw)).unwrap(), "{gw}");
+        }
+        // The newer one of IPv4 is the one that is used.
+        let first = pair.inside.routes(peer, false, MAIN_TABLE).unwrap()[0];
+        assert_eq!(first.gw, default("10.1.0.2").gw);
+    }
+
+    #[test]
+    fn a_gateway_off_the_link_is_refused_with_its_address() {
+        let pair = addressed();
+        for gw in ["192.0.2.1", "2001:db8::1"] {
+            let error = pair
+                .inside
+                .add_route(pair.made.peer, &default(gw))
+                .unwrap_err();
+            assert!(error.to_string().contains(gw), "{error}");
+            let unreachable = [nix::libc::ENETUNREACH, nix::libc::EHOSTUNREACH];
+            assert!(unreachable.contains(&error.errno().unwrap()), "{error}");
+        }
+    }
+
+    #[test]
+    fn another_devices_routes_are_not_listed() {
+        let pair = addressed();
+        let loopback = pair.inside.link_by_name("lo").unwrap().unwrap().index;
+        assert_eq!(pair.inside.routes(loopback, false, MAIN_TABLE).unwrap(), []);
+        let connected = pair
+            .inside
+            .routes(pair.made.peer, false, MAIN_TABLE)
+            .unwrap();
+        assert!(
+            connected
+                .iter()
+                .any(|route| route.dst == net("10.1.0.0/16"))
+        );
+        assert_eq!(pair.inside.routes(99_999, false, MAIN_TABLE).unwrap(), []);
     }
 }

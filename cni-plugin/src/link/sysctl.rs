@@ -175,3 +175,129 @@ impl fmt::Display for Sysctl {
         self.path.display().fmt(f)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        link::{MacAddr, Netlink, VethSpec, testing},
+        netns::Netns,
+    };
+
+    fn read(path: &str) -> String {
+        fs::read_to_string(path).unwrap().trim().to_owned()
+    }
+
+    /// A namespace with a device whose name has a dot, as VLAN devices have.
+    fn sandbox() -> Netns {
+        let sandbox = testing::netns();
+        Netlink::open(&sandbox)
+            .unwrap()
+            .create_veth(&VethSpec {
+                name: "eth0.100",
+                mac: Some(MacAddr::random()),
+                peer_name: "eth0",
+                peer_mac: None,
+                peer_netns: None,
+                mtu: 0,
+            })
+            .unwrap();
+        sandbox
+    }
+
+    #[test]
+    fn a_device_setting_is_made_once_and_of_that_device_only() {
+        sandbox()
+            .run_in(|| {
+                let setting = Sysctl::device(Family::Ipv6, "eth0.100", "accept_dad").unwrap();
+                assert_eq!(setting.get().unwrap(), Some(1));
+                assert_eq!(setting.set(0).unwrap(), Outcome::Changed);
+                assert_eq!(setting.set(0).unwrap(), Outcome::Unchanged);
+                assert_eq!(setting.get().unwrap(), Some(0));
+                assert_eq!(read("/proc/sys/net/ipv6/conf/eth0.100/accept_dad"), "0");
+                assert_eq!(read("/proc/sys/net/ipv6/conf/eth0/accept_dad"), "1");
+            })
+            .unwrap();
+    }
+
+    #[test]
+    fn settings_are_those_of_the_threads_namespace() {
+        let before = read("/proc/sys/net/ipv6/conf/all/forwarding");
+        let wanted = u32::from(before == "0");
+        testing::netns()
+            .run_in(|| {
+                // A fresh namespace's IPv4 settings may be the machine's.
+                let _ = Sysctl::ipv4_forwarding().set(0).unwrap();
+                assert_eq!(Sysctl::ipv4_forwarding().set(1).unwrap(), Outcome::Changed);
+                assert_eq!(read("/proc/sys/net/ipv4/ip_forward"), "1");
+                let _ = Sysctl::ipv6_forwarding().set(wanted).unwrap();
+                assert_eq!(
+                    read("/proc/sys/net/ipv6/conf/all/forwarding"),
+                    wanted.to_string()
+                );
+            })
+            .unwrap();
+        assert_eq!(read("/proc/sys/net/ipv6/conf/all/forwarding"), before);
+    }
+
+    #[test]
+    fn a_setting_that_is_not_there_is_no_error() {
+        testing::netns()
+            .run_in(|| {
+                for (device, key) in [("nosuch", "accept_dad"), ("lo", "no_such_key")] {
+                    let setting = Sysctl::device(Family::Ipv6, device, key).unwrap();
+                    assert_eq!(setting.get().unwrap(), None);
+                    assert_eq!(setting.set(1).unwrap(), Outcome::Missing);
+                }
+            })
+            .unwrap();
+    }
+
+    #[test]
+    fn a_refused_value_is_named() {
+        sandbox()
+            .run_in(|| {
+                let setting = Sysctl::device(Family::Ipv6, "eth0", "addr_gen_mode").unwrap();
+                let error = setting.set(77).unwrap_err();
+                assert!(matches!(error, SysctlError::Write { value: 77, .. }));
+                let text = error.to_string();
+                assert!(
+                    text.starts_with(
+                        "cannot write 77 to /proc/sys/net/ipv6/conf/eth0/addr_gen_mode: "
+                    ),
+                    "{text}"
+                );
+            })
+            .unwrap();
+    }
+
+    #[test]
+    fn names_that_lead_elsewhere_are_refused() {
+        for name in [
+            "",
+            ".",
+            "..",
+            "all",
+            "default",
+            "../../core",
+            "a/b",
+            "/",
+            "a b",
+            "a\tb",
+            "a\x0bb",
+            "a:1",
+            "a\0",
+            "sixteen-bytes-xx",
+        ] {
+            let error = Sysctl::device(Family::Ipv4, name, "rp_filter").unwrap_err();
+            assert!(error.to_string().contains(&format!("{name:?}")), "{error}");
+        }
+        for name in ["eth0", "eth0.100", "...", "fifteen-bytes-x"] {
+            let setting = Sysctl::device(Family::Ipv4, name, "rp_filter").unwrap();
+            assert_eq!(
+                setting.to_string(),
+                format!("/proc/sys/net/ipv4/conf/{name}/rp_filter")
+            );
+        }
+    }
+}
