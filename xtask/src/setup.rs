@@ -155,10 +155,10 @@ fn build_linker(llvm: LlvmVersion) -> Result<()> {
 
 /// Debian's Rust, as a toolchain of rustup's.
 fn debian_toolchain() -> Result<Toolchain> {
-    if let Ok(toolchain) = Toolchain::named(DEBIAN_TOOLCHAIN) {
-        if toolchain.has_core_source() {
-            return Ok(toolchain);
-        }
+    if let Ok(toolchain) = Toolchain::named(DEBIAN_TOOLCHAIN)
+        && toolchain.has_core_source()
+    {
+        return Ok(toolchain);
     }
     debian::install(&["rustc-web", "cargo-web", "rust-web-src"])?;
     run(Command::new("rustup").args(["toolchain", "link", DEBIAN_TOOLCHAIN, "/usr"]))?;
