@@ -11,7 +11,7 @@ use anyhow::Result;
 use crate::{
     debian,
     ebpf_toolchain::{self, DEBIAN_TOOLCHAIN, LlvmVersion, TOOLCHAIN_VARIABLE, Toolchain},
-    process::{cargo, find, run, succeeds, workspace},
+    process::{cargo, find, run, succeeds, target_directory},
 };
 
 /// The version of bpf-linker that is installed where there is none.
@@ -179,5 +179,5 @@ fn add_component(component: &str, name: Option<&str>) -> Result<()> {
 
 /// A directory for the files of a trial link.
 fn scratch() -> PathBuf {
-    workspace().join("target/xtask")
+    target_directory().join("xtask")
 }
