@@ -11,7 +11,7 @@ use anyhow::Result;
 use crate::{
     debian,
     ebpf_toolchain::{self, DEBIAN_TOOLCHAIN, LlvmVersion, TOOLCHAIN_VARIABLE, Toolchain},
-    process::{cargo, find, run, succeeds, workspace},
+    process::{cargo, find, run, succeeds, target_directory},
 };
 
 /// The version of bpf-linker that is installed where there is none.
@@ -155,10 +155,10 @@ fn build_linker(llvm: LlvmVersion) -> Result<()> {
 
 /// Debian's Rust, as a toolchain of rustup's.
 fn debian_toolchain() -> Result<Toolchain> {
-    if let Ok(toolchain) = Toolchain::named(DEBIAN_TOOLCHAIN) {
-        if toolchain.has_core_source() {
-            return Ok(toolchain);
-        }
+    if let Ok(toolchain) = Toolchain::named(DEBIAN_TOOLCHAIN)
+        && toolchain.has_core_source()
+    {
+        return Ok(toolchain);
     }
     debian::install(&["rustc-web", "cargo-web", "rust-web-src"])?;
     run(Command::new("rustup").args(["toolchain", "link", DEBIAN_TOOLCHAIN, "/usr"]))?;
@@ -179,5 +179,5 @@ fn add_component(component: &str, name: Option<&str>) -> Result<()> {
 
 /// A directory for the files of a trial link.
 fn scratch() -> PathBuf {
-    workspace().join("target/xtask")
+    target_directory().join("xtask")
 }
