@@ -1,4 +1,65 @@
-//! The `bpf-bridge` binary: the only place that touches the environment, stdin,
-//! stdout and the exit code.
+//! The `bpf-bridge` binary: the only place that touches the process's
+//! environment, stdin, stdout and exit code.
+//!
+//! Nothing but the call's one JSON document is ever written to stdout: a panic
+//! and a failed allocation tell their story on stderr, which a runtime quotes
+//! when stdout is empty, and abort.
 
-fn main() {}
+use std::{
+    env,
+    io::{self, IsTerminal, Read},
+    path::Path,
+    process::ExitCode,
+};
+
+use bpf_bridge::cni::{AttachmentId, Call, CniError, CniResult, Plugin, dispatch};
+
+fn main() -> ExitCode {
+    // An operator who tries the plugin by hand has nothing to say on stdin, and
+    // should not have to know that the plugin waits for its end.
+    let mut stdin: Box<dyn Read> = if io::stdin().is_terminal() {
+        Box::new(io::empty())
+    } else {
+        Box::new(io::stdin().lock())
+    };
+    let exit = dispatch::run(
+        &mut Unwired,
+        |name| env::var_os(name),
+        &mut stdin,
+        // Not locked: a verb's threads write to stderr as well.
+        &mut io::stdout(),
+        &mut io::stderr(),
+    );
+    exit.into()
+}
+
+/// Stands where `commands` comes.
+struct Unwired;
+
+impl Unwired {
+    fn error() -> CniError {
+        CniError::internal("this verb is not wired yet")
+    }
+}
+
+impl Plugin for Unwired {
+    fn add(&mut self, _: &Call<'_>, _: &AttachmentId, _: &Path) -> Result<CniResult, CniError> {
+        Err(Self::error())
+    }
+
+    fn check(&mut self, _: &Call<'_>, _: &AttachmentId, _: &Path) -> Result<(), CniError> {
+        Err(Self::error())
+    }
+
+    fn del(&mut self, _: &Call<'_>, _: &AttachmentId, _: Option<&Path>) -> Result<(), CniError> {
+        Err(Self::error())
+    }
+
+    fn gc(&mut self, _: &Call<'_>, _: &[AttachmentId]) -> Result<(), CniError> {
+        Err(Self::error())
+    }
+
+    fn status(&mut self, _: &Call<'_>) -> Result<(), CniError> {
+        Err(Self::error())
+    }
+}

@@ -289,3 +289,6 @@ fn versions(stdin: &[u8]) -> Value {
         "supportedVersions": SpecVersion::SUPPORTED.map(SpecVersion::as_str),
     })
 }
+
+#[cfg(test)]
+mod tests;
