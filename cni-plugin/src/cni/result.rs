@@ -344,6 +344,24 @@ impl CniResult {
         Ok(())
     }
 
+    /// This result behind that of the plugins before this one in the chain: what
+    /// ADD answers where it got a `prevResult`.
+    #[must_use]
+    pub fn after(mut self, prev: Self) -> Self {
+        let mut all = prev;
+        for ip in &mut self.ips {
+            ip.interface = ip.interface.map(|index| index + all.interfaces.len());
+        }
+        all.interfaces.extend(self.interfaces);
+        all.ips.extend(self.ips);
+        all.routes.extend(self.routes);
+        all.extra.extend(self.extra);
+        if !self.dns.is_empty() {
+            all.dns = self.dns;
+        }
+        all
+    }
+
     /// Writes the result as `version` has it. What an older version cannot carry
     /// is left out.
     ///
@@ -531,6 +549,32 @@ mod tests {
             let error = CniResult::default().to_json(version).unwrap_err();
             assert!(error.msg.contains("no valid IP addresses"), "{error}");
         }
+    }
+
+    #[test]
+    fn a_result_is_put_behind_the_previous_one() {
+        let own = CniResult {
+            interfaces: vec![Interface {
+                name: "net1".to_owned(),
+                ..Interface::default()
+            }],
+            ips: vec![
+                IpConfig {
+                    interface: Some(0),
+                    ..IpConfig::new("10.7.0.2/24".parse().unwrap())
+                },
+                IpConfig::new("10.7.0.3/24".parse().unwrap()),
+            ],
+            ..CniResult::default()
+        };
+        let all = own.clone().after(full());
+        let named: Vec<_> = all.ips.iter().map(|ip| ip.interface).collect();
+        assert_eq!(named, [Some(1), None, Some(1), Some(2), None]);
+        assert_eq!(all.interfaces[2].name, "net1");
+        assert_eq!(all.dns, full().dns);
+        assert_eq!(all.extra, full().extra);
+        assert_eq!(own.clone().after(CniResult::default()), own);
+        assert_eq!(CniResult::default().after(full()), full());
     }
 
     #[test]

@@ -178,6 +178,7 @@ fn config(version: &str) -> Value {
         "cniVersion": version,
         "name": "net",
         "type": "bpf-bridge",
+        "ipam": { "type": "static" },
         "prevResult": {},
         "cni.dev/valid-attachments": [{ "containerID": "c2", "ifname": "eth0" }],
     })
@@ -408,6 +409,11 @@ fn an_add_whose_answer_is_lost_is_undone() {
     assert_eq!(exit, Exit::Failure);
     assert_eq!(plugin.calls, undone);
     assert!(stderr.contains("undoing it: stuck"), "{stderr}");
+    let json: Value = serde_json::from_slice(&stdout.0).unwrap();
+    assert!(
+        json["ips"].is_array(),
+        "nothing is added to what is out already"
+    );
 }
 
 #[test]
@@ -419,6 +425,28 @@ fn an_add_whose_result_the_version_cannot_express_is_undone() {
         assert!(message.contains("no valid IP addresses"), "{message}");
         assert_eq!(answer.calls.len(), 2);
         assert!(answer.calls[1].starts_with("DEL"), "{:?}", answer.calls);
+    }
+}
+
+#[test]
+fn an_add_that_no_result_could_tell_of_is_not_begun() {
+    for version in SpecVersion::SUPPORTED {
+        let mut config = config(version.as_str());
+        config.as_object_mut().unwrap().remove("ipam");
+        let answer = call("ADD", &config);
+        if version < SpecVersion::V0_3_0 {
+            let message = answer.error(1);
+            assert!(message.contains("no valid IP addresses"), "{message}");
+            assert_eq!(answer.calls, [""; 0]);
+        } else {
+            assert_eq!(answer.exit, Exit::Success, "{}", answer.stdout);
+        }
+        // The addresses of the plugins before it are told.
+        config["prevResult"] = json!({
+            "ip4": { "ip": "10.0.0.2/8" },
+            "ips": [{ "address": "10.0.0.2/8" }],
+        });
+        assert_eq!(call("ADD", &config).exit, Exit::Success);
     }
 }
 
