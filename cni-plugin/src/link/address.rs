@@ -169,7 +169,7 @@ mod tests {
     use super::*;
     use crate::{
         link::{
-            MacAddr, VethSpec,
+            VethSpec,
             testing::{self, Pair},
         },
         netns::Netns,
