@@ -48,6 +48,15 @@ pub enum LogLevel {
 }
 
 impl LogLevel {
+    /// Every level at which anything is written.
+    pub const LOGGING: [Self; 5] = [
+        Self::Error,
+        Self::Warn,
+        Self::Info,
+        Self::Debug,
+        Self::Trace,
+    ];
+
     /// Its name in a configuration and in a pin path.
     pub const fn name(self) -> &'static str {
         match self {
