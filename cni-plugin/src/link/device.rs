@@ -18,7 +18,8 @@ use rtnetlink::packet_core::{
     DefaultNla, Emitable, NLA_F_NESTED, NLM_F_CREATE, NLM_F_ECHO, NLM_F_EXCL,
 };
 
-use super::{LinkError, MacAddr, Netlink};
+use super::{LinkError, Netlink};
+use crate::mac::MacAddr;
 use crate::netns::Netns;
 
 /// A device as the kernel describes it.
@@ -115,7 +116,7 @@ impl LinkSettings<'_> {
         }
         let attributes = &mut change.attributes;
         if let Some(mac) = self.mac {
-            attributes.push(LinkAttribute::Address(mac.0.to_vec()));
+            attributes.push(LinkAttribute::Address(mac.octets().to_vec()));
         }
         if let Some(mtu) = self.mtu {
             attributes.push(LinkAttribute::Mtu(mtu));
@@ -260,7 +261,7 @@ impl Netlink {
             let mut end = LinkMessage::default();
             end.attributes.push(LinkAttribute::IfName(name.to_owned()));
             if let Some(mac) = mac {
-                end.attributes.push(LinkAttribute::Address(mac.0.to_vec()));
+                end.attributes.push(LinkAttribute::Address(mac.octets().to_vec()));
             }
             if spec.mtu != 0 {
                 end.attributes.push(LinkAttribute::Mtu(spec.mtu));
@@ -463,7 +464,7 @@ impl From<LinkMessage> for Link {
             match attribute {
                 LinkAttribute::IfName(name) => link.name = name,
                 LinkAttribute::IfAlias(alias) => link.alias = alias,
-                LinkAttribute::Address(octets) => link.mac = octets.try_into().ok().map(MacAddr),
+                LinkAttribute::Address(octets) => link.mac = octets.try_into().ok().map(MacAddr::new),
                 LinkAttribute::Mtu(mtu) => link.mtu = mtu,
                 LinkAttribute::OperState(state) => link.running = state == State::Up,
                 LinkAttribute::Controller(index) => link.master = Some(index),
@@ -490,8 +491,8 @@ mod tests {
     use super::*;
     use crate::link::testing::{self, sys};
 
-    const MAC: MacAddr = MacAddr([0x02, 0, 0x5e, 0, 0, 1]);
-    const PEER_MAC: MacAddr = MacAddr([0x02, 0, 0x5e, 0, 0, 2]);
+    const MAC: MacAddr = MacAddr::new([0x02, 0, 0x5e, 0, 0, 1]);
+    const PEER_MAC: MacAddr = MacAddr::new([0x02, 0, 0x5e, 0, 0, 2]);
 
     fn spec<'a>(sandbox: &'a Netns) -> VethSpec<'a> {
         VethSpec {
@@ -599,7 +600,7 @@ mod tests {
         let netlink = Netlink::open(&host).unwrap();
         let made = netlink.create_veth(&spec(&sandbox)).unwrap();
         let alias = "bpf-bridge cbr0 0123456789abcdef eth0";
-        let mac = MacAddr([0x02, 0, 0x5e, 0, 0, 3]);
+        let mac = MacAddr::new([0x02, 0, 0x5e, 0, 0, 3]);
         let before = host
             .run_in(|| fs::read_to_string("/proc/sys/net/ipv4/conf/veth0123456789a/rp_filter"))
             .unwrap()

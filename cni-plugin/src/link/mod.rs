@@ -12,7 +12,6 @@
 mod address;
 mod device;
 mod filter;
-mod mac;
 mod netlink;
 mod route;
 pub mod sysctl;
@@ -22,7 +21,6 @@ pub(crate) mod testing;
 pub use self::{
     address::Address,
     device::{Ipv4Conf, Link, LinkSettings, VethIndices, VethSpec},
-    mac::{MacAddr, ParseMacError},
     netlink::{LinkError, Netlink},
     route::{MAIN_TABLE, Route},
 };
