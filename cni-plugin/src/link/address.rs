@@ -32,7 +32,7 @@ impl Netlink {
     /// detection, as the device's `accept_dad` says. IPv4 knows no such thing.
     ///
     /// Given to a device that is still down, its own
-    /// [link-local address](super::MacAddr::link_local) is ready the moment it
+    /// [link-local address](crate::mac::MacAddr::link_local) is ready the moment it
     /// comes up; the one that the kernel would make then is tentative until a
     /// work queue has run, even with `accept_dad` 0.
     ///
@@ -175,9 +175,10 @@ mod tests {
     use super::*;
     use crate::{
         link::{
-            MacAddr, VethSpec,
+            VethSpec,
             testing::{self, Pair},
         },
+        mac::MacAddr,
         netns::Netns,
     };
 
