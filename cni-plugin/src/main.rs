@@ -7,13 +7,19 @@
 
 use std::{
     env,
-    io::{self, IsTerminal as _, Read},
+    ffi::OsString,
+    io::{self, IsTerminal as _, Read, Write as _},
     process::ExitCode,
 };
 
-use bpf_bridge::{cni::dispatch, commands::BpfBridge};
+use bpf_bridge::{cni::dispatch, commands::BpfBridge, follow};
 
 fn main() -> ExitCode {
+    // No runtime passes arguments: they are an operator's.
+    let arguments: Vec<_> = env::args_os().skip(1).collect();
+    if !arguments.is_empty() {
+        return operator(&arguments);
+    }
     // An operator who tries the plugin by hand has nothing to say on stdin, and
     // should not have to know that the plugin waits for its end.
     let mut stdin: Box<dyn Read> = if io::stdin().is_terminal() {
@@ -30,4 +36,24 @@ fn main() -> ExitCode {
         &mut io::stderr(),
     );
     exit.into()
+}
+
+/// Serves an operator at a terminal.
+fn operator(arguments: &[OsString]) -> ExitCode {
+    let done = match arguments {
+        [verb] if verb == "log" => {
+            follow::run(&mut io::stdout()).map_err(|error| error.to_string())
+        }
+        _ => Err(format!(
+            "{arguments:?}: the only command is `log`, which shows what the eBPF programs of \
+             networks with a `logLevel` write; everything else is done through CNI_COMMAND"
+        )),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = writeln!(io::stderr(), "{}: {error}", env!("CARGO_PKG_NAME"));
+            ExitCode::FAILURE
+        }
+    }
 }

@@ -183,7 +183,7 @@ fn attach(
     }
     complete_gateways(config, &mut given);
     let inside = Netlink::open(sandbox)?;
-    assign(config, attachment, sandbox, &inside, pair.peer, &given)?;
+    assign(config, attachment, sandbox, &inside, pair.peer, mac, &given)?;
 
     record.addresses = given.ips.iter().map(|ip| ip.address.addr()).collect();
     let gateway = join(config, claim, host, &mut record, pair.host, &given)?;
@@ -379,14 +379,28 @@ fn assign(
     sandbox: &Netns,
     inside: &Netlink,
     ifindex: u32,
+    mac: MacAddr,
     given: &CniResult,
 ) -> Result<(), CniError> {
     let ipv6 = given.ips.iter().any(|ip| ip.address.addr().is_ipv6());
     sandbox.run_in(|| settings(config, attachment.ifname, ipv6))??;
+    if ipv6 && !config.enable_dad {
+        // The kernel's own stays tentative until a work queue has run.
+        inside.add_address(ifindex, link_local(mac), false)?;
+    }
     for ip in &given.ips {
         inside.add_address(ifindex, ip.address, config.enable_dad)?;
     }
     Ok(())
+}
+
+/// The link-local address that the kernel would give the interface, with its
+/// prefix.
+fn link_local(mac: MacAddr) -> IpNet {
+    // 64 fits, so there is no error to tell of.
+    Ipv6Net::new(mac.link_local(), 64)
+        .unwrap_or_default()
+        .into()
 }
 
 /// The sandbox's settings, in the order in which they must be made.
