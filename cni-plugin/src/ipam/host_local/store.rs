@@ -260,8 +260,8 @@ impl Store {
     /// free one after the address that the set gave out last. `alive` tells whether an
     /// owner's host veth exists; it is asked about the owner itself if it has leases, and
     /// about others if there is no free address. It must be quick and not use the store.
-    /// So the owner's own veth must not be made before this is called: it would count as
-    /// alive with the leases of an earlier life.
+    /// Of the owner itself it is to say whether an earlier attachment lives: a veth that was
+    /// made for this very ADD does not count.
     ///
     /// # Errors
     /// The owner has an address of the configuration and is alive; a set has no free
