@@ -21,6 +21,7 @@ mod namespace;
 mod node;
 mod packet;
 mod plugin;
+mod pod;
 mod snapshot;
 mod traffic;
 
@@ -28,5 +29,6 @@ pub use namespace::{Namespace, Process, wait_for};
 pub use node::{Node, Outside, Sandbox};
 pub use packet::{Captured, Frame, MacAddr, PacketSocket};
 pub use plugin::{Attachment, Call, CniError, Network, Reply, Verb, plugin_binary};
+pub use pod::Pod;
 pub use snapshot::Snapshot;
 pub use traffic::{EchoServer, TransferReport, digest};

@@ -151,7 +151,7 @@ impl Node {
              addr add {v4}/24 dev {uplink}\n\
              addr add {v6}/64 dev {uplink} nodad\n\
              route add default via {far_v4}\n\
-             -6 route add default via {far_v6}",
+             route add default via {far_v6}",
             uplink = Outside::UPLINK,
             v4 = Outside::NODE_V4,
             v6 = Outside::NODE_V6,

@@ -132,16 +132,11 @@ impl Frame {
         Self::new(destination, sender.0, Self::ARP, &body)
     }
 
-    /// A gratuitous ARP announcement: `mac` has `address` (RFC 5227, section
-    /// 2.3, as a reply, which old stacks heed too).
+    /// A gratuitous ARP announcement: `mac` has `address` (RFC 5227, section 3,
+    /// as a reply, where Linux wants the sender for the target as well).
     #[must_use]
     pub fn gratuitous_arp(mac: MacAddr, address: Ipv4Addr) -> Self {
-        Self::arp(
-            MacAddr::BROADCAST,
-            2,
-            (mac, address),
-            (MacAddr::BROADCAST, address),
-        )
+        Self::arp(MacAddr::BROADCAST, 2, (mac, address), (mac, address))
     }
 
     /// An ARP probe: does anyone have `address`? (RFC 5227, section 2.1.1)
