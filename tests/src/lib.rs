@@ -25,7 +25,7 @@ mod pod;
 mod snapshot;
 mod traffic;
 
-pub use namespace::{Namespace, Process, wait_for};
+pub use namespace::{Namespace, Offload, Process, wait_for};
 pub use node::{Node, Outside, Sandbox};
 pub use packet::{Captured, Frame, MacAddr, PacketSocket};
 pub use plugin::{Attachment, Call, CniError, Network, Reply, Verb, plugin_binary};

@@ -4,8 +4,8 @@
 use std::{
     fs::File,
     io::Write as _,
-    net::IpAddr,
-    os::fd::{AsFd as _, OwnedFd},
+    net::{IpAddr, UdpSocket},
+    os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
     path::Path,
     process::{Child, Command, Output, Stdio},
     thread,
@@ -13,7 +13,10 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
-use nix::sched::{CloneFlags, setns, unshare};
+use nix::{
+    libc,
+    sched::{CloneFlags, setns, unshare},
+};
 use serde_json::Value;
 
 /// A network namespace, and the mount namespace that its processes see.
@@ -255,8 +258,8 @@ impl Namespace {
             .collect())
     }
 
-    /// Pings an address: `count` echo requests, 50 ms apart, each waited for one
-    /// second at most.
+    /// Pings an address: `count` echo requests, 50 ms apart, each waited for three
+    /// seconds at most.
     ///
     /// # Errors
     ///
@@ -273,7 +276,7 @@ impl Namespace {
     pub fn ping_with(&self, address: IpAddr, count: u32, arguments: &[&str]) -> Result<()> {
         let output = self.output(
             Command::new("ping")
-                .args(["-n", "-i", "0.05", "-W", "1", "-c", &count.to_string()])
+                .args(["-n", "-i", "0.05", "-W", "3", "-c", &count.to_string()])
                 .args(arguments)
                 .arg(address.to_string()),
         )?;
@@ -287,10 +290,65 @@ impl Namespace {
         Ok(())
     }
 
+    /// Whether an offload of a device is on.
+    ///
+    /// # Errors
+    ///
+    /// That there is no such device, or it does not know of offloads.
+    pub fn offload(&self, device: &str, offload: Offload) -> Result<bool> {
+        /// `struct ethtool_value` of `linux/ethtool.h`.
+        #[repr(C)]
+        struct EthtoolValue {
+            cmd: u32,
+            data: u32,
+        }
+        self.within(|| {
+            let socket = UdpSocket::bind("0.0.0.0:0").context("opening a socket")?;
+            let mut value = EthtoolValue {
+                cmd: offload as u32,
+                data: 0,
+            };
+            // SAFETY: an all-zero ifreq is a valid value of that plain C struct.
+            let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+            ensure!(
+                device.len() < request.ifr_name.len(),
+                "{device} is too long a name"
+            );
+            for (to, from) in request.ifr_name.iter_mut().zip(device.bytes()) {
+                *to = from.cast_signed();
+            }
+            request.ifr_ifru.ifru_data = (&raw mut value).cast();
+            // SAFETY: the request points to a value of the type that the command
+            // in it reads and writes.
+            let done = unsafe { libc::ioctl(socket.as_raw_fd(), SIOCETHTOOL, &raw mut request) };
+            ensure!(
+                done == 0,
+                "asking {device} for its offloads: {}",
+                std::io::Error::last_os_error()
+            );
+            Ok(value.data != 0)
+        })
+    }
+
     /// The network namespace, to move a device to it.
     pub(crate) fn net(&self) -> std::os::fd::BorrowedFd<'_> {
         self.net.as_fd()
     }
+}
+
+/// `linux/sockios.h`; the libc crate lacks it for musl.
+const SIOCETHTOOL: libc::Ioctl = 0x8946;
+
+/// What a device does in place of the stack, by the number of the command that
+/// asks for it (`linux/ethtool.h`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Offload {
+    /// Transport checksums of packets sent.
+    TxChecksum = 0x16,
+    /// Cutting of large TCP segments.
+    TcpSegmentation = 0x1e,
+    /// Generic segmentation.
+    GenericSegmentation = 0x23,
 }
 
 /// A command that stays, made by [`Namespace::spawn`]; ended on drop.

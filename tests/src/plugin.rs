@@ -411,6 +411,12 @@ impl<'node> Network<'node> {
         )
     }
 
+    /// The node it is on.
+    #[must_use]
+    pub fn node(&self) -> &'node Node {
+        self.node
+    }
+
     /// The configurations in the order of the list, as ADD, DEL and CHECK of an
     /// attachment find them on standard input (without `prevResult`).
     ///

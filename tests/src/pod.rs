@@ -8,7 +8,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use serde_json::Value;
 
-use crate::{Attachment, Network, Node, Sandbox};
+use crate::{Attachment, Network, Sandbox};
 
 /// A sandbox that is attached to a network, and what ADD said of it.
 ///
@@ -26,8 +26,8 @@ impl Network<'_> {
     /// # Errors
     ///
     /// The plugin's error.
-    pub fn pod(&self, node: &Node, name: &str) -> Result<Pod> {
-        let sandbox = node.sandbox(name)?;
+    pub fn pod(&self, name: &str) -> Result<Pod> {
+        let sandbox = self.node().sandbox(name)?;
         let attachment = sandbox.attachment();
         self.pod_with(sandbox, attachment)
     }

@@ -51,9 +51,7 @@ fn refused(node: &Node, config: impl ToString) -> Result<CniError> {
 /// ADDs a configuration that must be accepted.
 fn attached(node: &Node, name: &str, config: Value) -> Result<Pod> {
     let text = config.to_string();
-    Network::new(node, config)
-        .pod(node, name)
-        .with_context(|| text)
+    Network::new(node, config).pod(name).with_context(|| text)
 }
 
 fn strings(value: &Value) -> Vec<&str> {
@@ -604,7 +602,7 @@ printf '%s' '{
         &node,
         json!({"cniVersion": "1.0.0", "name": "net", "plugins": [{"type": "first"}, ours]}),
     );
-    let pod = network.pod(&node, "pod")?;
+    let pod = network.pod("pod")?;
     let result = pod.result();
     interface(result, "tap0")?;
     for ip in result["ips"].as_array().into_iter().flatten() {
@@ -725,7 +723,7 @@ fn without_ipam_the_pod_has_a_link_and_no_address() -> Result<()> {
     for (name, ipam) in [("absent", Value::Null), ("empty", json!({}))] {
         let config = dual_stack_with(&node, json!({"isDefaultGateway": null, "ipam": ipam}));
         let network = Network::new(&node, config);
-        let pod = network.pod(&node, name)?;
+        let pod = network.pod(name)?;
         ensure!(pod.addresses().is_empty(), "{}", pod.result());
         let eth0 = pod.device("eth0")?;
         ensure!(eth0["flags"].to_string().contains("\"UP\""), "{eth0}");
@@ -997,7 +995,7 @@ fn other_ipam_plugins_are_executed() -> Result<()> {
         }}),
     );
     let network = Network::new(&node, config);
-    let pod = network.pod(&node, "pod")?;
+    let pod = network.pod("pod")?;
     let expected: [IpAddr; 2] = ["10.82.0.5".parse()?, "fd82::5".parse()?];
     ensure!(pod.addresses() == expected, "{}", pod.result());
     ensure!(strings(&pod.result()["dns"]["nameservers"]) == ["192.0.2.53"]);
@@ -1029,7 +1027,7 @@ echo '{"cniVersion": "1.1.0", "ips": [{"address": "10.83.0.5/24"}]}'
         json!({"cniVersion": "1.1.0", "ipam": {"type": "recording", "x-secret": 1}}),
     );
     let network = Network::new(&node, config.clone());
-    let pod = network.pod(&node, "pod")?;
+    let pod = network.pod("pod")?;
     ensure!(
         pod.addresses() == ["10.83.0.5".parse::<IpAddr>()?],
         "{}",
