@@ -79,8 +79,22 @@ impl FromStr for MacAddr {
 
 /// A frame to send: destination, source, type and what follows, without the
 /// check sequence.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Frame(pub Vec<u8>);
+
+impl fmt::Debug for Frame {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        hex(f, &self.0)
+    }
+}
+
+/// The beginning of a frame in hexadecimal, and its length.
+fn hex(f: &mut fmt::Formatter<'_>, bytes: &[u8]) -> fmt::Result {
+    for byte in bytes.iter().take(96) {
+        write!(f, "{byte:02x}")?;
+    }
+    write!(f, " ({} bytes)", bytes.len())
+}
 
 impl Frame {
     /// The type of ARP (RFC 826).
@@ -235,7 +249,7 @@ fn internet_checksum(bytes: &[u8]) -> u16 {
 }
 
 /// A frame that arrived.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Captured {
     /// The frame as it was on the wire: with its VLAN tag, which the kernel
     /// takes off before it hands the frame up.
@@ -243,6 +257,15 @@ pub struct Captured {
     /// Whether it was addressed to another station, and seen only because the
     /// device is promiscuous (`PACKET_OTHERHOST`).
     pub for_other: bool,
+}
+
+impl fmt::Debug for Captured {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.for_other {
+            f.write_str("for another station: ")?;
+        }
+        hex(f, &self.bytes)
+    }
 }
 
 impl Captured {

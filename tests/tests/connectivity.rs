@@ -26,7 +26,17 @@ fn pods<const N: usize>(network: &Network) -> Result<[Pod; N]> {
         .take(N)
         .map(|name| network.pod(&name.to_string()))
         .collect::<Result<_>>()?;
+    settle(network.node());
     pods.try_into().ok().context("too many pods")
+}
+
+/// Lets IPv6 addresses cease to be tentative when these tests run against the
+/// stock bridge, to see whether it is the test or the plugin that is wrong.
+/// With ours everything must work at once.
+fn settle(node: &Node) {
+    if node.plugin() == "bridge" {
+        std::thread::sleep(Duration::from_secs(3));
+    }
 }
 
 /// A dual-stack network with one more option.
@@ -67,14 +77,14 @@ fn eth0(pod: &Namespace) -> Result<(PacketSocket, MacAddr)> {
 fn arrives(socket: &PacketSocket, frame: &Frame) -> Result<Captured> {
     socket
         .receive(PATIENCE, |seen| seen.bytes == frame.0)?
-        .with_context(|| format!("{frame:02x?} did not arrive"))
+        .with_context(|| format!("{frame:?} did not arrive"))
 }
 
 /// That this frame does not come, nor one that was made from it: from the same
 /// station, of the same type.
 fn stays_away(socket: &PacketSocket, frame: &Frame) -> Result<()> {
     let seen = socket.receive(SILENCE, |seen| seen.bytes.get(6..14) == frame.0.get(6..14))?;
-    ensure!(seen.is_none(), "{frame:02x?} arrived as {seen:02x?}");
+    ensure!(seen.is_none(), "{frame:?} arrived as {seen:?}");
     Ok(())
 }
 
@@ -286,8 +296,8 @@ fn frames_of_any_type_and_with_vlan_tags_pass_unmodified() -> Result<()> {
             // Shorter than any header that a program may expect.
             Frame::new(destination, mac_a, Frame::EXPERIMENTAL, &[1]),
             // Types that a program does look into, cut off and nonsensical.
+            // (A Linux bridge drops an ARP packet that is cut off.)
             Frame::new(destination, mac_a, Frame::ARP, &[0xff; 46]),
-            Frame::new(destination, mac_a, Frame::ARP, &[0, 1]),
             Frame::new(destination, mac_a, 0x0800, &[0x4f]),
             Frame::new(destination, mac_a, Frame::IPV6, &[0x60, 0, 0]),
             // IEEE 802.3 length in place of a type.
@@ -408,7 +418,6 @@ fn an_address_can_move_from_pod_to_pod() -> Result<()> {
     );
     let take = format!("addr add {v4}/16 dev eth0\naddr add {v6}/64 dev eth0 nodad");
     let give = take.replace("add ", "del ").replace(" nodad", "");
-    let give = give.replace("addr", "addr");
     a.ip(&take)?;
     for address in [v4.into(), v6.into()] {
         talks(&b, &a, address)?;
@@ -452,7 +461,7 @@ fn networks_on_different_bridges_are_separate_segments() -> Result<()> {
     // The other network's addresses are answered for there, and not here.
     at_a.send(&Frame::arp_probe(mac_a, other.v4()?))?;
     let answer = at_a.receive(SILENCE, |seen| seen.ethertype() == Frame::ARP)?;
-    ensure!(answer.is_none(), "{answer:02x?}");
+    ensure!(answer.is_none(), "{answer:?}");
     // The host routes between the two.
     talks(&a, &other, other.v4()?.into())?;
     talks(&a, &other, other.v6()?.into())
@@ -684,17 +693,14 @@ fn probes_are_answered_for_others_and_never_for_the_asker() -> Result<()> {
             socket.send(&frame)?;
             let answer =
                 arp_answer(PATIENCE)?.with_context(|| format!("no answer to {frame:?}"))?;
-            ensure!(
-                sender_of(&answer) == Some(owner.0.to_vec()),
-                "{answer:02x?}"
-            );
+            ensure!(sender_of(&answer) == Some(owner.0.to_vec()), "{answer:?}");
             let second = arp_answer(SILENCE)?;
-            ensure!(second.is_none(), "answered twice: {second:02x?}");
+            ensure!(second.is_none(), "answered twice: {second:?}");
         }
     }
     socket.send(&Frame::arp_probe(mac, a.v4()?))?;
     let answer = arp_answer(SILENCE)?;
-    ensure!(answer.is_none(), "{answer:02x?}");
+    ensure!(answer.is_none(), "{answer:?}");
     // Nobody has it, so nobody answers.
     socket.send(&Frame::arp_probe(mac, "10.77.222.222".parse()?))?;
     ensure!(arp_answer(SILENCE)?.is_none());
@@ -713,13 +719,13 @@ fn probes_are_answered_for_others_and_never_for_the_asker() -> Result<()> {
             socket.send(&Frame::solicitation(mac, source, address))?;
             let answer = advertisement(PATIENCE, address)?
                 .with_context(|| format!("no answer for {address} to {source}"))?;
-            ensure!(answer.bytes.ends_with(&owner.0), "{answer:02x?}");
+            ensure!(answer.bytes.ends_with(&owner.0), "{answer:?}");
         }
     }
     for source in [a.v6()?, Ipv6Addr::UNSPECIFIED] {
         socket.send(&Frame::solicitation(mac, source, a.v6()?))?;
         let answer = advertisement(SILENCE, a.v6()?)?;
-        ensure!(answer.is_none(), "{answer:02x?}");
+        ensure!(answer.is_none(), "{answer:?}");
     }
     Ok(())
 }
@@ -734,6 +740,7 @@ fn neighbours_stay_reachable_when_probed() -> Result<()> {
         let entry = from.run(&format!("ip neigh show {address} dev {device}"))?;
         let mac = entry
             .split_whitespace()
+            .skip_while(|word| *word != "lladdr")
             .nth(1)
             .with_context(|| format!("{address}: {entry:?}"))?;
         // Sends unicast requests, as the kernel does minutes later by itself.
@@ -847,6 +854,7 @@ fn a_port_that_comes_back_with_another_pod_has_no_memory_of_the_first() -> Resul
     for name in ["first", "second"] {
         // Same addresses, another MAC; the observer's neighbour entry is old.
         let pod = one.pod(name)?;
+        settle(&node);
         for address in fixed {
             let server: SocketAddr = EchoServer::start(&pod, address)?.address();
             ensure!(server.ip() == address);
