@@ -1,6 +1,32 @@
 //! bpf-bridge: the bridge network, without the bridge.
+//!
+//! A runtime calls the binary; [`cni`] turns the environment and stdin into a
+//! call, [`commands`] does it, and [`cni`] writes the answer. Everything else is a
+//! module for one resource:
+//!
+//! | module | what it is for |
+//! |---|---|
+//! | [`cni`] | the protocol: environment, configuration, result, errors, versions |
+//! | [`commands`] | the verbs, one file each: the order of the work and its undoing |
+//! | [`attachment`] | the names of an attachment, its record and its lock |
+//! | [`ipam`] | addresses: the embedded store, or another plugin |
+//! | [`netns`] | network namespaces |
+//! | [`link`] | devices, addresses, routes and settings, through rtnetlink and procfs |
+//! | [`gateway`] | the gateway port, by which the host takes part in a segment |
+//! | [`datapath`] | the eBPF programs and their maps, from the plugin's side |
+//! | [`lock`] | file locks |
+//! | [`mac`] | Ethernet addresses |
+//!
+//! [`commands::add`] is the place to begin reading; the programs are in the
+//! package `bpf-bridge-ebpf`.
 
+pub mod attachment;
 pub mod cni;
+pub mod commands;
+pub mod datapath;
+pub mod gateway;
 pub mod ipam;
 pub mod link;
+pub mod lock;
+pub mod mac;
 pub mod netns;

@@ -1,9 +1,29 @@
-//! The programs.
+//! The programs that switch the frames of bpf-bridge.
+//!
+//! | file | hook |
+//! |---|---|
+//! | [`port`] | tc ingress of every port: each frame that a pod or the host sends into a network |
+//! | [`responder`] | called by `port` for broadcasts that may be neighbour requests |
+//! | [`flood`] | called by both for what every port must get |
+//!
+//! [`maps`] has the tables, and the `bpf-bridge-common` crate their layouts.
+//! Minimum kernel: 5.10 (`bpf_redirect_peer`).
 #![no_std]
 #![no_main]
+
+mod flood;
+mod maps;
+mod port;
+mod responder;
+
+/// The kernel gives its GPL-only helpers to programs that say this.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 4] = *b"GPL\0";
 
 #[cfg(not(test))]
 #[panic_handler]
 fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
+    // Never reached: the verifier refuses a program that could loop here.
     loop {}
 }

@@ -1,2 +1,62 @@
-//! Developer commands.
-fn main() {}
+//! `cargo xtask`: what a developer of bpf-bridge runs.
+//!
+//! One file per command; [`setup`] provides what the others need, so that each
+//! of them works on a machine on which nothing was installed by hand.
+
+#![allow(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "a command that talks to the person who ran it"
+)]
+
+mod build;
+mod debian;
+mod ebpf_toolchain;
+mod lint;
+mod process;
+mod setup;
+mod test;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Develop bpf-bridge.
+#[derive(Parser)]
+#[command(name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Install what building and testing need and this machine lacks.
+    Setup,
+    /// Build the plugin, one static binary.
+    Build,
+    /// Run all tests (needs root: pods live in namespaces).
+    Test {
+        /// Arguments for the test binaries: a filter, `--nocapture`, …
+        #[arg(last = true)]
+        arguments: Vec<String>,
+    },
+    /// Check format, lints and documentation.
+    Lint,
+}
+
+fn main() -> ExitCode {
+    let result = match Arguments::parse().command {
+        Command::Setup => setup::run_all(),
+        Command::Build => build::run(),
+        Command::Test { arguments } => test::run_all(&arguments),
+        Command::Lint => lint::run_all(),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

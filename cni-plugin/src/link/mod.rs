@@ -1,1 +1,26 @@
-//! link
+//! Devices, addresses, routes, packet filters and sysctls, through rtnetlink and
+//! procfs.
+//!
+//! [`Netlink`] is a connection to the rtnetlink of one network namespace; its
+//! methods are blocking and each is one request, but where it says otherwise. A
+//! pod's set-up takes two connections: one of the host, which creates the veth
+//! pair with its peer already inside the sandbox, and one of the sandbox.
+//!
+//! Nothing here scans: devices are looked up by index or name, and what the
+//! kernel only offers as a dump is asked for one device, filtered by the kernel.
+
+mod address;
+mod device;
+mod filter;
+mod netlink;
+mod route;
+pub mod sysctl;
+#[cfg(test)]
+pub(crate) mod testing;
+
+pub use self::{
+    address::Address,
+    device::{Ipv4Conf, Link, LinkSettings, VethIndices, VethSpec},
+    netlink::{LinkError, Netlink},
+    route::{MAIN_TABLE, Route},
+};

@@ -1,2 +1,14 @@
+//! What the eBPF programs and the plugin must agree on: the layouts of the maps,
+//! and the packet logic that is worth testing without a kernel.
+//!
+//! Nothing here allocates, calls a helper or knows of aya: the same code is
+//! compiled for the bpf target and for the host.
 #![no_std]
-//! Map layouts and packet logic that the eBPF programs and the plugin share.
+
+#[cfg(test)]
+extern crate std;
+
+pub mod drops;
+pub mod frame;
+pub mod layout;
+pub mod responder;

@@ -1,0 +1,277 @@
+//! An attachment: its names, and the record of what was made for it.
+//!
+//! ```text
+//! /run/bpf-bridge/attachments/<network>/<container id>:<ifname>   one JSON object
+//! ```
+//!
+//! The record's file is the attachment's lock as well: whoever works on the
+//! attachment holds it. Records describe things that do not survive a reboot, and
+//! neither does `/run`.
+
+use std::{
+    fs::{self, File},
+    io::{self, Read as _},
+    net::IpAddr,
+    os::unix::fs::FileExt as _,
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::{
+    datapath::LogLevel,
+    lock::{Lock, LockError, Mode},
+};
+
+/// Where records are.
+const ROOT: &str = "/run/bpf-bridge/attachments";
+/// No alias is longer (`IFALIASZ` of `linux/if.h` is 256 with its NUL).
+const ALIAS_MAX: usize = 255;
+/// A record is small; what is longer is none.
+const RECORD_MAX: u64 = 64 * 1024;
+
+/// Why a record could not be used.
+#[derive(Debug, Error)]
+pub enum RecordError {
+    /// It is locked, or its file cannot be used.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// It could not be read or written.
+    #[error("{action} the record {path}: {source}")]
+    Io {
+        /// What was being done.
+        action: &'static str,
+        /// Its path.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+/// Which attachment: the key of everything that the plugin keeps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Attachment<'a> {
+    /// The network's name.
+    pub network: &'a str,
+    /// `CNI_CONTAINERID`.
+    pub container_id: &'a str,
+    /// `CNI_IFNAME`.
+    pub ifname: &'a str,
+}
+
+impl<'a> Attachment<'a> {
+    /// The host veth's name: the same for the same attachment, so that it is
+    /// found without a record.
+    pub fn host_veth(&self) -> String {
+        let hash = hash([self.network, self.container_id, self.ifname]);
+        format!("veth{:011x}", hash >> 20)
+    }
+
+    /// The host veth's alias, which tells people what it is for and proves whose
+    /// it is.
+    pub fn alias(&self) -> String {
+        let mut alias = format!(
+            "bpf-bridge {} {} {}",
+            self.network, self.container_id, self.ifname
+        );
+        let mut end = alias.len().min(ALIAS_MAX);
+        while !alias.is_char_boundary(end) {
+            end -= 1;
+        }
+        alias.truncate(end);
+        alias
+    }
+
+    fn path(&self) -> PathBuf {
+        directory(self.network).join(format!("{}:{}", self.container_id, self.ifname))
+    }
+
+    /// Takes the attachment to make it.
+    pub fn claim(&self) -> Result<Claim, RecordError> {
+        Claim::read(Lock::take(&self.path(), Mode::Exclusive)?, self.path())
+    }
+
+    /// Takes the attachment if anything of it was recorded.
+    pub fn claim_existing(&self) -> Result<Option<Claim>, RecordError> {
+        match Lock::take_existing(&self.path())? {
+            Some(lock) => Claim::read(lock, self.path()).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// The record, without waiting for who works on the attachment.
+    pub fn peek(&self) -> Option<Record> {
+        let mut text = String::new();
+        File::open(self.path())
+            .and_then(|file| file.take(RECORD_MAX).read_to_string(&mut text))
+            .ok()?;
+        serde_json::from_str(&text).ok()
+    }
+}
+
+/// The container id and the interface name of every record of a network.
+///
+/// # Errors
+///
+/// The directory cannot be read.
+pub fn recorded(network: &str) -> Result<Vec<(String, String)>, RecordError> {
+    let path = directory(network);
+    let error = |source| RecordError::Io {
+        action: "listing",
+        path: path.clone(),
+        source,
+    };
+    let entries = match fs::read_dir(&path) {
+        Ok(entries) => entries,
+        Err(source) if source.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(source) => return Err(error(source)),
+    };
+    let mut all = Vec::new();
+    for entry in entries {
+        let name = entry.map_err(error)?.file_name();
+        if let Some((container_id, ifname)) = name.to_str().and_then(|name| name.split_once(':')) {
+            all.push((container_id.to_owned(), ifname.to_owned()));
+        }
+    }
+    Ok(all)
+}
+
+fn directory(network: &str) -> PathBuf {
+    Path::new(ROOT).join(network)
+}
+
+/// What was made for an attachment.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Record {
+    /// Whether the ADD came to its end.
+    pub complete: bool,
+    /// The name of the gateway device.
+    pub bridge: String,
+    /// Its ifindex, which is the number of the segment; 0 until it is known.
+    pub segment: u32,
+    /// The ifindex of the host veth.
+    pub host_ifindex: u32,
+    /// The MAC address of the container's interface, in the order of the wire.
+    pub mac: [u8; 6],
+    /// The container's addresses.
+    pub addresses: Vec<IpAddr>,
+    /// Which programs the port carries.
+    pub log_level: LogLevel,
+}
+
+/// An attachment that this call works on, alone.
+#[derive(Debug)]
+pub struct Claim {
+    lock: Lock,
+    path: PathBuf,
+    record: Option<Record>,
+}
+
+impl Claim {
+    fn read(lock: Lock, path: PathBuf) -> Result<Self, RecordError> {
+        let mut text = String::new();
+        lock.file()
+            .take(RECORD_MAX)
+            .read_to_string(&mut text)
+            .map_err(|source| RecordError::Io {
+                action: "reading",
+                path: path.clone(),
+                source,
+            })?;
+        Ok(Self {
+            lock,
+            path,
+            // A torn record is one of an ADD that was killed: what it made is
+            // found by name.
+            record: serde_json::from_str(&text).ok(),
+        })
+    }
+
+    /// What was recorded before.
+    pub fn record(&self) -> Option<&Record> {
+        self.record.as_ref()
+    }
+
+    /// Records what was made.
+    pub fn write(&mut self, record: Record) -> Result<(), RecordError> {
+        let write = || -> io::Result<()> {
+            let text = serde_json::to_vec(&record)?;
+            let file = self.lock.file();
+            // One write, then the cut: a reader sees the old, the new, or what
+            // is no JSON.
+            file.write_all_at(&text, 0)?;
+            file.set_len(text.len() as u64)
+        };
+        write().map_err(|source| RecordError::Io {
+            action: "writing",
+            path: self.path.clone(),
+            source,
+        })?;
+        self.record = Some(record);
+        Ok(())
+    }
+
+    /// Forgets the attachment.
+    pub fn remove(self) -> Result<(), RecordError> {
+        self.lock.remove().map_err(|source| RecordError::Io {
+            action: "removing",
+            path: self.path,
+            source,
+        })
+    }
+}
+
+/// FNV-1a, of 64 bits. The parts are separated by a byte that none can contain.
+pub(crate) fn hash<const N: usize>(parts: [&str; N]) -> u64 {
+    parts
+        .iter()
+        .flat_map(|part| part.bytes().chain([0]))
+        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    fn attachment<'a>(container_id: &'a str, ifname: &'a str) -> Attachment<'a> {
+        Attachment {
+            network: "net",
+            container_id,
+            ifname,
+        }
+    }
+
+    #[test]
+    fn host_veths_have_names_of_their_own_that_fit() {
+        let mut names = HashSet::new();
+        for number in 0..10_000 {
+            let id = format!("container-{number}");
+            let name = attachment(&id, "eth0").host_veth();
+            assert_eq!(name.len(), 15);
+            assert_eq!(name, attachment(&id, "eth0").host_veth());
+            assert!(names.insert(name));
+        }
+        assert_ne!(
+            attachment("a", "bc").host_veth(),
+            attachment("ab", "c").host_veth()
+        );
+    }
+
+    #[test]
+    fn aliases_fit_whatever_the_names_are() {
+        let id = "x".repeat(200);
+        let alias = Attachment {
+            network: &id,
+            container_id: &id,
+            ifname: "eth0",
+        }
+        .alias();
+        assert_eq!(alias.len(), ALIAS_MAX);
+    }
+}

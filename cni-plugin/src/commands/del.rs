@@ -1,0 +1,82 @@
+//! DEL: removes what there is of an attachment, whoever asks and however often.
+//!
+//! It needs the names alone. The host veth's name follows from them, the record
+//! has the rest, and what is in neither does not exist. An error stops nothing:
+//! all are told at the end.
+
+use crate::{
+    attachment::{Attachment, Claim, Record},
+    cni::{Call, CniError},
+    datapath::Datapath,
+    gateway,
+    ipam::Ipam,
+    link::Netlink,
+};
+
+use super::collect;
+
+/// Removes the attachment and gives its addresses back.
+pub(super) fn run(call: &Call<'_>, attachment: &Attachment<'_>) -> Result<(), CniError> {
+    let mut errors = Vec::new();
+    let claim = attachment.claim_existing().unwrap_or_else(|error| {
+        errors.push(error.into());
+        None
+    });
+    // Of an attachment that somebody works on, nothing may be touched.
+    collect(errors)?;
+    collect(remove(call, attachment, claim))
+}
+
+/// Removes the attachment, which `claim` locks if it was recorded.
+///
+/// The device goes first, with everything that is in the sandbox: from then on
+/// nobody can use what is removed after it. The addresses go last, so that nobody
+/// gets them who could meet their former owner.
+pub(super) fn remove(
+    call: &Call<'_>,
+    attachment: &Attachment<'_>,
+    claim: Option<Claim>,
+) -> Vec<CniError> {
+    let mut errors = Vec::new();
+    let record = claim.as_ref().and_then(Claim::record).cloned();
+    if let Err(error) = unplug(attachment, record.as_ref()) {
+        errors.push(error);
+    }
+    if let Err(error) = Ipam::of(call).del(call, attachment) {
+        errors.push(error);
+    }
+    // While anything is left, so is the record that tells what.
+    if errors.is_empty()
+        && let Some(claim) = claim
+        && let Err(error) = claim.remove()
+    {
+        errors.push(error.into());
+    }
+    errors
+}
+
+/// Removes the devices and what the datapath knows of them.
+pub(super) fn unplug(attachment: &Attachment<'_>, record: Option<&Record>) -> Result<(), CniError> {
+    let host = Netlink::host()?;
+    let link = host
+        .link_by_name(&attachment.host_veth())?
+        // Without an alias it is one whose ADD was killed at once: the name is
+        // proof enough.
+        .filter(|link| link.alias.is_empty() || link.alias == attachment.alias());
+    if let Some(link) = &link {
+        host.delete(link.index)?;
+    }
+    let ifindex = match (record, &link) {
+        (Some(record), _) => record.host_ifindex,
+        (None, Some(link)) => link.index,
+        (None, None) => return Ok(()),
+    };
+    let Some(mut datapath) = Datapath::open()? else {
+        return Ok(());
+    };
+    if let Some(record) = record {
+        let _lock = gateway::lock(&record.bridge)?;
+        datapath.remove_port(ifindex, record.segment, record.mac, &record.addresses)?;
+    }
+    Ok(())
+}

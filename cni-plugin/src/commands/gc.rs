@@ -1,0 +1,51 @@
+//! GC: removes what belongs to no valid attachment of the network.
+
+use std::collections::HashSet;
+
+use crate::{
+    attachment::{self, Attachment},
+    cni::{AttachmentId, Call, CniError},
+    ipam::Ipam,
+};
+
+use super::{collect, del};
+
+/// Removes every attachment of the network that is not among `valid`, and then
+/// the addresses that belong to none.
+pub(super) fn run(call: &Call<'_>, valid: &[AttachmentId]) -> Result<(), CniError> {
+    let known: HashSet<(&str, &str)> = valid
+        .iter()
+        .map(|id| (id.container_id.as_str(), id.ifname.as_str()))
+        .collect();
+    let mut errors = Vec::new();
+    match attachment::recorded(&call.config.name) {
+        Ok(recorded) => {
+            for (container_id, ifname) in &recorded {
+                if known.contains(&(container_id.as_str(), ifname.as_str())) {
+                    continue;
+                }
+                let attachment = Attachment {
+                    network: &call.config.name,
+                    container_id,
+                    ifname,
+                };
+                errors.extend(remove(&attachment));
+            }
+        }
+        Err(error) => errors.push(error.into()),
+    }
+    errors.extend(Ipam::of(call).gc(call, valid).err());
+    collect(errors)
+}
+
+/// Removes one attachment but for its addresses, which are given back together.
+fn remove(attachment: &Attachment<'_>) -> Option<CniError> {
+    let remove = || {
+        if let Some(claim) = attachment.claim_existing()? {
+            del::unplug(attachment, claim.record())?;
+            claim.remove()?;
+        }
+        Ok::<(), CniError>(())
+    };
+    remove().err()
+}

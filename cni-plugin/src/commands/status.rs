@@ -1,0 +1,81 @@
+//! STATUS: whether an ADD would succeed, and whether those that did still hold.
+
+use crate::{
+    attachment::{self, Attachment},
+    cni::{Call, CniError, ErrorCode},
+    datapath::{self, Datapath, FILTER_HANDLE, FILTER_PRIORITY},
+    ipam::Ipam,
+    link::Netlink,
+};
+
+use super::is_alive;
+
+/// Answers with the first reason why not: 51 if attached pods suffer from it, 50
+/// if only new ones would.
+pub(super) fn run(call: &Call<'_>) -> Result<(), CniError> {
+    let host = Netlink::host()?;
+    attached(call, &host)?;
+    ready()?;
+    Ipam::of(call).status(call, &|other| is_alive(&host, other).unwrap_or(true))
+}
+
+/// The programs can be used, or could be loaded.
+fn ready() -> Result<(), CniError> {
+    let unavailable =
+        |error: datapath::Error| CniError::new(ErrorCode::NotAvailable, error.to_string());
+    datapath::require_bpffs().map_err(unavailable)?;
+    match Datapath::open().map_err(unavailable)? {
+        Some(_) => Ok(()),
+        None => datapath::verify().map_err(unavailable),
+    }
+}
+
+/// Every pod of the network has its program and its entries.
+fn attached(call: &Call<'_>, host: &Netlink) -> Result<(), CniError> {
+    let degraded = |what: String| Err(CniError::new(ErrorCode::LimitedConnectivity, what));
+    let mut datapath = None;
+    for (container_id, ifname) in attachment::recorded(&call.config.name)? {
+        let attachment = Attachment {
+            network: &call.config.name,
+            container_id: &container_id,
+            ifname: &ifname,
+        };
+        let Some(record) = attachment.peek().filter(|record| record.complete) else {
+            continue;
+        };
+        // A pod whose sandbox is gone suffers from nothing.
+        if !is_alive(host, &attachment)? {
+            continue;
+        }
+        if datapath.is_none() {
+            datapath = match Datapath::open() {
+                Ok(Some(open)) => Some(open),
+                Ok(None) => {
+                    return degraded(format!(
+                        "pods are attached, but the maps that were pinned for them below {} are gone",
+                        datapath::BPFFS
+                    ));
+                }
+                Err(error) => return degraded(error.to_string()),
+            };
+        }
+        let Some(datapath) = &datapath else { continue };
+        if let Some(fault) = super::check::port(host, datapath, &attachment, &record)? {
+            return degraded(fault);
+        }
+        let gateway = datapath.segment(record.segment)?;
+        let carried = match gateway {
+            Some(gateway) => {
+                host.tc_ingress_bpf(gateway.gateway_port, FILTER_PRIORITY, FILTER_HANDLE)?
+            }
+            None => None,
+        };
+        if carried.is_none() {
+            return degraded(format!(
+                "the gateway port of bridge {:?} has lost its program or was deleted",
+                record.bridge
+            ));
+        }
+    }
+    Ok(())
+}

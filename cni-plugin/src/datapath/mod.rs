@@ -1,0 +1,605 @@
+//! The programs and their tables, from the side of the plugin: loaded and pinned
+//! once a boot, opened by every later call, and told of each port.
+//!
+//! Nothing here scans a table on the way of an ADD or a DEL: each entry is
+//! addressed by its key, whatever else is in the map.
+//!
+//! A change to a segment's ports ([`Datapath::add_port`], [`Datapath::remove_port`],
+//! [`Datapath::create_segment`]) must be made under the lock of its bridge: the
+//! list that broadcasts go to has no holes.
+
+mod attach;
+mod object;
+mod pins;
+
+use std::{io, net::IpAddr, path::PathBuf};
+
+use aya::{
+    maps::{HashMap, Map, MapData, MapError, PerCpuHashMap, PerCpuValues},
+    programs::ProgramError,
+    util::nr_cpus,
+};
+use bpf_bridge_common::layout::{
+    Endpoint, IpKey, MAX_MEMBERS, Mac, MacKey, Member, MemberKey, Neighbor, PORT_GATEWAY, Port,
+    PortStats, Segment,
+};
+use thiserror::Error;
+
+use crate::{
+    lock::{Lock, LockError, Mode},
+    mac::MacAddr,
+};
+
+pub use crate::cni::config::LogLevel;
+
+pub use attach::{FILTER_HANDLE, FILTER_PRIORITY};
+pub use object::verify;
+pub use pins::{BPFFS, require_bpffs};
+
+/// `BPF_ANY` and `BPF_EXIST` of `linux/bpf.h`.
+const ANY: u64 = 0;
+const EXIST: u64 = 2;
+
+/// Why the datapath could not be used.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// bpffs is not mounted.
+    #[error("no bpffs is mounted at {BPFFS}: `mount -t bpf bpf {BPFFS}` mounts it")]
+    NoBpffs,
+    /// A pin could not be made, opened or removed.
+    #[error("using the pin {path}: {source}")]
+    Pin {
+        /// The pin path.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A pinned object is not what this version pins there.
+    #[error(
+        "the pin {path} is not the map that this version made ({detail}): remove {root} when no pod is attached"
+    )]
+    ForeignPin {
+        /// The pin path.
+        path: PathBuf,
+        /// What differs.
+        detail: String,
+        /// The directory of all pins.
+        root: PathBuf,
+    },
+    /// A lock could not be taken.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// The embedded object was refused.
+    #[error("loading the eBPF programs: {0}")]
+    Load(#[from] aya::EbpfError),
+    /// A program was refused.
+    #[error("loading the eBPF program {program:?}: {source}")]
+    Program {
+        /// Its name.
+        program: String,
+        /// The verifier's or the kernel's word.
+        source: ProgramError,
+    },
+    /// The program could not be attached.
+    #[error("attaching the program `port` to {device}: {detail}")]
+    Attach {
+        /// The device.
+        device: String,
+        /// What the kernel said.
+        detail: String,
+    },
+    /// A table refused a change.
+    #[error("{action} {map}[{key}]: {source}")]
+    Map {
+        /// What was being done.
+        action: &'static str,
+        /// The map.
+        map: &'static str,
+        /// The key, readable.
+        key: String,
+        /// What the kernel said.
+        source: MapError,
+    },
+    /// An address that is to be assigned is somebody's already.
+    #[error("the address {address} is assigned already, to the port with ifindex {port}")]
+    Assigned {
+        /// The MAC or IP address.
+        address: String,
+        /// Whose it is.
+        port: u32,
+    },
+    /// The segment's list of ports is full.
+    #[error("the segment has {MAX_MEMBERS} ports already, which is the limit")]
+    SegmentFull,
+    /// The segment has no entry: its gateway port was never made, or was removed.
+    #[error("the segment {0} is not known to the datapath")]
+    NoSegment(u32),
+}
+
+/// bytemuck proves that `T` has no padding and no invalid values.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+struct Wire<T>(T);
+
+// SAFETY: `Wire<T>` has the layout of `T`, and `T` is plain data without padding.
+unsafe impl<T: bytemuck::Pod> aya::Pod for Wire<T> {}
+
+type Table<K, V> = HashMap<MapData, Wire<K>, Wire<V>>;
+
+/// A port that is to be added, or was.
+#[derive(Clone, Copy, Debug)]
+pub struct PortSpec<'a> {
+    /// The ifindex of the host veth.
+    pub ifindex: u32,
+    /// The segment: the ifindex of the gateway device.
+    pub segment: u32,
+    /// `PORT_*` bits.
+    pub flags: u32,
+    /// The pod's MAC address.
+    pub mac: Mac,
+    /// The pod's addresses.
+    pub addresses: &'a [IpAddr],
+}
+
+/// The open datapath. While it lives, nobody removes the pins.
+pub struct Datapath {
+    ports: Table<u32, Port>,
+    stats: PerCpuHashMap<MapData, u32, Wire<PortStats>>,
+    endpoints: Table<MacKey, Endpoint>,
+    neighbors: Table<IpKey, Neighbor>,
+    segments: Table<u32, Segment>,
+    members: Table<MemberKey, Member>,
+    _lock: Lock,
+}
+
+impl Datapath {
+    /// Opens the datapath, and loads it first if nobody did since the boot. Says
+    /// also whether this call loaded it.
+    pub fn open_or_load(level: LogLevel) -> Result<(Self, bool), Error> {
+        require_bpffs()?;
+        let mut fresh = false;
+        loop {
+            let lock = pins::lock(Mode::Shared)?;
+            if attach::is_loaded(level) {
+                return Ok((Self::open_pins(lock)?, fresh));
+            }
+            // Not upgraded in place: two that hold it shared would wait for each
+            // other. Whoever loads looks again, for a failed ADD may have
+            // unloaded meanwhile.
+            drop(lock);
+            let _alone = pins::lock(Mode::Exclusive)?;
+            if !attach::is_loaded(level) {
+                object::load(level)?;
+                fresh = true;
+            }
+        }
+    }
+
+    /// Opens the datapath if it was loaded.
+    pub fn open() -> Result<Option<Self>, Error> {
+        if !pins::map("PORTS").exists() {
+            return Ok(None);
+        }
+        let lock = pins::lock(Mode::Shared)?;
+        if !pins::map("PORTS").exists() {
+            return Ok(None);
+        }
+        Self::open_pins(lock).map(Some)
+    }
+
+    /// Removes the pins again if there is no port: what a failed first ADD does.
+    pub fn unload_if_unused(self) -> Result<(), Error> {
+        drop(self);
+        let lock = pins::lock(Mode::Exclusive)?;
+        let unused = match Self::open_pins(lock) {
+            Ok(datapath) if datapath.ports.keys().next().is_none() => true,
+            Ok(_) => false,
+            // Half made: useless to everybody.
+            Err(_) => true,
+        };
+        if unused {
+            pins::remove_all()?;
+        }
+        Ok(())
+    }
+
+    fn open_pins(lock: Lock) -> Result<Self, Error> {
+        Ok(Self {
+            ports: table("PORTS")?,
+            stats: PerCpuHashMap::try_from(pinned("STATS")?)
+                .map_err(|source| foreign("STATS", &source))?,
+            endpoints: table("ENDPOINTS")?,
+            neighbors: table("NEIGHBORS")?,
+            segments: table("SEGMENTS")?,
+            members: table("MEMBERS")?,
+            _lock: lock,
+        })
+    }
+
+    /// The segment whose gateway device has this ifindex.
+    pub fn segment(&self, segment: u32) -> Result<Option<Segment>, Error> {
+        get(&self.segments, "SEGMENTS", segment)
+    }
+
+    /// The port of this ifindex.
+    pub fn port(&self, ifindex: u32) -> Result<Option<Port>, Error> {
+        get(&self.ports, "PORTS", ifindex)
+    }
+
+    /// Whom a MAC address was assigned to.
+    pub fn endpoint(&self, segment: u32, mac: Mac) -> Result<Option<Endpoint>, Error> {
+        get(&self.endpoints, "ENDPOINTS", MacKey::new(segment, mac))
+    }
+
+    /// Whom an IP address was assigned to.
+    pub fn neighbor(&self, segment: u32, address: IpAddr) -> Result<Option<Neighbor>, Error> {
+        get(&self.neighbors, "NEIGHBORS", ip_key(segment, address))
+    }
+
+    /// What the port received and dropped, over all CPUs; `None` if there is no
+    /// such port. Port 0 has what came from devices that are no ports.
+    pub fn stats(&self, ifindex: u32) -> Result<Option<PortStats>, Error> {
+        let values = match self.stats.get(&ifindex, 0) {
+            Ok(values) => values,
+            Err(MapError::KeyNotFound) => return Ok(None),
+            Err(source) => return Err(failed("reading", "STATS", &ifindex, source)),
+        };
+        let mut sum = PortStats::default();
+        for Wire(value) in values.iter() {
+            sum.packets += value.packets;
+            sum.bytes += value.bytes;
+            sum.flooded += value.flooded;
+            sum.answered += value.answered;
+            for (all, one) in sum.drops.iter_mut().zip(value.drops) {
+                *all += one;
+            }
+        }
+        Ok(Some(sum))
+    }
+
+    /// Every port, for those who must look at all: GC and people.
+    pub fn ports(&self) -> impl Iterator<Item = (u32, Port)> + '_ {
+        self.ports.iter().filter_map(|entry| {
+            entry
+                .ok()
+                .map(|(Wire(ifindex), Wire(port))| (ifindex, port))
+        })
+    }
+
+    /// Makes a segment: its gateway port is the first of its list.
+    ///
+    /// `gateway.segment` is the gateway device, `gateway.ifindex` its far end,
+    /// where the program is attached. Entries that a device of the same number
+    /// left are overwritten: the kernel gave the number anew.
+    pub fn create_segment(&mut self, gateway: &PortSpec<'_>) -> Result<(), Error> {
+        let segment = gateway.segment;
+        self.set_port(gateway, PORT_GATEWAY | gateway.flags, 0)?;
+        set(
+            &mut self.segments,
+            "SEGMENTS",
+            segment,
+            Segment {
+                members: 1,
+                gateway_port: gateway.ifindex,
+            },
+            ANY,
+        )
+    }
+
+    /// Lets the responder answer for an address of the gateway.
+    pub fn add_gateway_address(
+        &mut self,
+        segment: u32,
+        address: IpAddr,
+        mac: Mac,
+    ) -> Result<(), Error> {
+        let port = self
+            .segment(segment)?
+            .ok_or(Error::NoSegment(segment))?
+            .gateway_port;
+        let neighbor = Neighbor {
+            port,
+            flags: PORT_GATEWAY,
+            mac,
+            reserved: [0; 2],
+        };
+        self.assign_ip(segment, address, neighbor)
+    }
+
+    /// The responder no longer answers for an address of the gateway.
+    pub fn remove_gateway_address(&mut self, segment: u32, address: IpAddr) -> Result<(), Error> {
+        let owned = self
+            .neighbor(segment, address)?
+            .is_some_and(|neighbor| neighbor.flags & PORT_GATEWAY != 0);
+        if owned {
+            remove(&mut self.neighbors, "NEIGHBORS", ip_key(segment, address))?;
+        }
+        Ok(())
+    }
+
+    /// Removes a segment of which only the gateway port is left.
+    pub fn remove_segment(
+        &mut self,
+        segment: u32,
+        mac: Mac,
+        addresses: &[IpAddr],
+    ) -> Result<(), Error> {
+        let Some(entry) = self.segment(segment)? else {
+            return Ok(());
+        };
+        remove(&mut self.segments, "SEGMENTS", segment)?;
+        self.forget(entry.gateway_port, segment, mac, addresses)?;
+        remove(&mut self.members, "MEMBERS", MemberKey { segment, slot: 0 })
+    }
+
+    /// Adds a port to its segment. An address that a living port has is refused.
+    pub fn add_port(&mut self, port: &PortSpec<'_>) -> Result<(), Error> {
+        let mut segment = self
+            .segment(port.segment)?
+            .ok_or(Error::NoSegment(port.segment))?;
+        if segment.members >= MAX_MEMBERS {
+            return Err(Error::SegmentFull);
+        }
+        let slot = segment.members;
+        self.set_port(port, port.flags, slot)?;
+        for &address in port.addresses {
+            let neighbor = Neighbor {
+                port: port.ifindex,
+                flags: port.flags,
+                mac: port.mac,
+                reserved: [0; 2],
+            };
+            self.assign_ip(port.segment, address, neighbor)?;
+        }
+        segment.members += 1;
+        set(&mut self.segments, "SEGMENTS", port.segment, segment, EXIST)
+    }
+
+    /// Removes a port and everything that is its own; what is missing is no error.
+    pub fn remove_port(
+        &mut self,
+        ifindex: u32,
+        segment: u32,
+        mac: Mac,
+        addresses: &[IpAddr],
+    ) -> Result<(), Error> {
+        if let (Some(port), Some(entry)) = (self.port(ifindex)?, self.segment(segment)?) {
+            self.leave(ifindex, port, entry)?;
+        }
+        self.forget(ifindex, segment, mac, addresses)
+    }
+
+    /// Takes the port out of its segment's list; the last of the list moves to
+    /// its slot.
+    fn leave(&mut self, ifindex: u32, port: Port, mut segment: Segment) -> Result<(), Error> {
+        let number = port.segment;
+        let at = |slot| MemberKey {
+            segment: number,
+            slot,
+        };
+        let own = get(&self.members, "MEMBERS", at(port.slot))?;
+        if own.is_none_or(|own| own.port != ifindex) || port.slot >= segment.members {
+            // Never joined: the ADD died before it did.
+            return Ok(());
+        }
+        let last = segment.members - 1;
+        if last != port.slot
+            && let Some(mover) = get(&self.members, "MEMBERS", at(last))?
+        {
+            if let Some(mut moved) = self.port(mover.port)? {
+                moved.slot = port.slot;
+                set(&mut self.ports, "PORTS", mover.port, moved, EXIST)?;
+            }
+            set(&mut self.members, "MEMBERS", at(port.slot), mover, ANY)?;
+        }
+        segment.members = last;
+        set(&mut self.segments, "SEGMENTS", number, segment, EXIST)?;
+        remove(&mut self.members, "MEMBERS", at(last))
+    }
+
+    /// Writes the entries that every port has; they take effect with the list's
+    /// new length.
+    fn set_port(&mut self, port: &PortSpec<'_>, flags: u32, slot: u32) -> Result<(), Error> {
+        let cpus = nr_cpus().map_err(|(_, source)| {
+            failed(
+                "counting CPUs for",
+                "STATS",
+                &port.ifindex,
+                MapError::IoError(source),
+            )
+        })?;
+        PerCpuValues::try_from(vec![Wire(PortStats::default()); cpus])
+            .map_err(MapError::IoError)
+            .and_then(|zero| self.stats.insert(port.ifindex, zero, ANY))
+            .map_err(|source| failed("writing", "STATS", &port.ifindex, source))?;
+        let entry = Port {
+            segment: port.segment,
+            flags,
+            slot,
+            mac: port.mac,
+            reserved: [0; 2],
+        };
+        set(&mut self.ports, "PORTS", port.ifindex, entry, ANY)?;
+        self.assign_mac(
+            port.segment,
+            port.mac,
+            Endpoint {
+                port: port.ifindex,
+                flags,
+            },
+        )?;
+        let key = MemberKey {
+            segment: port.segment,
+            slot,
+        };
+        let member = Member {
+            port: port.ifindex,
+            flags,
+        };
+        set(&mut self.members, "MEMBERS", key, member, ANY)
+    }
+
+    fn assign_mac(&mut self, segment: u32, mac: Mac, endpoint: Endpoint) -> Result<(), Error> {
+        let key = MacKey::new(segment, mac);
+        if let Some(owner) = get(&self.endpoints, "ENDPOINTS", key)?
+            && self
+                .port(owner.port)?
+                .is_some_and(|port| port.segment == segment && port.mac == mac)
+            && owner.port != endpoint.port
+        {
+            return Err(Error::Assigned {
+                address: MacAddr::new(mac).to_string(),
+                port: owner.port,
+            });
+        }
+        set(&mut self.endpoints, "ENDPOINTS", key, endpoint, ANY)
+    }
+
+    fn assign_ip(
+        &mut self,
+        segment: u32,
+        address: IpAddr,
+        neighbor: Neighbor,
+    ) -> Result<(), Error> {
+        if let Some(owner) = self.neighbor(segment, address)?
+            && self
+                .port(owner.port)?
+                .is_some_and(|port| port.segment == segment && port.mac == owner.mac)
+            && owner.port != neighbor.port
+        {
+            return Err(Error::Assigned {
+                address: address.to_string(),
+                port: owner.port,
+            });
+        }
+        set(
+            &mut self.neighbors,
+            "NEIGHBORS",
+            ip_key(segment, address),
+            neighbor,
+            ANY,
+        )
+    }
+
+    /// Removes what is the port's own, its `PORTS` entry last: it is what others
+    /// judge the rest by.
+    fn forget(
+        &mut self,
+        ifindex: u32,
+        segment: u32,
+        mac: Mac,
+        addresses: &[IpAddr],
+    ) -> Result<(), Error> {
+        for &address in addresses {
+            if self
+                .neighbor(segment, address)?
+                .is_some_and(|owner| owner.port == ifindex)
+            {
+                remove(&mut self.neighbors, "NEIGHBORS", ip_key(segment, address))?;
+            }
+        }
+        if self
+            .endpoint(segment, mac)?
+            .is_some_and(|owner| owner.port == ifindex)
+        {
+            remove(&mut self.endpoints, "ENDPOINTS", MacKey::new(segment, mac))?;
+        }
+        match self.stats.remove(&ifindex) {
+            Ok(()) | Err(MapError::KeyNotFound) => {}
+            Err(error) if is_missing(&error) => {}
+            Err(source) => return Err(failed("removing", "STATS", &ifindex, source)),
+        }
+        remove(&mut self.ports, "PORTS", ifindex)
+    }
+}
+
+fn ip_key(segment: u32, address: IpAddr) -> IpKey {
+    match address {
+        IpAddr::V4(v4) => IpKey::v4(segment, v4.octets()),
+        IpAddr::V6(v6) => IpKey::v6(segment, v6.octets()),
+    }
+}
+
+fn pinned(name: &str) -> Result<Map, Error> {
+    let path = pins::map(name);
+    let open = MapData::from_pin(&path).map_err(|error| Error::Pin {
+        path: path.clone(),
+        source: match error {
+            MapError::SyscallError(error) => error.io_error,
+            other => io::Error::other(other),
+        },
+    })?;
+    Map::from_map_data(open).map_err(|source| foreign(name, &source))
+}
+
+/// Opens a pinned table; its kind and the sizes of its keys and values are
+/// compared.
+fn table<K: bytemuck::Pod, V: bytemuck::Pod>(name: &str) -> Result<Table<K, V>, Error> {
+    HashMap::try_from(pinned(name)?).map_err(|source| foreign(name, &source))
+}
+
+fn foreign(name: &str, detail: &MapError) -> Error {
+    Error::ForeignPin {
+        path: pins::map(name),
+        detail: detail.to_string(),
+        root: pins::root(),
+    }
+}
+
+fn failed(
+    action: &'static str,
+    map: &'static str,
+    key: &dyn std::fmt::Debug,
+    source: MapError,
+) -> Error {
+    Error::Map {
+        action,
+        map,
+        key: format!("{key:02x?}"),
+        source,
+    }
+}
+
+fn is_missing(error: &MapError) -> bool {
+    match error {
+        MapError::KeyNotFound | MapError::ElementNotFound => true,
+        MapError::SyscallError(error) => error.io_error.kind() == io::ErrorKind::NotFound,
+        _ => false,
+    }
+}
+
+fn get<K: bytemuck::Pod + std::fmt::Debug, V: bytemuck::Pod>(
+    table: &Table<K, V>,
+    name: &'static str,
+    key: K,
+) -> Result<Option<V>, Error> {
+    match table.get(&Wire(key), 0) {
+        Ok(Wire(value)) => Ok(Some(value)),
+        Err(error) if is_missing(&error) => Ok(None),
+        Err(source) => Err(failed("reading", name, &key, source)),
+    }
+}
+
+fn set<K: bytemuck::Pod + std::fmt::Debug, V: bytemuck::Pod>(
+    table: &mut Table<K, V>,
+    name: &'static str,
+    key: K,
+    value: V,
+    flags: u64,
+) -> Result<(), Error> {
+    table
+        .insert(Wire(key), Wire(value), flags)
+        .map_err(|source| failed("writing", name, &key, source))
+}
+
+fn remove<K: bytemuck::Pod + std::fmt::Debug, V: bytemuck::Pod>(
+    table: &mut Table<K, V>,
+    name: &'static str,
+    key: K,
+) -> Result<(), Error> {
+    match table.remove(&Wire(key)) {
+        Ok(()) => Ok(()),
+        Err(error) if is_missing(&error) => Ok(()),
+        Err(source) => Err(failed("removing", name, &key, source)),
+    }
+}

@@ -1,0 +1,126 @@
+//! The embedded object: read, verified by the kernel and pinned, once a boot.
+
+use aya::{
+    EbpfLoader,
+    maps::{MapData, MapError, PerCpuHashMap, PerCpuValues, ProgramArray},
+    programs::SchedClassifier,
+    util::nr_cpus,
+};
+use bpf_bridge_common::layout::{PROGRAM_FLOOD, PROGRAM_RESPONDER, PortStats};
+
+use super::{Error, LogLevel, Wire, failed, pins};
+
+/// The programs, compiled by the build script.
+static OBJECT: &[u8] =
+    aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/bpf-bridge-datapath"));
+
+/// The maps that all log levels share.
+const SHARED: [&str; 8] = [
+    "PORTS",
+    "STATS",
+    "ENDPOINTS",
+    "NEIGHBORS",
+    "LEARNED",
+    "SEGMENTS",
+    "MEMBERS",
+    "AYA_LOGS",
+];
+
+/// The programs, and the slots under which others call them.
+const PROGRAMS: [(&str, Option<u32>); 3] = [
+    ("flood", Some(PROGRAM_FLOOD)),
+    ("responder", Some(PROGRAM_RESPONDER)),
+    // The last one: its pin says that all is there.
+    ("port", None),
+];
+
+/// Lets the kernel verify the programs without pinning anything: what STATUS
+/// asks before the first ADD.
+pub fn verify() -> Result<(), Error> {
+    let mut ebpf = EbpfLoader::new()
+        .override_global("AYA_LOG_LEVEL", &LogLevel::Off.number(), false)
+        .load(OBJECT)?;
+    for (name, _) in PROGRAMS {
+        load_program(&mut ebpf, name)?;
+    }
+    Ok(())
+}
+
+/// Loads the programs for `level` and pins everything. The lock of the pins is
+/// held alone.
+pub(super) fn load(level: LogLevel) -> Result<(), Error> {
+    pins::create_directories(level)?;
+    let variant = pins::variant(level);
+    let number = level.number();
+    let mut loader = EbpfLoader::new();
+    loader.override_global("AYA_LOG_LEVEL", &number, false);
+    for name in SHARED {
+        loader.map_pin_path(name, pins::map(name));
+    }
+    loader.map_pin_path("PROGRAMS", variant.join("PROGRAMS"));
+    let mut ebpf = loader.load(OBJECT)?;
+    count_strangers()?;
+    let mut calls = match ebpf.take_map("PROGRAMS").map(ProgramArray::try_from) {
+        Some(Ok(calls)) => calls,
+        Some(Err(source)) => return Err(failed("opening", "PROGRAMS", &"", source)),
+        None => {
+            return Err(failed(
+                "opening",
+                "PROGRAMS",
+                &"",
+                MapError::ElementNotFound,
+            ));
+        }
+    };
+    for (name, slot) in PROGRAMS {
+        let program = load_program(&mut ebpf, name)?;
+        if let Some(slot) = slot {
+            let fd = program.fd().map_err(|source| Error::Program {
+                program: name.to_owned(),
+                source,
+            })?;
+            calls
+                .set(slot, fd, 0)
+                .map_err(|source| failed("writing", "PROGRAMS", &slot, source))?;
+        }
+        let path = variant.join(name);
+        // What a load that was killed has left.
+        let _ = std::fs::remove_file(&path);
+        program.pin(&path).map_err(|source| Error::Pin {
+            path,
+            source: std::io::Error::other(source),
+        })?;
+    }
+    Ok(())
+}
+
+fn load_program<'a>(ebpf: &'a mut aya::Ebpf, name: &str) -> Result<&'a mut SchedClassifier, Error> {
+    let error = |source| Error::Program {
+        program: name.to_owned(),
+        source,
+    };
+    let program: &mut SchedClassifier = ebpf
+        .program_mut(name)
+        .ok_or(aya::programs::ProgramError::NotLoaded)
+        .and_then(|program| program.try_into())
+        .map_err(error)?;
+    program.load().map_err(error)?;
+    Ok(program)
+}
+
+/// The entry in which frames from devices that are no ports are counted.
+fn count_strangers() -> Result<(), Error> {
+    let path = pins::map("STATS");
+    let mut stats: PerCpuHashMap<_, u32, Wire<PortStats>> = MapData::from_pin(path)
+        .and_then(aya::maps::Map::from_map_data)
+        .and_then(PerCpuHashMap::try_from)
+        .map_err(|source| super::foreign("STATS", &source))?;
+    nr_cpus()
+        .map_err(|(_, source)| MapError::IoError(source))
+        .and_then(|cpus| {
+            PerCpuValues::try_from(vec![Wire(PortStats::default()); cpus])
+                .map_err(MapError::IoError)
+        })
+        .and_then(|zero| stats.insert(0, zero, super::ANY))
+        .map_err(|source| failed("writing", "STATS", &0, source))
+}

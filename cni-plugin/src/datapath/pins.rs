@@ -1,0 +1,76 @@
+//! Where the programs and maps live between calls: bpffs.
+//!
+//! ```text
+//! /sys/fs/bpf/bpf-bridge/v1/maps/PORTS …      the tables, shared by everything
+//! /sys/fs/bpf/bpf-bridge/v1/off/port …        the programs, built for log level `off`
+//! /sys/fs/bpf/bpf-bridge/v1/off/PROGRAMS      the table by which they call each other
+//! ```
+//!
+//! The version in the path is [`ABI`]: a plugin never sees maps of another layout.
+
+use std::{
+    fs::{self, DirBuilder},
+    io,
+    os::unix::fs::DirBuilderExt as _,
+    path::{Path, PathBuf},
+};
+
+use bpf_bridge_common::layout::ABI;
+use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+
+use super::{Error, LogLevel};
+use crate::lock::{Lock, Mode};
+
+/// Where bpffs is expected to be mounted.
+pub const BPFFS: &str = "/sys/fs/bpf";
+
+/// The lock that is held shared by who uses the pins, and alone by who makes or
+/// removes them.
+const LOCK: &str = "/run/bpf-bridge/datapath.lock";
+
+/// The root of this version's pins.
+pub(super) fn root() -> PathBuf {
+    Path::new(BPFFS).join("bpf-bridge").join(format!("v{ABI}"))
+}
+
+/// The pin path of a shared map.
+pub(super) fn map(name: &str) -> PathBuf {
+    root().join("maps").join(name)
+}
+
+/// The directory of the programs that were loaded for `level`.
+pub(super) fn variant(level: LogLevel) -> PathBuf {
+    root().join(level.name())
+}
+
+/// Refuses to go on without bpffs.
+pub fn require_bpffs() -> Result<(), Error> {
+    let mounted = statfs(BPFFS).is_ok_and(|stat| stat.filesystem_type() == BPF_FS_MAGIC);
+    if mounted { Ok(()) } else { Err(Error::NoBpffs) }
+}
+
+/// Creates the directories for the pins of `level`.
+pub(super) fn create_directories(level: LogLevel) -> Result<(), Error> {
+    for path in [root().join("maps"), variant(level)] {
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&path)
+            .map_err(|source| Error::Pin { path, source })?;
+    }
+    Ok(())
+}
+
+/// Removes every pin of this version.
+pub(super) fn remove_all() -> Result<(), Error> {
+    let path = root();
+    match fs::remove_dir_all(&path) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(Error::Pin { path, source }),
+        _ => Ok(()),
+    }
+}
+
+/// Takes the lock of the pins.
+pub(super) fn lock(mode: Mode) -> Result<Lock, Error> {
+    Ok(Lock::take(Path::new(LOCK), mode)?)
+}

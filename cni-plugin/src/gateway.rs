@@ -1,0 +1,293 @@
+//! The gateway port: by which the host takes part in a segment.
+//!
+//! It is a veth pair in the host's namespace. One end carries the `bridge` name,
+//! the gateway's addresses and so the connected routes, like the bridge device of
+//! the stock plugin; the other end is a port like any pod's. What pods send to
+//! the gateway is redirected to the ingress of the device, and what the host
+//! sends into the network comes out of the port: one device, one place.
+//!
+//! Everything here is done under the lock of the bridge ([`lock`]).
+
+use std::{net::IpAddr, path::Path, time::Duration};
+
+use ipnet::IpNet;
+use thiserror::Error;
+
+use crate::{
+    attachment::hash,
+    datapath::{self, Datapath, FILTER_HANDLE, FILTER_PRIORITY, LogLevel, PortSpec},
+    link::{
+        Link, LinkError, LinkSettings, Netlink, VethSpec,
+        sysctl::{Family, Sysctl, SysctlError},
+    },
+    lock::{Lock, LockError, Mode},
+    mac::MacAddr,
+};
+
+/// The alias of every gateway device and gateway port: whose they are.
+const ALIAS: &str = "bpf-bridge gateway";
+/// Where the locks are.
+const LOCKS: &str = "/run/bpf-bridge/bridges";
+/// How long a new device may take to get its carrier; it takes microseconds.
+const CARRIER: Duration = Duration::from_secs(2);
+
+/// Why the gateway could not be set up.
+#[derive(Debug, Error)]
+pub enum GatewayError {
+    /// The device belongs to somebody else.
+    #[error(
+        "bridge {name:?}: a {kind} of that name exists, and is not of bpf-bridge's making: \
+         another `bridge` name, or `ip link delete {name}` when nothing uses it, would be right"
+    )]
+    NotOurs {
+        /// Its name.
+        name: String,
+        /// Its kind.
+        kind: String,
+    },
+    /// The device is of a datapath whose pins were removed.
+    #[error(
+        "bridge {0:?} belongs to a datapath whose pins are gone: pods that are attached to it keep \
+         running, but no more can join; `ip link delete {0}` when they are gone"
+    )]
+    Orphaned(String),
+    /// The gateway has another address.
+    #[error(
+        "{bridge:?} already has an IP address different from {wanted}: {present}; \
+         `forceAddress: true` replaces it"
+    )]
+    OtherAddress {
+        /// The gateway device.
+        bridge: String,
+        /// The address it should have.
+        wanted: IpNet,
+        /// The one in the way.
+        present: IpNet,
+    },
+    /// A device could not be set up.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// A setting could not be made.
+    #[error(transparent)]
+    Sysctl(#[from] SysctlError),
+    /// The datapath refused.
+    #[error(transparent)]
+    Datapath(#[from] datapath::Error),
+    /// The lock could not be taken.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+}
+
+/// A segment's gateway.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Gateway {
+    /// The ifindex of the device: the segment's number.
+    pub segment: u32,
+    /// The MAC address of the device.
+    pub mac: MacAddr,
+    /// Its MTU in bytes.
+    pub mtu: u32,
+    /// Whether this call made it.
+    pub created: bool,
+}
+
+/// Takes the lock under which a segment's ports and gateway may be changed.
+pub fn lock(bridge: &str) -> Result<Lock, LockError> {
+    Lock::take(&Path::new(LOCKS).join(bridge), Mode::Exclusive)
+}
+
+/// The MAC address of a bridge's gateway: always the same, so that a gateway that
+/// is made anew is found by those who knew the old one. Host veths have it too.
+pub fn mac(bridge: &str) -> MacAddr {
+    MacAddr::from_hash(hash(["gateway", bridge]))
+}
+
+/// Finds the gateway of `bridge`, or makes it.
+pub fn ensure(
+    host: &Netlink,
+    datapath: &mut Datapath,
+    level: LogLevel,
+    bridge: &str,
+    mtu: u32,
+) -> Result<Gateway, GatewayError> {
+    if let Some(link) = host.link_by_name(bridge)? {
+        if link.alias == ALIAS && datapath.segment(link.index)?.is_some() {
+            return Ok(Gateway {
+                segment: link.index,
+                mac: link.mac.unwrap_or_else(|| mac(bridge)),
+                mtu: link.mtu,
+                created: false,
+            });
+        }
+        remove_leftover(host, bridge, &link)?;
+    }
+    let gateway = create(host, datapath, level, bridge, mtu);
+    if gateway.is_err()
+        && let Some(link) = host.link_by_name(bridge)?
+    {
+        host.delete(link.index)?;
+    }
+    gateway
+}
+
+/// Removes what an ADD that was killed has left, and refuses to remove anything
+/// else.
+fn remove_leftover(host: &Netlink, bridge: &str, link: &Link) -> Result<(), GatewayError> {
+    // A pair that was just born has no alias yet, but a peer of our name.
+    let peer = link.peer_index.map(|index| host.link_by_index(index));
+    let peer = match peer {
+        Some(peer) => peer?.filter(|peer| peer.name == port_name(bridge)),
+        None => None,
+    };
+    let Some(peer) = peer else {
+        return Err(GatewayError::NotOurs {
+            name: bridge.to_owned(),
+            kind: link.kind.clone(),
+        });
+    };
+    if host
+        .tc_ingress_bpf(peer.index, FILTER_PRIORITY, FILTER_HANDLE)?
+        .is_some()
+    {
+        return Err(GatewayError::Orphaned(bridge.to_owned()));
+    }
+    host.delete(link.index)?;
+    Ok(())
+}
+
+fn create(
+    host: &Netlink,
+    datapath: &mut Datapath,
+    level: LogLevel,
+    bridge: &str,
+    mtu: u32,
+) -> Result<Gateway, GatewayError> {
+    let mac = mac(bridge);
+    let port = port_name(bridge);
+    let pair = host.create_veth(&VethSpec {
+        name: bridge,
+        mac: Some(mac),
+        peer_name: &port,
+        peer_mac: Some(mac),
+        peer_netns: None,
+        mtu,
+    })?;
+    // The host must not learn routes from a pod, nor wait before it speaks.
+    for (key, value) in [("accept_ra", 0), ("accept_dad", 0)] {
+        let _ = Sysctl::device(Family::Ipv6, bridge, key)?.set(value)?;
+    }
+    datapath.attach(level, &port)?;
+    datapath.create_segment(&PortSpec {
+        ifindex: pair.peer,
+        segment: pair.host,
+        flags: 0,
+        mac: mac.octets(),
+        addresses: &[],
+    })?;
+    host.configure(
+        pair.peer,
+        &LinkSettings {
+            up: Some(true),
+            alias: Some(ALIAS),
+            no_link_local: true,
+            ..LinkSettings::default()
+        },
+    )?;
+    // The alias of the device says that the gateway is whole.
+    host.configure(
+        pair.host,
+        &LinkSettings {
+            up: Some(true),
+            alias: Some(ALIAS),
+            ..LinkSettings::default()
+        },
+    )?;
+    host.wait_running(pair.peer, CARRIER)?;
+    Ok(Gateway {
+        segment: pair.host,
+        mac,
+        mtu: host.link_by_index(pair.host)?.map_or(mtu, |link| link.mtu),
+        created: true,
+    })
+}
+
+/// Removes a gateway that no port ever joined.
+pub fn remove_unused(
+    host: &Netlink,
+    datapath: &mut Datapath,
+    gateway: &Gateway,
+    addresses: &[IpAddr],
+) -> Result<(), GatewayError> {
+    if datapath
+        .segment(gateway.segment)?
+        .is_some_and(|segment| segment.members > 1)
+    {
+        return Ok(());
+    }
+    host.delete(gateway.segment)?;
+    datapath.remove_segment(gateway.segment, gateway.mac.octets(), addresses)?;
+    Ok(())
+}
+
+/// Gives the gateway an address, as `ensureAddr` of the stock plugin does: IPv4
+/// has one, IPv6 one in each subnet; another is in the way, unless `force` is set.
+pub fn ensure_address(
+    host: &Netlink,
+    datapath: &mut Datapath,
+    gateway: &Gateway,
+    bridge: &str,
+    wanted: IpNet,
+    force: bool,
+) -> Result<(), GatewayError> {
+    if wanted.addr().is_ipv6() {
+        let _ = Sysctl::device(Family::Ipv6, bridge, "disable_ipv6")?.set(0)?;
+    }
+    let mut present = false;
+    for address in host.addresses(gateway.segment)? {
+        let other = address.net;
+        if other == wanted {
+            present = true;
+            continue;
+        }
+        let conflicts = match (other, wanted) {
+            (IpNet::V4(_), IpNet::V4(_)) => true,
+            (IpNet::V6(other), IpNet::V6(wanted)) => {
+                other.contains(&wanted.addr()) || wanted.contains(&other.addr())
+            }
+            _ => false,
+        };
+        if !conflicts || address.link_local {
+            continue;
+        }
+        if !force {
+            return Err(GatewayError::OtherAddress {
+                bridge: bridge.to_owned(),
+                wanted,
+                present: other,
+            });
+        }
+        host.delete_address(gateway.segment, other)?;
+        datapath.remove_gateway_address(gateway.segment, other.addr())?;
+    }
+    if !present {
+        host.add_address(gateway.segment, wanted, false)?;
+    }
+    datapath.add_gateway_address(gateway.segment, wanted.addr(), gateway.mac.octets())?;
+    Ok(())
+}
+
+/// Lets the host forward what pods send out and what is sent to them.
+pub fn enable_forwarding(addresses: &[IpNet]) -> Result<(), GatewayError> {
+    if addresses.iter().any(|net| net.addr().is_ipv4()) {
+        let _ = Sysctl::ipv4_forwarding().set(1)?;
+    }
+    if addresses.iter().any(|net| net.addr().is_ipv6()) {
+        let _ = Sysctl::ipv6_forwarding().set(1)?;
+    }
+    Ok(())
+}
+
+/// The name of the gateway port: the other end of the gateway device.
+pub fn port_name(bridge: &str) -> String {
+    format!("port{:011x}", hash(["gateway", bridge]) >> 20)
+}

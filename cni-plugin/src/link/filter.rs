@@ -1,0 +1,211 @@
+//! Packet filters of a device (`tc filter`): whether a BPF classifier is where
+//! it was put.
+
+use netlink_packet_route::{
+    RouteNetlinkMessage,
+    tc::{TcAttribute, TcFilterBpfOption, TcHandle, TcMessage, TcOption},
+};
+
+use super::{LinkError, Netlink};
+
+impl Netlink {
+    /// The id of the BPF program that the classifier of priority `pref` and
+    /// handle `handle` at the clsact ingress of device `index` runs. `None` if
+    /// there is no such device, no clsact, or no BPF classifier in that place.
+    ///
+    /// # Errors
+    ///
+    /// [`LinkError::Refused`].
+    pub fn tc_ingress_bpf(
+        &self,
+        index: u32,
+        pref: u16,
+        handle: u32,
+    ) -> Result<Option<u32>, LinkError> {
+        let operation = || {
+            let interface = self.interface(index);
+            format!("look up classifier {handle:#x} of priority {pref} on {interface}")
+        };
+        let Ok(tc_index) = i32::try_from(index) else {
+            return Ok(None);
+        };
+        let mut query = TcMessage::with_index(tc_index);
+        query.header.parent = TcHandle {
+            major: TcHandle::CLSACT.major,
+            minor: TcHandle::MIN_INGRESS,
+        };
+        query.header.handle = handle.into();
+        // The protocol in the lower half is left 0, which is any.
+        query.header.info = u32::from(pref) << 16;
+        query.attributes.push(TcAttribute::Kind("bpf".to_owned()));
+        let found = match self.request(RouteNetlinkMessage::GetTrafficFilter(query), 0, operation) {
+            Ok(found) => found,
+            Err(error)
+                if error.is_missing()
+                    // No such filter; no clsact, or a filter of another kind.
+                    || matches!(error.errno(), Some(nix::libc::ENOENT | nix::libc::EINVAL)) =>
+            {
+                return Ok(None);
+            }
+            Err(error) => return Err(error),
+        };
+        Ok(found
+            .into_iter()
+            .filter_map(|message| match message {
+                RouteNetlinkMessage::NewTrafficFilter(message) => Some(message.attributes),
+                _ => None,
+            })
+            .flatten()
+            .filter_map(|attribute| match attribute {
+                TcAttribute::Options(options) => Some(options),
+                _ => None,
+            })
+            .flatten()
+            .find_map(|option| match option {
+                TcOption::Bpf(TcFilterBpfOption::ProgId(id)) => Some(id),
+                _ => None,
+            }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io,
+        os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    };
+
+    use netlink_packet_route::tc::{TcBpfFlags, TcFilterBpf};
+    use nix::libc;
+    use rtnetlink::packet_core::{NLM_F_CREATE, NLM_F_EXCL};
+
+    use super::*;
+    use crate::link::testing::Pair;
+
+    const PREF: u16 = 7;
+    const HANDLE: u32 = 0xb1d6e;
+
+    /// The smallest classifier: `return 0`.
+    fn program() -> OwnedFd {
+        #[repr(C)]
+        #[derive(Default)]
+        struct Load {
+            kind: u32,
+            instructions: u32,
+            code: u64,
+            license: u64,
+            rest: [u64; 13],
+        }
+        const BPF_PROG_LOAD: libc::c_int = 5;
+        const BPF_PROG_TYPE_SCHED_CLS: u32 = 3;
+        // r0 = 0; exit
+        let code: [u64; 2] = [0xb7, 0x95];
+        let attributes = Load {
+            kind: BPF_PROG_TYPE_SCHED_CLS,
+            instructions: 2,
+            code: code.as_ptr() as u64,
+            license: c"GPL".as_ptr() as u64,
+            ..Load::default()
+        };
+        // SAFETY: what the attributes point to outlives the call, and the rest
+        // of them is zero.
+        let fd = unsafe {
+            libc::syscall(
+                libc::SYS_bpf,
+                BPF_PROG_LOAD,
+                &raw const attributes,
+                size_of::<Load>(),
+            )
+        };
+        assert!(fd >= 0, "{}", io::Error::last_os_error());
+        // SAFETY: a new descriptor that nobody else has.
+        unsafe { OwnedFd::from_raw_fd(i32::try_from(fd).unwrap()) }
+    }
+
+    /// The program's id, as the descriptor's fdinfo tells it.
+    fn id_of(program: &OwnedFd) -> u32 {
+        std::fs::read_to_string(format!("/proc/thread-self/fdinfo/{}", program.as_raw_fd()))
+            .unwrap()
+            .lines()
+            .find_map(|line| line.strip_prefix("prog_id:"))
+            .unwrap()
+            .trim()
+            .parse()
+            .unwrap()
+    }
+
+    fn add_clsact(netlink: &Netlink, index: u32) {
+        let mut message = TcMessage::with_index(i32::try_from(index).unwrap());
+        message.header.parent = TcHandle::CLSACT;
+        message.header.handle = TcHandle {
+            major: u16::MAX,
+            minor: 0,
+        };
+        message
+            .attributes
+            .push(TcAttribute::Kind("clsact".to_owned()));
+        netlink
+            .request(
+                RouteNetlinkMessage::NewQueueDiscipline(message),
+                NLM_F_CREATE | NLM_F_EXCL,
+                || "add clsact".to_owned(),
+            )
+            .unwrap();
+    }
+
+    fn attach(netlink: &Netlink, index: u32, parent: u16, program: &OwnedFd) {
+        let mut message = TcMessage::with_index(i32::try_from(index).unwrap());
+        message.header.parent = TcHandle {
+            major: u16::MAX,
+            minor: parent,
+        };
+        message.header.handle = HANDLE.into();
+        let every_protocol = u32::from(0x0003_u16.to_be());
+        message.header.info = u32::from(PREF) << 16 | every_protocol;
+        message.attributes = vec![
+            TcAttribute::Kind(TcFilterBpf::KIND.to_owned()),
+            TcAttribute::Options(vec![
+                TcOption::Bpf(TcFilterBpfOption::ProgFd(
+                    u32::try_from(program.as_raw_fd()).unwrap(),
+                )),
+                TcOption::Bpf(TcFilterBpfOption::ProgName("test".to_owned())),
+                TcOption::Bpf(TcFilterBpfOption::Flags(TcBpfFlags::DirectAction)),
+            ]),
+        ];
+        netlink
+            .request(
+                RouteNetlinkMessage::NewTrafficFilter(message),
+                NLM_F_CREATE | NLM_F_EXCL,
+                || "add a classifier".to_owned(),
+            )
+            .unwrap();
+    }
+
+    #[test]
+    fn finds_the_program_in_its_place_only() {
+        let pair = Pair::new();
+        let (netlink, index) = (&pair.outside, pair.made.host);
+        let found = |pref, handle| netlink.tc_ingress_bpf(index, pref, handle).unwrap();
+        assert_eq!(found(PREF, HANDLE), None, "without clsact");
+        add_clsact(netlink, index);
+        assert_eq!(found(PREF, HANDLE), None, "with clsact alone");
+        let program = program();
+        attach(netlink, index, TcHandle::MIN_EGRESS, &program);
+        assert_eq!(found(PREF, HANDLE), None, "with one at egress");
+        attach(netlink, index, TcHandle::MIN_INGRESS, &program);
+        assert_eq!(found(PREF, HANDLE), Some(id_of(&program)));
+        assert_eq!(found(PREF, HANDLE + 1), None, "another handle");
+        assert_eq!(found(PREF + 1, HANDLE), None, "another priority");
+    }
+
+    #[test]
+    fn a_missing_device_has_no_classifier() {
+        let pair = Pair::new();
+        for index in [99_999, u32::MAX] {
+            assert_eq!(
+                pair.outside.tc_ingress_bpf(index, PREF, HANDLE).unwrap(),
+                None
+            );
+        }
+    }
+}

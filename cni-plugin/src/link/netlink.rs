@@ -1,0 +1,289 @@
+//! The rtnetlink connection and its errors.
+
+use std::{fmt, io};
+
+use futures_util::StreamExt;
+use netlink_packet_route::RouteNetlinkMessage;
+use rtnetlink::{
+    Handle,
+    packet_core::{
+        ErrorMessage, NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkMessage,
+        NetlinkPayload, NlasIterator,
+    },
+};
+use thiserror::Error;
+use tokio::runtime::{Builder, Runtime};
+
+use crate::netns::{Netns, NetnsError};
+
+/// How often a dump that the kernel calls inconsistent is asked for again.
+const DUMP_ATTEMPTS: usize = 16;
+
+/// What failed on an rtnetlink connection.
+#[derive(Debug, Error)]
+pub enum LinkError {
+    /// The connection could not be opened.
+    #[error("cannot open an rtnetlink socket: {0}")]
+    Open(#[source] io::Error),
+    /// The namespace that the socket belongs in could not be entered.
+    #[error(transparent)]
+    Netns(#[from] NetnsError),
+    /// The kernel refused a request.
+    #[error("cannot {operation}: {source}{}", Detail(detail))]
+    Refused {
+        /// What was being done and to which device, as in "add address
+        /// 10.1.0.2/16 to eth0".
+        operation: String,
+        /// The kernel's error number.
+        source: io::Error,
+        /// The kernel's own words (extended acknowledgement), if it had any.
+        detail: String,
+    },
+    /// A device of this name is there already.
+    #[error("interface {name} already exists {}", if *in_sandbox { "in the sandbox" } else { "on the host" })]
+    Exists {
+        /// The device's name.
+        name: String,
+        /// Whether it is in the namespace of the peer, not in that of the
+        /// connection.
+        in_sandbox: bool,
+    },
+    /// The kernel's answer is not what it must be, or there was none.
+    #[error("cannot {operation}: {problem}")]
+    Protocol {
+        /// What was being done.
+        operation: String,
+        /// What is wrong with the answer.
+        problem: &'static str,
+    },
+}
+
+struct Detail<'a>(&'a str);
+
+impl fmt::Display for Detail<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0.is_empty() {
+            Ok(())
+        } else {
+            write!(f, ": {}", self.0)
+        }
+    }
+}
+
+impl LinkError {
+    /// The kernel's error number, if the kernel refused the request.
+    #[must_use]
+    pub fn errno(&self) -> Option<i32> {
+        match self {
+            Self::Refused { source, .. } => source.raw_os_error(),
+            _ => None,
+        }
+    }
+
+    /// Whether the kernel knows no such device, address or route.
+    #[must_use]
+    pub fn is_missing(&self) -> bool {
+        // ENODEV for devices, EADDRNOTAVAIL for addresses, ESRCH for routes.
+        matches!(self.errno(), Some(code) if code == nix::libc::ENODEV
+            || code == nix::libc::EADDRNOTAVAIL
+            || code == nix::libc::ESRCH)
+    }
+}
+
+/// A connection to the rtnetlink of one network namespace.
+///
+/// It stays in the namespace it was opened in, whatever the calling thread does
+/// later. Methods block until the kernel has answered.
+#[derive(Debug)]
+pub struct Netlink {
+    handle: Handle,
+    runtime: Runtime,
+}
+
+impl Netlink {
+    /// Connects to the calling thread's namespace.
+    ///
+    /// # Errors
+    ///
+    /// [`LinkError::Open`].
+    pub fn host() -> Result<Self, LinkError> {
+        Self::connect(|open| Ok(open()))
+    }
+
+    /// Connects to `netns`.
+    ///
+    /// # Errors
+    ///
+    /// [`LinkError::Open`] and [`LinkError::Netns`].
+    pub fn open(netns: &Netns) -> Result<Self, LinkError> {
+        Self::connect(|open| netns.run_in(open))
+    }
+
+    /// `place` runs the given function in the namespace: a socket belongs to the
+    /// namespace of the thread that makes it.
+    fn connect(
+        place: impl FnOnce(
+            &(dyn Fn() -> io::Result<Socket> + Sync),
+        ) -> Result<io::Result<Socket>, NetnsError>,
+    ) -> Result<Self, LinkError> {
+        let runtime = Builder::new_current_thread()
+            .enable_io()
+            .build()
+            .map_err(LinkError::Open)?;
+        let open = || {
+            let _reactor = runtime.enter();
+            // Strict checking is what makes the kernel filter a dump.
+            let (mut connection, handle, _) = rtnetlink::new_connection_with_strict_check()?;
+            // Otherwise an acknowledged request looks like a lost connection.
+            connection.set_forward_ack(true);
+            connection.set_forward_done(true);
+            let socket = rtnetlink::sys::AsyncSocket::socket_mut(connection.socket_mut());
+            // Reasons in words, and no echo of the request before them. Neither
+            // is needed to work (Linux 4.12 and 4.3 have them).
+            let _ = socket.set_ext_ack(true);
+            let _ = socket.set_cap_ack(true);
+            Ok((connection, handle))
+        };
+        let (connection, handle) = place(&open)?.map_err(LinkError::Open)?;
+        runtime.spawn(connection);
+        Ok(Self { handle, runtime })
+    }
+
+    /// Sends one request and waits for its acknowledgement. Returns what the
+    /// kernel sent before it. `operation` goes into the error.
+    pub(super) fn request(
+        &self,
+        message: RouteNetlinkMessage,
+        flags: u16,
+        operation: impl Fn() -> String,
+    ) -> Result<Vec<RouteNetlinkMessage>, LinkError> {
+        self.exchange(message, flags | NLM_F_REQUEST | NLM_F_ACK, &operation)
+            .map(|answer| answer.messages)
+    }
+
+    /// Sends one dump request and waits for the whole answer, asking again while
+    /// the kernel says that it changed underneath.
+    pub(super) fn dump(
+        &self,
+        message: &RouteNetlinkMessage,
+        operation: impl Fn() -> String,
+    ) -> Result<Vec<RouteNetlinkMessage>, LinkError> {
+        for _ in 0..DUMP_ATTEMPTS {
+            match self.exchange(message.clone(), NLM_F_REQUEST | NLM_F_DUMP, &operation) {
+                Ok(answer) if answer.interrupted => {}
+                Ok(answer) => return Ok(answer.messages),
+                Err(error) if error.errno() == Some(nix::libc::EINTR) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Err(LinkError::Protocol {
+            operation: operation(),
+            problem: "the kernel's answer was interrupted by changes again and again",
+        })
+    }
+
+    fn exchange(
+        &self,
+        message: RouteNetlinkMessage,
+        flags: u16,
+        operation: &impl Fn() -> String,
+    ) -> Result<Answer, LinkError> {
+        let mut request = NetlinkMessage::from(message);
+        request.header.flags = flags;
+        // The operation is put into words only here, outside the runtime:
+        // wording it may take a request of its own.
+        self.runtime
+            .block_on(answer(self.handle.clone(), request))
+            .map_err(|failure| match failure {
+                Failure::Refused { source, detail } => LinkError::Refused {
+                    operation: operation(),
+                    source,
+                    detail,
+                },
+                Failure::Lost => LinkError::Protocol {
+                    operation: operation(),
+                    problem: "the rtnetlink connection broke off",
+                },
+            })
+    }
+
+    /// How a device is called in an error: by its name, while it has one.
+    pub(super) fn interface(&self, index: u32) -> String {
+        match self.link_by_index(index) {
+            Ok(Some(link)) => format!("interface {}", link.name),
+            Ok(None) | Err(_) => format!("interface number {index}"),
+        }
+    }
+}
+
+/// Why an exchange failed, before it is known what it was for.
+enum Failure {
+    Refused { source: io::Error, detail: String },
+    Lost,
+}
+
+async fn answer(
+    mut handle: Handle,
+    request: NetlinkMessage<RouteNetlinkMessage>,
+) -> Result<Answer, Failure> {
+    let mut responses = handle.request(request).map_err(|_| Failure::Lost)?;
+    let mut answer = Answer::default();
+    let mut complete = false;
+    while let Some(response) = responses.next().await {
+        answer.interrupted |= response.header.flags & NLM_F_DUMP_INTR != 0;
+        match response.payload {
+            NetlinkPayload::InnerMessage(message) => answer.messages.push(message),
+            NetlinkPayload::Error(error) if error.code.is_some() => {
+                return Err(Failure::Refused {
+                    source: error.to_io(),
+                    detail: detail(&error),
+                });
+            }
+            // A dump that fails halfway says so at its end.
+            NetlinkPayload::Done(done) if done.code != 0 => {
+                return Err(Failure::Refused {
+                    source: io::Error::from_raw_os_error(done.code.saturating_abs()),
+                    detail: String::new(),
+                });
+            }
+            NetlinkPayload::Error(_) | NetlinkPayload::Done(_) => complete = true,
+            _ => {}
+        }
+    }
+    // The stream also ends when the connection does.
+    if complete {
+        Ok(answer)
+    } else {
+        Err(Failure::Lost)
+    }
+}
+
+type Socket = (rtnetlink::proto::Connection<RouteNetlinkMessage>, Handle);
+
+#[derive(Default)]
+struct Answer {
+    messages: Vec<RouteNetlinkMessage>,
+    interrupted: bool,
+}
+
+/// `NLMSGERR_ATTR_MSG` of the kernel's `include/uapi/linux/netlink.h`.
+const NLMSGERR_ATTR_MSG: u16 = 1;
+
+/// The words of an extended acknowledgement, empty if there are none.
+fn detail(error: &ErrorMessage) -> String {
+    // A capped acknowledgement repeats the request's header and nothing of its
+    // body; the attributes stand behind it.
+    const HEADER: usize = 16;
+    let Some(attributes) = error.header.get(HEADER..) else {
+        return String::new();
+    };
+    NlasIterator::new(attributes)
+        .map_while(Result::ok)
+        .find(|attribute| attribute.kind() == NLMSGERR_ATTR_MSG)
+        .map(|attribute| {
+            String::from_utf8_lossy(attribute.value())
+                .trim_end_matches(['\0', '.'])
+                .to_owned()
+        })
+        .unwrap_or_default()
+}

@@ -1,0 +1,70 @@
+//! Why a frame was not delivered.
+
+/// The reason for a drop; its number is the index into [`PortStats::drops`].
+///
+/// [`PortStats::drops`]: crate::layout::PortStats::drops
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum DropReason {
+    /// The frame is shorter than an Ethernet header.
+    Truncated = 0,
+    /// The device carries the program but has no entry in `PORTS`.
+    NotAPort = 1,
+    /// The source address is a group address or all zeroes (IEEE 802.3 §3.2.3;
+    /// `br_handle_frame` drops these too).
+    BadSource = 2,
+    /// `macspoofchk` is set and the source is not the address that was assigned.
+    Spoofed = 3,
+    /// Both ports are isolated (`portIsolation`).
+    Isolated = 4,
+    /// The destination is behind the port that the frame came from, and the port
+    /// has no `hairpinMode`.
+    SamePort = 5,
+    /// A pause frame, which is never forwarded (IEEE 802.1D §7.12.6).
+    Pause = 6,
+    /// The frame could not be rewritten or handed over: a helper returned an error.
+    Helper = 7,
+}
+
+impl DropReason {
+    /// How many reasons there are.
+    pub const COUNT: usize = 8;
+
+    /// Every reason, in the order of its number.
+    pub const ALL: [Self; Self::COUNT] = [
+        Self::Truncated,
+        Self::NotAPort,
+        Self::BadSource,
+        Self::Spoofed,
+        Self::Isolated,
+        Self::SamePort,
+        Self::Pause,
+        Self::Helper,
+    ];
+
+    /// The name that is shown to people.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Truncated => "truncated frame",
+            Self::NotAPort => "not a port",
+            Self::BadSource => "bad source address",
+            Self::Spoofed => "spoofed source address",
+            Self::Isolated => "isolated ports",
+            Self::SamePort => "destination on the same port",
+            Self::Pause => "pause frame",
+            Self::Helper => "helper failed",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_reason_has_its_own_number() {
+        for (number, reason) in DropReason::ALL.into_iter().enumerate() {
+            assert_eq!(reason as usize, number, "{}", reason.name());
+        }
+    }
+}

@@ -1,0 +1,72 @@
+//! Ethernet frames: what the first fourteen bytes say.
+
+use crate::layout::Mac;
+
+/// The length of an Ethernet header without a VLAN tag, in bytes.
+pub const ETH_HLEN: usize = 14;
+/// ARP, RFC 826.
+pub const ETH_P_ARP: u16 = 0x0806;
+/// IPv6, RFC 2464.
+pub const ETH_P_IPV6: u16 = 0x86dd;
+
+/// What a switch does with a destination address before any table is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Destination {
+    /// One station.
+    Unicast,
+    /// Every port.
+    Group,
+    /// The node itself and no port: the reserved group addresses of IEEE 802.1D
+    /// §7.12.6, such as LLDP's.
+    NodeOnly,
+    /// Nobody: a pause frame.
+    Nobody,
+}
+
+/// What to do with a frame to `mac`.
+///
+/// Spanning tree's own address is flooded, as `br_handle_frame` does when the
+/// bridge does not take part in the protocol.
+pub const fn destination(mac: &Mac) -> Destination {
+    match *mac {
+        [0x01, 0x80, 0xc2, 0, 0, 0x01] => Destination::Nobody,
+        [0x01, 0x80, 0xc2, 0, 0, 0x02..=0x0f] => Destination::NodeOnly,
+        [first, ..] if first & 1 == 1 => Destination::Group,
+        _ => Destination::Unicast,
+    }
+}
+
+/// Whether `mac` may be a source: one station's address and not all zeroes.
+pub const fn is_valid_source(mac: &Mac) -> bool {
+    mac[0] & 1 == 0 && !matches!(mac, [0, 0, 0, 0, 0, 0])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn destinations_are_told_apart() {
+        let cases: [(Mac, Destination); 8] = [
+            ([0x02, 0, 0, 0, 0, 1], Destination::Unicast),
+            ([0xff; 6], Destination::Group),
+            ([0x33, 0x33, 0, 0, 0, 1], Destination::Group),
+            ([0x01, 0x00, 0x5e, 0, 0, 1], Destination::Group),
+            ([0x01, 0x80, 0xc2, 0, 0, 0x00], Destination::Group),
+            ([0x01, 0x80, 0xc2, 0, 0, 0x01], Destination::Nobody),
+            ([0x01, 0x80, 0xc2, 0, 0, 0x0e], Destination::NodeOnly),
+            ([0x01, 0x80, 0xc2, 0, 0, 0x10], Destination::Group),
+        ];
+        for (mac, expected) in cases {
+            assert_eq!(destination(&mac), expected, "{mac:02x?}");
+        }
+    }
+
+    #[test]
+    fn sources_are_single_stations() {
+        assert!(is_valid_source(&[0x02, 0, 0, 0, 0, 1]));
+        assert!(!is_valid_source(&[0; 6]));
+        assert!(!is_valid_source(&[0xff; 6]));
+        assert!(!is_valid_source(&[0x01, 0, 0x5e, 0, 0, 1]));
+    }
+}

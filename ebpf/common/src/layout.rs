@@ -1,0 +1,222 @@
+//! The maps: their keys, their values and their sizes.
+//!
+//! All integers are in host byte order, MAC and IP addresses in the order of the
+//! wire. Everything is `repr(C)` without padding (bytemuck's derive refuses a
+//! layout that has any), so that equal keys are equal bytes.
+//!
+//! | map | kind | key | value |
+//! |---|---|---|---|
+//! | `PORTS` | hash | ifindex | [`Port`] |
+//! | `STATS` | per-CPU hash | ifindex, 0 for devices that are no ports | [`PortStats`] |
+//! | `ENDPOINTS` | hash | [`MacKey`] | [`Endpoint`] |
+//! | `NEIGHBORS` | hash | [`IpKey`] | [`Neighbor`] |
+//! | `LEARNED` | LRU hash | [`MacKey`] | [`Learned`] |
+//! | `SEGMENTS` | hash | segment | [`Segment`] |
+//! | `MEMBERS` | hash | [`MemberKey`] | [`Member`] |
+//! | `PROGRAMS` | program array | `PROGRAM_*` | the programs that others call |
+//!
+//! A *segment* is one L2 network of the node. Its number is the ifindex of its
+//! gateway device (the one that carries the configured `bridge` name), which the
+//! kernel keeps unique.
+
+use bytemuck::{Pod, Zeroable};
+
+use crate::drops::DropReason;
+
+/// The version of everything in this module. It is part of the pin path, so that
+/// a plugin never reads a map of another layout.
+pub const ABI: u32 = 1;
+
+/// An Ethernet address, in the order of the wire.
+pub type Mac = [u8; 6];
+
+/// How many ports a node can have, gateway ports included.
+pub const MAX_PORTS: u32 = 16_384;
+/// How many MAC addresses can be assigned: one a port.
+pub const MAX_ENDPOINTS: u32 = MAX_PORTS;
+/// How many IP addresses can be assigned: four a port.
+pub const MAX_NEIGHBORS: u32 = 4 * MAX_PORTS;
+/// How many MAC addresses that nobody was assigned are remembered.
+pub const MAX_LEARNED: u32 = 65_536;
+/// How many segments a node can have.
+pub const MAX_SEGMENTS: u32 = 1024;
+/// How many ports one run of the flooding program serves, before it calls itself
+/// again for the next ones.
+pub const FLOOD_BATCH: u32 = 256;
+/// How many ports a segment can have: the kernel allows 33 tail calls in a row
+/// (`MAX_TAIL_CALL_CNT`), of which one may go to the responder.
+pub const MAX_MEMBERS: u32 = 32 * FLOOD_BATCH;
+/// How long a learned address is believed without being seen, in ns: what
+/// `ageing_time` of a Linux bridge is by default, 300 s.
+pub const AGEING_NS: u64 = 300_000_000_000;
+/// How old a learned entry may be before it is written again, in ns. Less often
+/// would cost accuracy, more often a write per packet.
+pub const REFRESH_NS: u64 = 1_000_000_000;
+
+/// The slot of the program that floods.
+pub const PROGRAM_FLOOD: u32 = 0;
+/// The slot of the program that answers neighbour requests.
+pub const PROGRAM_RESPONDER: u32 = 1;
+/// How many slots there are.
+pub const PROGRAM_COUNT: u32 = 2;
+
+/// The port is the gateway port of its segment.
+pub const PORT_GATEWAY: u32 = 1 << 0;
+/// `hairpinMode`: what came from the port may go back to it.
+pub const PORT_HAIRPIN: u32 = 1 << 1;
+/// `macspoofchk`: only the assigned address may be a source.
+pub const PORT_MACSPOOFCHK: u32 = 1 << 2;
+/// `portIsolation`: no traffic with other isolated ports.
+pub const PORT_ISOLATED: u32 = 1 << 3;
+/// `promiscMode`: the gateway device sees every frame that the port sends.
+pub const PORT_PROMISC: u32 = 1 << 4;
+
+/// A port of the switch: the host-side veth of an attachment, or the far end of
+/// a gateway device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Port {
+    /// The segment that the port belongs to.
+    pub segment: u32,
+    /// `PORT_*` bits.
+    pub flags: u32,
+    /// The port's slot in `MEMBERS`. Only the plugin reads it.
+    pub slot: u32,
+    /// The MAC address that was assigned to what is behind the port.
+    pub mac: Mac,
+    /// Zero.
+    pub reserved: [u8; 2],
+}
+
+/// What a port has received, and what became of it. One copy a CPU; the reader
+/// adds them up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct PortStats {
+    /// Frames that came from the port. A frame that segmentation offload will
+    /// cut counts once.
+    pub packets: u64,
+    /// Their length in bytes, Ethernet header included.
+    pub bytes: u64,
+    /// Frames that were flooded to the segment.
+    pub flooded: u64,
+    /// Neighbour requests (ARP and IPv6) that were answered in place.
+    pub answered: u64,
+    /// Drops by [`DropReason`].
+    pub drops: [u64; DropReason::COUNT],
+}
+
+/// A MAC address in a segment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
+#[repr(C)]
+pub struct MacKey {
+    /// The segment.
+    pub segment: u32,
+    /// The address.
+    pub mac: Mac,
+    /// Zero.
+    pub reserved: [u8; 2],
+}
+
+impl MacKey {
+    /// The key of `mac` in `segment`.
+    pub const fn new(segment: u32, mac: Mac) -> Self {
+        Self {
+            segment,
+            mac,
+            reserved: [0; 2],
+        }
+    }
+}
+
+/// Where an assigned MAC address is. Never changed by a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Endpoint {
+    /// The ifindex of its port.
+    pub port: u32,
+    /// The `PORT_*` bits of that port.
+    pub flags: u32,
+}
+
+/// An IP address in a segment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
+#[repr(C)]
+pub struct IpKey {
+    /// The segment.
+    pub segment: u32,
+    /// The IPv6 address, or the IPv4 address mapped into IPv6 (RFC 4291 §2.5.5.2).
+    pub address: [u8; 16],
+}
+
+impl IpKey {
+    /// The key of an IPv4 address in `segment`.
+    pub const fn v4(segment: u32, address: [u8; 4]) -> Self {
+        let [a, b, c, d] = address;
+        Self {
+            segment,
+            address: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d],
+        }
+    }
+
+    /// The key of an IPv6 address in `segment`.
+    pub const fn v6(segment: u32, address: [u8; 16]) -> Self {
+        Self { segment, address }
+    }
+}
+
+/// Who has an assigned IP address: what the responder answers with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Neighbor {
+    /// The ifindex of its port.
+    pub port: u32,
+    /// The `PORT_*` bits of that port.
+    pub flags: u32,
+    /// The MAC address.
+    pub mac: Mac,
+    /// Zero.
+    pub reserved: [u8; 2],
+}
+
+/// Where a MAC address that nobody was assigned was last seen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Learned {
+    /// When, in ns of `CLOCK_MONOTONIC` (`bpf_ktime_get_ns`).
+    pub seen: u64,
+    /// The ifindex of the port.
+    pub port: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+/// A segment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Segment {
+    /// How many slots of `MEMBERS` are in use, from 0 on.
+    pub members: u32,
+    /// The ifindex of the gateway port (the far end of the gateway device).
+    pub gateway_port: u32,
+}
+
+/// A slot in the list of a segment's ports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
+#[repr(C)]
+pub struct MemberKey {
+    /// The segment.
+    pub segment: u32,
+    /// The slot: 0 is the gateway port.
+    pub slot: u32,
+}
+
+/// A port that broadcast, multicast and unknown destinations are sent to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Member {
+    /// The ifindex of the port.
+    pub port: u32,
+    /// Its `PORT_*` bits.
+    pub flags: u32,
+}

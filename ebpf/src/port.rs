@@ -1,0 +1,253 @@
+//! tc ingress of every port: one frame from a pod, or from the host, and where
+//! it goes.
+//!
+//! | destination | verdict |
+//! |---|---|
+//! | a broadcast question for an assigned address | answered in place, back to the asker |
+//! | an assigned address | straight into the pod (`bpf_redirect_peer`) |
+//! | the gateway's address | into the host's stack, as if received on the gateway device |
+//! | an address that was learned | out of the port where it was seen |
+//! | a group, or nobody known | flooded |
+//!
+//! Frames are looked at, never written, on all of these paths but the first: the
+//! offloads that the sender counts on stay as they are, and a frame that TCP may
+//! still hold is not copied.
+
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::{__sk_buff, BPF_ANY, BPF_F_INGRESS, TC_ACT_SHOT, TC_ACT_STOLEN},
+    helpers::{bpf_ktime_get_ns, bpf_redirect, bpf_redirect_peer},
+    macros::classifier,
+    programs::TcContext,
+};
+use aya_log_ebpf::{debug, trace};
+use bpf_bridge_common::{
+    drops::DropReason,
+    frame::{self, Destination, ETH_HLEN, ETH_P_ARP, ETH_P_IPV6},
+    layout::{
+        AGEING_NS, Learned, Mac, MacKey, PORT_GATEWAY, PORT_HAIRPIN, PORT_ISOLATED,
+        PORT_MACSPOOFCHK, PORT_PROMISC, Port, REFRESH_NS,
+    },
+};
+
+use crate::{
+    flood,
+    maps::{ENDPOINTS, LEARNED, PORTS, STATS},
+    responder,
+};
+
+/// `PACKET_HOST` of `linux/if_packet.h`.
+const PACKET_HOST: u32 = 0;
+
+/// The program of every port.
+#[classifier]
+pub(crate) fn port(ctx: TcContext) -> i32 {
+    let ifindex = ifindex(&ctx);
+    match switch(&ctx, ifindex) {
+        Ok(verdict) => {
+            trace!(&ctx, "port {}: verdict {}", ifindex, verdict);
+            verdict
+        }
+        Err(reason) => {
+            debug!(&ctx, "port {}: drop, reason {}", ifindex, reason as u32);
+            count_drop(ifindex, reason);
+            TC_ACT_SHOT
+        }
+    }
+}
+
+/// The device that the frame arrived on.
+#[inline(always)]
+pub(crate) fn ifindex(ctx: &TcContext) -> u32 {
+    // SAFETY: the context is valid for as long as the program runs.
+    unsafe { (*skb(ctx)).ifindex }
+}
+
+/// The context as the helpers take it.
+#[inline(always)]
+pub(crate) fn skb(ctx: &TcContext) -> *mut __sk_buff {
+    ctx.as_ptr().cast()
+}
+
+#[inline(always)]
+fn switch(ctx: &TcContext, ifindex: u32) -> Result<i32, DropReason> {
+    // SAFETY: the plugin replaces entries of this map whole, and never removes
+    // one whose program is still attached.
+    let port = unsafe { PORTS.get(ifindex) }.ok_or(DropReason::NotAPort)?;
+    let stats = STATS.get_ptr_mut(ifindex).ok_or(DropReason::NotAPort)?;
+    // SAFETY: the value is this CPU's own.
+    let stats = unsafe { &mut *stats };
+    stats.packets += 1;
+    stats.bytes += u64::from(ctx.len());
+
+    let (to, from, proto) = ethernet(ctx)?;
+    if from != port.mac {
+        strange_source(ifindex, port, from)?;
+    }
+    match frame::destination(&to) {
+        Destination::Unicast => unicast(ctx, ifindex, port, to),
+        Destination::Group => {
+            // A question inside a VLAN is about another network than ours.
+            // SAFETY: the context is valid for as long as the program runs.
+            let tagged = unsafe { (*skb(ctx)).vlan_present } != 0;
+            if !tagged && matches!(proto, ETH_P_ARP | ETH_P_IPV6) {
+                responder::start(ctx);
+            }
+            flood::start(ctx)
+        }
+        Destination::NodeOnly if port.flags & PORT_GATEWAY == 0 => Ok(to_host(port.segment)),
+        Destination::NodeOnly => Err(DropReason::SamePort),
+        Destination::Nobody => Err(DropReason::Pause),
+    }
+}
+
+/// Destination, source and ethertype.
+#[inline(always)]
+fn ethernet(ctx: &TcContext) -> Result<(Mac, Mac, u16), DropReason> {
+    if ctx.data() + ETH_HLEN > ctx.data_end() {
+        // The kernel pulls the header into the linear part before it runs
+        // classifiers; a driver that does not is asked to.
+        ctx.pull_data(ETH_HLEN as u32)
+            .map_err(|_| DropReason::Truncated)?;
+        if ctx.data() + ETH_HLEN > ctx.data_end() {
+            return Err(DropReason::Truncated);
+        }
+    }
+    // SAFETY: the bounds were compared right above, and byte arrays have no
+    // alignment.
+    let header = unsafe { *(ctx.data() as *const [u8; ETH_HLEN]) };
+    let [a, b, c, d, e, f, g, h, i, j, k, l, m, n] = header;
+    Ok((
+        [a, b, c, d, e, f],
+        [g, h, i, j, k, l],
+        u16::from_be_bytes([m, n]),
+    ))
+}
+
+/// A source that was not assigned to the port: refused where the port says so,
+/// else learned.
+#[inline(always)]
+fn strange_source(ifindex: u32, port: &Port, from: Mac) -> Result<(), DropReason> {
+    if !frame::is_valid_source(&from) {
+        return Err(DropReason::BadSource);
+    }
+    if port.flags & PORT_MACSPOOFCHK != 0 {
+        return Err(DropReason::Spoofed);
+    }
+    let key = MacKey::new(port.segment, from);
+    // SAFETY: a helper that reads a clock.
+    let now = unsafe { bpf_ktime_get_ns() };
+    if let Some(known) = LEARNED.get_ptr_mut(key) {
+        // SAFETY: an entry that is evicted meanwhile is memory of the map still;
+        // at worst a store is lost.
+        let known = unsafe { &mut *known };
+        if known.port == ifindex {
+            if now.wrapping_sub(known.seen) > REFRESH_NS {
+                known.seen = now;
+            }
+            return Ok(());
+        }
+    }
+    // What was assigned is never learned elsewhere.
+    if ENDPOINTS.get_ptr(key).is_none() {
+        let seen = Learned {
+            seen: now,
+            port: ifindex,
+            reserved: 0,
+        };
+        // A full table evicts; a failure costs a flood, no frame.
+        let _ = LEARNED.insert(key, seen, u64::from(BPF_ANY));
+    }
+    Ok(())
+}
+
+#[inline(always)]
+fn unicast(ctx: &TcContext, ifindex: u32, port: &Port, to: Mac) -> Result<i32, DropReason> {
+    let key = MacKey::new(port.segment, to);
+    // SAFETY: as for `PORTS`.
+    if let Some(endpoint) = unsafe { ENDPOINTS.get(key) } {
+        if endpoint.port == ifindex {
+            return same_port(port, ifindex);
+        }
+        if endpoint.flags & PORT_GATEWAY != 0 {
+            return Ok(to_host(port.segment));
+        }
+        if endpoint.flags & port.flags & PORT_ISOLATED != 0 {
+            return Err(DropReason::Isolated);
+        }
+        show_to_host(ctx, port);
+        // The sender's veth took the frame for somebody else's; before 6.15 the
+        // redirect keeps that mark, and the pod's stack would drop it.
+        ctx.change_type(PACKET_HOST)
+            .map_err(|_| DropReason::Helper)?;
+        // SAFETY: a helper that takes numbers.
+        return Ok(unsafe { bpf_redirect_peer(endpoint.port, 0) } as i32);
+    }
+    // SAFETY: the value is read at once.
+    if let Some(learned) = unsafe { LEARNED.get(key) } {
+        // SAFETY: a helper that reads a clock.
+        let age = unsafe { bpf_ktime_get_ns() }.wrapping_sub(learned.seen);
+        let at = learned.port;
+        // SAFETY: as above. The port may be gone since, or be another segment's.
+        let there = unsafe { PORTS.get(at) };
+        if let Some(there) = there
+            && there.segment == port.segment
+            && age < AGEING_NS
+        {
+            if at == ifindex {
+                return same_port(port, ifindex);
+            }
+            if there.flags & port.flags & PORT_ISOLATED != 0 {
+                return Err(DropReason::Isolated);
+            }
+            show_to_host(ctx, port);
+            // Out of the veth and in again at its peer: a bridge or a macvlan
+            // inside the pod must see the frame as it would see it on a wire.
+            // SAFETY: a helper that takes numbers.
+            return Ok(unsafe { bpf_redirect(at, 0) } as i32);
+        }
+    }
+    flood::start(ctx)
+}
+
+/// A frame for where it came from.
+#[inline(always)]
+fn same_port(port: &Port, ifindex: u32) -> Result<i32, DropReason> {
+    if port.flags & PORT_HAIRPIN == 0 {
+        return Err(DropReason::SamePort);
+    }
+    // SAFETY: a helper that takes numbers.
+    Ok(unsafe { bpf_redirect(ifindex, 0) } as i32)
+}
+
+/// Into the host's stack, as if received on the gateway device.
+#[inline(always)]
+fn to_host(segment: u32) -> i32 {
+    // SAFETY: a helper that takes numbers.
+    unsafe { bpf_redirect(segment, u64::from(BPF_F_INGRESS)) as i32 }
+}
+
+/// `promiscMode`: the gateway device gets a copy.
+#[inline(always)]
+fn show_to_host(ctx: &TcContext, port: &Port) {
+    if port.flags & PORT_PROMISC != 0 {
+        let _ = ctx.clone_redirect(port.segment, u64::from(BPF_F_INGRESS));
+    }
+}
+
+/// Counts a drop against the port, or against number 0 if it is none.
+#[inline(always)]
+pub(crate) fn count_drop(ifindex: u32, reason: DropReason) {
+    let number = if reason as u32 == DropReason::NotAPort as u32 {
+        0
+    } else {
+        ifindex
+    };
+    if let Some(stats) = STATS.get_ptr_mut(number) {
+        // SAFETY: the value is this CPU's own.
+        unsafe { (*stats).drops[reason as usize] += 1 };
+    }
+}
+
+/// The verdict for a frame that was handed over as copies: not a drop.
+pub(crate) const HANDED_OVER: i32 = TC_ACT_STOLEN;
