@@ -143,12 +143,15 @@ fn files(node: &Node, roots: &[&str]) -> Result<Vec<(PathBuf, String)>> {
             }
             let name = entry.file_name();
             let name = name.to_string_lossy();
-            // A lock is no state, and the position of the round robin moves on.
+            // A lock is no state; what the stores keep beside the leases (the
+            // position of the round robin) moves on.
             if name.contains("lock") {
                 continue;
             }
             // Objects pinned in bpffs cannot be read.
-            let content = if name.starts_with("last_reserved_ip.") {
+            let bookkeeping = name.starts_with("last_reserved_ip.")
+                || path.starts_with("/var/lib/cni/networks/.bpf-bridge");
+            let content = if bookkeeping {
                 String::new()
             } else {
                 String::from_utf8_lossy(&fs::read(&path).unwrap_or_default())

