@@ -10,6 +10,7 @@ use std::{
     path::PathBuf,
     process::{Command, ExitStatus, Stdio},
     sync::Mutex,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -208,6 +209,20 @@ impl Call {
     ///
     /// As [`Self::run`].
     pub fn run_here(&self) -> Result<Reply> {
+        self.execute(None)
+    }
+
+    /// Makes the call in a namespace and kills it (SIGKILL) after a time, unless
+    /// it has ended by then.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::run`].
+    pub fn run_until_killed(&self, namespace: &Namespace, after: Duration) -> Result<Reply> {
+        namespace.within(|| self.execute(Some(after)))
+    }
+
+    fn execute(&self, kill_after: Option<Duration>) -> Result<Reply> {
         // Files and not pipes, so that neither side can ever wait for the other.
         let mut stdout = anonymous_file()?;
         let mut stderr = anonymous_file()?;
@@ -229,6 +244,10 @@ impl Call {
         if let Some(mut stdin) = child.stdin.take() {
             // A plugin may end without reading: then the pipe is broken.
             let _ = stdin.write_all(self.stdin.as_bytes());
+        }
+        if let Some(after) = kill_after {
+            thread::sleep(after.saturating_sub(start.elapsed()));
+            child.kill().context("killing the plugin")?;
         }
         let (status, peak_rss) = wait_with_usage(child.id())?;
         let duration = start.elapsed();

@@ -141,16 +141,22 @@ fn files(node: &Node, roots: &[&str]) -> Result<Vec<(PathBuf, String)>> {
                 walk(&path, found)?;
                 continue;
             }
-            // The position of the round robin moves on, and a lock is no state.
             let name = entry.file_name();
             let name = name.to_string_lossy();
-            let moving = name.starts_with("last_reserved_ip.") || name.contains("lock");
+            // A lock is no state; what the stores keep beside the leases (the
+            // position of the round robin) moves on.
+            if name.contains("lock") {
+                continue;
+            }
             // Objects pinned in bpffs cannot be read.
-            let content = fs::read(&path).unwrap_or_default();
-            let content = if moving {
+            let bookkeeping = name.starts_with("last_reserved_ip.")
+                || path.starts_with("/var/lib/cni/networks/.bpf-bridge");
+            let content = if bookkeeping {
                 String::new()
             } else {
-                String::from_utf8_lossy(&content).escape_debug().to_string()
+                String::from_utf8_lossy(&fs::read(&path).unwrap_or_default())
+                    .escape_debug()
+                    .to_string()
             };
             found.push((path, content));
         }
