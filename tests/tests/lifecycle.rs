@@ -924,26 +924,36 @@ fn a_node_can_change_from_the_stock_chain_and_back_without_losing_a_reservation(
 #[test]
 fn leases_of_the_dead_are_taken_back_and_those_of_the_living_are_not() -> Result<()> {
     let node = Node::new()?;
-    let network = Network::new(&node, small(&node, 3));
+    let network = Network::new(&node, small(&node, 5));
     let alive_one = network.pod("alive")?;
-    // As a reboot or a crash leaves them: an owner that no longer is, and a file
-    // that was never written.
-    node.run(&format!("mkdir -p {LEASES}"))?;
+    // Its sandbox goes without a DEL.
+    drop(network.pod("dead")?);
+    // As a crash of the stock plugin leaves it, as the stock plugin leaves it for
+    // a pod that may well live, and as it was left before the last reboot.
     node.within(|| {
         let lease = |last: u8| format!("{LEASES}/10.77.0.{last}");
-        std::fs::write(lease(11), "dead\r\neth0")?;
         std::fs::write(lease(12), "")?;
+        std::fs::write(lease(13), "of-stock\r\neth0")?;
+        std::fs::write(lease(14), "before-the-reboot\r\neth0")?;
+        let file = std::fs::File::options().write(true).open(lease(14))?;
+        file.set_modified(std::time::UNIX_EPOCH + Duration::from_secs(1_000_000_000))?;
         Ok(())
     })?;
     ensure!(status(&network)?.success()?.is_null());
-    let (first, second) = (network.pod("first")?, network.pod("second")?);
-    let all: BTreeSet<_> = [alive_one.v4()?, first.v4()?, second.v4()?].into();
-    ensure!(all.len() == 3, "{all:?}");
+    let pods: Vec<Pod> = ["first", "second", "third"]
+        .into_iter()
+        .map(|name| network.pod(name))
+        .collect::<Result<_>>()?;
+    let given: BTreeSet<u8> = pods
+        .iter()
+        .map(|pod| Ok(pod.v4()?.octets()[3]))
+        .collect::<Result<_>>()?;
+    ensure!(given == [11, 12, 14].into(), "{given:?}");
     match network.pod("too-many") {
         Ok(pod) => bail!("took {} from the living", pod.v4()?),
         Err(error) => ensure!(format!("{error:#}").contains("10.77.0.10"), "{error:#}"),
     }
-    for pod in [&alive_one, &first, &second] {
+    for pod in pods.iter().chain([&alive_one]) {
         alive(pod, &node)?;
     }
     Ok(())
