@@ -71,14 +71,14 @@ pub enum Error {
     Lock(#[from] LockError),
     /// The embedded object was refused.
     #[error("loading the eBPF programs: {0}")]
-    Load(#[from] aya::EbpfError),
+    Load(#[source] Box<aya::EbpfError>),
     /// A program was refused.
     #[error("loading the eBPF program {program:?}: {source}")]
     Program {
         /// Its name.
         program: String,
         /// The verifier's or the kernel's word.
-        source: ProgramError,
+        source: Box<ProgramError>,
     },
     /// The program could not be attached.
     #[error("attaching the program `port` to {device}: {detail}")]
@@ -98,7 +98,7 @@ pub enum Error {
         /// The key, readable.
         key: String,
         /// What the kernel said.
-        source: MapError,
+        source: Box<MapError>,
     },
     /// An address that is to be assigned is somebody's already.
     #[error("the address {address} is assigned already, to the port with ifindex {port}")]
@@ -125,6 +125,21 @@ struct Wire<T>(T);
 unsafe impl<T: bytemuck::Pod> aya::Pod for Wire<T> {}
 
 type Table<K, V> = HashMap<MapData, Wire<K>, Wire<V>>;
+
+impl Error {
+    fn program(name: &str, source: ProgramError) -> Self {
+        Self::Program {
+            program: name.to_owned(),
+            source: Box::new(source),
+        }
+    }
+}
+
+impl From<aya::EbpfError> for Error {
+    fn from(error: aya::EbpfError) -> Self {
+        Self::Load(Box::new(error))
+    }
+}
 
 /// A port that is to be added, or was.
 #[derive(Clone, Copy, Debug)]
@@ -264,6 +279,22 @@ impl Datapath {
                 .ok()
                 .map(|(Wire(ifindex), Wire(port))| (ifindex, port))
         })
+    }
+
+    /// Whether the port gets what is flooded to its segment.
+    pub fn has_joined(&self, ifindex: u32) -> Result<bool, Error> {
+        let Some(port) = self.port(ifindex)? else {
+            return Ok(false);
+        };
+        let key = MemberKey {
+            segment: port.segment,
+            slot: port.slot,
+        };
+        let member = get(&self.members, "MEMBERS", key)?;
+        let counted = self
+            .segment(port.segment)?
+            .is_some_and(|segment| port.slot < segment.members);
+        Ok(counted && member.is_some_and(|member| member.port == ifindex))
     }
 
     /// Makes a segment: its gateway port is the first of its list.
@@ -556,7 +587,7 @@ fn failed(
         action,
         map,
         key: format!("{key:02x?}"),
-        source,
+        source: Box::new(source),
     }
 }
 

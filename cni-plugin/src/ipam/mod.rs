@@ -57,11 +57,10 @@ impl<'a> Ipam<'a> {
             Self::None => Ok(CniResult::default()),
             Self::Delegated(name) => {
                 let delegate = call.delegate(name)?;
-                delegate.add().map_err(|error| {
+                delegate.add().inspect_err(|_| {
                     // The specification asks for it; it has failed already, so
                     // its second error is not news.
                     let _ = delegate.call(Command::Del);
-                    error
                 })
             }
             Self::HostLocal(ipam) => {
