@@ -56,10 +56,12 @@ fn build() -> Result<()> {
 ///
 /// aya-build has its cargo work in `$OUT_DIR/aya-build/target`.
 fn share_target_directory(out_dir: &Path) -> Result<()> {
-    // cargo puts this tag at the top of what it builds in.
+    // cargo puts this tag at the top of what it builds in, and in the directory
+    // of each target below.
     let Some(top) = out_dir
         .ancestors()
-        .find(|directory| directory.join("CACHEDIR.TAG").exists())
+        .filter(|directory| directory.join("CACHEDIR.TAG").exists())
+        .last()
     else {
         return Ok(());
     };

@@ -14,6 +14,7 @@
 //! | [`link`] | devices, addresses, routes and settings, through rtnetlink and procfs |
 //! | [`gateway`] | the gateway port, by which the host takes part in a segment |
 //! | [`datapath`] | the eBPF programs and their maps, from the plugin's side |
+//! | [`follow`] | `bpf-bridge log`: what the programs write to their log |
 //! | [`lock`] | file locks |
 //! | [`mac`] | Ethernet addresses |
 //!
@@ -24,6 +25,7 @@ pub mod attachment;
 pub mod cni;
 pub mod commands;
 pub mod datapath;
+pub mod follow;
 pub mod gateway;
 pub mod ipam;
 pub mod link;

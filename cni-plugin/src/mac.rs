@@ -3,6 +3,7 @@
 use std::{
     fmt,
     hash::{BuildHasher as _, RandomState},
+    net::Ipv6Addr,
     str::FromStr,
 };
 
@@ -37,6 +38,15 @@ impl MacAddr {
     pub fn random() -> Self {
         // Its keys come from the operating system's random source.
         Self::from_hash(RandomState::new().hash_one(()))
+    }
+
+    /// The IPv6 link-local address that the kernel makes of this address by
+    /// default: `fe80::/64` with the modified EUI-64 (RFC 4291, appendix A).
+    pub fn link_local(self) -> Ipv6Addr {
+        let [a, b, c, d, e, f] = self.0;
+        let group = |high, low| u16::from_be_bytes([high, low]);
+        let (first, second) = (group(a ^ 0x02, b), group(c, 0xff));
+        Ipv6Addr::new(0xfe80, 0, 0, 0, first, second, group(0xfe, d), group(e, f))
     }
 
     /// Whether an interface can have this address: neither a group address
@@ -96,6 +106,12 @@ mod tests {
         ] {
             assert_eq!(text.parse(), expected, "{text}");
         }
+    }
+
+    #[test]
+    fn the_link_local_address_is_the_kernels() {
+        let mac = MacAddr::new([0x34, 0x56, 0x78, 0x9a, 0xbc, 0xde]);
+        assert_eq!(mac.link_local().to_string(), "fe80::3656:78ff:fe9a:bcde");
     }
 
     #[test]

@@ -176,6 +176,9 @@ fn unicast(ctx: &TcContext, ifindex: u32, port: &Port, to: Mac) -> Result<i32, D
             return Err(DropReason::Isolated);
         }
         show_to_host(ctx, port);
+        // A mark of the host's stack means nothing inside the pod, and would mean
+        // something else there; a veth between namespaces clears it too.
+        ctx.set_mark(0);
         // The sender's veth took the frame for somebody else's; before 6.15 the
         // redirect keeps that mark, and the pod's stack would drop it.
         ctx.change_type(PACKET_HOST)

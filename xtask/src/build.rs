@@ -14,12 +14,13 @@ use crate::{
     setup,
 };
 
-/// Tells tests, demo and bench which plugin binary to call.
+/// Tells which plugin binary to call: tests read it, and commands take the binary
+/// that it names instead of building one.
 pub(crate) const BINARY_VARIABLE: &str = "BPF_BRIDGE_BIN";
 
 /// `cargo xtask build`.
 pub(crate) fn run() -> Result<()> {
-    let binary = plugin()?;
+    let binary = build()?;
     let size = fs::metadata(&binary)
         .with_context(|| format!("reading {}", binary.display()))?
         .len();
@@ -27,9 +28,17 @@ pub(crate) fn run() -> Result<()> {
     Ok(())
 }
 
+/// The plugin to call: the one that [`BINARY_VARIABLE`] names, or a new one.
+pub(crate) fn plugin() -> Result<PathBuf> {
+    match env::var_os(BINARY_VARIABLE) {
+        Some(binary) if !binary.is_empty() => Ok(binary.into()),
+        _ => build(),
+    }
+}
+
 /// Builds the plugin in release mode, after what that needs; returns the path of
 /// the binary.
-pub(crate) fn plugin() -> Result<PathBuf> {
+fn build() -> Result<PathBuf> {
     setup::build()?;
     let host = host()?;
     let mut cargo = cargo();

@@ -11,6 +11,7 @@
 
 mod build;
 mod debian;
+mod demo;
 mod ebpf_toolchain;
 mod lint;
 mod process;
@@ -41,6 +42,8 @@ enum Command {
         #[arg(last = true)]
         arguments: Vec<String>,
     },
+    /// Show the plugin at work on a node with three pods.
+    Demo,
     /// Check format, lints and documentation.
     Lint,
 }
@@ -50,6 +53,7 @@ fn main() -> ExitCode {
         Command::Setup => setup::run_all(),
         Command::Build => build::run(),
         Command::Test { arguments } => test::run_all(&arguments),
+        Command::Demo => demo::run(),
         Command::Lint => lint::run_all(),
     };
     match result {

@@ -20,6 +20,8 @@ const BPF_LINKER: &str = "0.13.0";
 /// What needs programs besides Rust's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Purpose {
+    /// `cargo xtask demo`.
+    Demo,
     /// `cargo xtask test`.
     Test,
 }
@@ -28,14 +30,15 @@ pub(crate) enum Purpose {
 /// the Debian package it is in, and what it is needed for.
 type Program = (&'static str, &'static str, &'static [Purpose]);
 
-/// Every program that is run by tests and commands. Rust's are not among them.
+/// Every program that tests and commands run, but Rust's and what every Debian
+/// has.
 const PROGRAMS: &[Program] = {
-    use Purpose::Test;
+    use Purpose::{Demo, Test};
     &[
-        ("ip", "iproute2", &[Test]),
-        ("ping", "iputils-ping", &[Test]),
-        ("tcpdump", "tcpdump", &[Test]),
-        ("iperf3", "iperf3", &[Test]),
+        ("ip", "iproute2", &[Demo, Test]),
+        ("ping", "iputils-ping", &[Demo, Test]),
+        ("bpftool", "bpftool", &[Demo, Test]),
+        ("iperf3", "iperf3", &[Demo]),
         ("busybox", "busybox-static", &[Test]),
         ("runc", "runc", &[Test]),
         ("containerd", "containerd", &[Test]),
@@ -51,6 +54,7 @@ const PROGRAMS: &[Program] = {
 /// `cargo xtask setup`.
 pub(crate) fn run_all() -> Result<()> {
     let toolchain = lint()?;
+    programs(Purpose::Demo)?;
     programs(Purpose::Test)?;
     println!(
         "setup: all there; {} (LLVM {}) compiles the eBPF programs",

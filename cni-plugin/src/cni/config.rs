@@ -48,6 +48,15 @@ pub enum LogLevel {
 }
 
 impl LogLevel {
+    /// Every level at which anything is written.
+    pub const LOGGING: [Self; 5] = [
+        Self::Error,
+        Self::Warn,
+        Self::Info,
+        Self::Debug,
+        Self::Trace,
+    ];
+
     /// Its name in a configuration and in a pin path.
     pub const fn name(self) -> &'static str {
         match self {
@@ -330,12 +339,19 @@ impl NetworkConfig {
             Some(cni_args) => judge.judge(labels(cni_args))?,
             None => Vec::new(),
         };
+        let mut warnings = Vec::new();
         let mut ip_ranges = Value::Null;
         let mut port_mappings = Vec::new();
         if let Some(runtime) = &runtime {
             judge.judge(runtime.array("ipRanges"))?;
             ip_ranges = runtime.get("ipRanges").cloned().unwrap_or_default();
             port_mappings = judge.judge(runtime.array("portMappings"))?.to_vec();
+            if runtime.get("bandwidth").is_some() {
+                warnings.push(
+                    "runtimeConfig.bandwidth has no effect here: shaping is left to the bandwidth \
+                     plugin",
+                );
+            }
         }
 
         let dns = judge.judge(object(&root, "dns").and_then(|dns| match dns {
@@ -353,6 +369,12 @@ impl NetworkConfig {
                 "the result of ADD, which CHECK compares with",
             ));
         }
+        if command == Command::Add && ipam_type.is_none() {
+            // No more addresses than these will there be. That a version cannot
+            // tell of none is better known before anything is made.
+            let addresses = prev_result.clone().unwrap_or_default();
+            addresses.to_json(cni_version)?;
+        }
         let valid_attachments = match command {
             Command::Gc => Some(valid_attachments(&root)?),
             _ => None,
@@ -364,20 +386,19 @@ impl NetworkConfig {
             ))?
             .unwrap_or_default();
 
-        let mut warnings = judge.warnings;
+        if ip_masq {
+            warnings.push("ipMasq is not built yet: traffic leaves with the pod's own address");
+        }
+        if !port_mappings.is_empty() {
+            warnings.push(
+                "portMappings are not built yet: published ports are left to the portmap plugin",
+            );
+        }
+        // Once is enough: the other verbs, some of them polled, are silent.
         if command == Command::Add {
-            if ip_masq {
-                warnings.push(
-                    "ipMasq is not built yet: traffic leaves with the pod's own address".to_owned(),
-                );
-            }
-            if !port_mappings.is_empty() {
-                warnings.push(
-                    "portMappings are not built yet: published ports are left to the portmap \
-                     plugin"
-                        .to_owned(),
-                );
-            }
+            judge
+                .warnings
+                .extend(warnings.into_iter().map(str::to_owned));
         }
         Ok(Self {
             cni_version,
@@ -408,7 +429,7 @@ impl NetworkConfig {
             valid_attachments,
             log_level,
             stdin,
-            warnings,
+            warnings: judge.warnings,
             raw,
         })
     }
@@ -432,8 +453,14 @@ fn mtu(root: &Object<'_>) -> Result<Option<u32>, CniError> {
     if root.get("mtu").and_then(Value::as_i64) == Some(0) {
         return Ok(None);
     }
-    let mtu = root.int("mtu", MTU_RANGE);
-    mtu.map_err(|e| e.context("0 is the kernel's default"))
+    root.read(
+        "mtu",
+        "0 (the kernel's default) or a whole number from 68 to 65535",
+        |value| {
+            let mtu = value.as_i64().filter(|mtu| MTU_RANGE.contains(mtu))?;
+            u32::try_from(mtu).ok()
+        },
+    )
 }
 
 /// Refuses VLANs, which are known and not built.
@@ -528,4 +555,361 @@ fn valid_attachments(root: &Object<'_>) -> Result<Vec<AttachmentId>, CniError> {
             })
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::*;
+    use crate::cni::error::ErrorCode;
+
+    fn parse_as(command: Command, args: &str, more: &Value) -> Result<NetworkConfig, CniError> {
+        let mut config = json!({ "cniVersion": "1.1.0", "name": "net", "type": "bpf-bridge" });
+        for (key, value) in more.as_object().unwrap() {
+            config[key] = value.clone();
+        }
+        let args = CniArgs::parse(args).unwrap();
+        NetworkConfig::parse(config.to_string().into_bytes(), command, &args)
+    }
+
+    fn parse(more: &Value) -> Result<NetworkConfig, CniError> {
+        parse_as(Command::Add, "", more)
+    }
+
+    #[test]
+    fn defaults_are_those_of_stock_bridge() {
+        let config = parse(&json!({})).unwrap();
+        assert_eq!(config.cni_version, SpecVersion::V1_1_0);
+        assert_eq!(
+            (config.name.as_str(), config.plugin_type.as_str()),
+            ("net", "bpf-bridge")
+        );
+        assert_eq!(config.bridge, "cni0");
+        for flag in [
+            config.is_gateway,
+            config.is_default_gateway,
+            config.force_address,
+            config.ip_masq,
+            config.hairpin_mode,
+            config.promisc_mode,
+            config.enable_dad,
+            config.disable_container_interface,
+            config.mac_spoof_check,
+            config.port_isolation,
+        ] {
+            assert!(!flag);
+        }
+        assert_eq!(config.mtu, None);
+        assert_eq!(config.mac, None);
+        assert_eq!(config.ipam_type, None);
+        assert_eq!(config.log_level, LogLevel::Off);
+        assert!(config.dns.is_empty());
+        assert!(config.prev_result.is_none());
+        assert!(config.warnings.is_empty());
+    }
+
+    #[test]
+    fn every_option_is_read_in_any_case() {
+        let config = parse(&json!({
+            "BRIDGE": "br1", "isgateway": true, "ForceAddress": true, "ipMasq": true,
+            "ipMasqBackend": "nftables", "MTU": 9000, "hairpinMode": true, "EnableDad": true,
+            "macSpoofChk": true, "portIsolation": true, "preserveDefaultVlan": true, "vlan": 0,
+            "vlanTrunk": [], "logLevel": "debug",
+            "dns": { "Nameservers": ["1.1.1.1"], "search": ["a"], "domain": "d", "options": ["o"] },
+            "ipam": { "TYPE": "host-local", "subnet": "10.0.0.0/24" },
+            "capabilities": { "mac": true }, "cni.dev/x": 1, "unheard-of": [],
+            "RuntimeConfig": {
+                "mac": "02:00:00:00:00:01", "ips": ["10.0.0.9/24"], "IPRanges": [[{ "subnet": "10.0.0.0/24" }]],
+                "portMappings": [{ "HostPort": 8080 }], "bandwidth": {},
+            },
+            "args": { "CNI": { "labels": [{ "key": "app", "value": "x" }] } },
+        }))
+        .unwrap();
+        assert_eq!(config.bridge, "br1");
+        assert!(config.is_gateway && !config.is_default_gateway && config.force_address);
+        assert!(config.ip_masq && config.hairpin_mode && config.enable_dad);
+        assert!(config.mac_spoof_check && config.port_isolation);
+        assert_eq!(config.ip_masq_backend, Some(MasqBackend::Nftables));
+        assert_eq!(config.mtu, Some(9000));
+        assert_eq!(config.log_level, LogLevel::Debug);
+        assert_eq!(config.dns.nameservers, ["1.1.1.1"]);
+        assert_eq!(config.ipam_type.as_deref(), Some("host-local"));
+        assert_eq!(config.ipam["subnet"], "10.0.0.0/24");
+        assert_eq!(config.mac, Some(MacAddr::new([2, 0, 0, 0, 0, 1])));
+        assert_eq!(
+            config.requested_ips,
+            ["10.0.0.9".parse::<IpAddr>().unwrap()]
+        );
+        assert_eq!(config.ip_ranges, json!([[{ "subnet": "10.0.0.0/24" }]]));
+        assert_eq!(config.port_mappings, [json!({ "HostPort": 8080 })]);
+        assert_eq!(config.labels, [("app".to_owned(), "x".to_owned())]);
+        assert_eq!(config.raw["unheard-of"], json!([]));
+        assert_eq!(config.warnings.len(), 3, "{:?}", config.warnings);
+    }
+
+    #[test]
+    fn the_default_gateway_is_a_gateway() {
+        let config = parse(&json!({ "isDefaultGateway": true, "isGateway": false })).unwrap();
+        assert!(config.is_gateway && config.is_default_gateway);
+    }
+
+    #[test]
+    fn the_runtimes_mac_wins_then_args_then_environment() {
+        let mac = |last| Some(MacAddr::new([2, 0, 0, 0, 0, last]));
+        let env = "MAC=02:00:00:00:00:01";
+        let args = json!({ "cni": { "mac": "02:00:00:00:00:02" } });
+        let runtime = json!({ "mac": "02:00:00:00:00:03" });
+        for (args_env, more, expected) in [
+            (env, json!({}), mac(1)),
+            (env, json!({ "args": args }), mac(2)),
+            (
+                env,
+                json!({ "args": args, "runtimeConfig": { "mac": "" } }),
+                mac(2),
+            ),
+            (
+                env,
+                json!({ "args": args, "runtimeConfig": runtime }),
+                mac(3),
+            ),
+            ("", json!({ "runtimeConfig": runtime }), mac(3)),
+        ] {
+            let config = parse_as(Command::Add, args_env, &more).unwrap();
+            assert_eq!(config.mac, expected, "{more}");
+        }
+    }
+
+    #[test]
+    fn requested_addresses_accumulate_without_doubles() {
+        let config = parse_as(
+            Command::Add,
+            "IP=10.0.0.1",
+            &json!({
+                "args": { "cni": { "ips": ["10.0.0.2", "10.0.0.1/24"] } },
+                "runtimeConfig": { "ips": ["fd00::1/64", "10.0.0.2"] },
+            }),
+        )
+        .unwrap();
+        let ips: Vec<_> = config.requested_ips.iter().map(IpAddr::to_string).collect();
+        assert_eq!(ips, ["10.0.0.1", "10.0.0.2", "fd00::1"]);
+    }
+
+    /// A configuration that ADD refuses with this code, and what the message
+    /// mentions.
+    fn refused() -> Vec<(u32, Value, &'static str)> {
+        vec![
+            (7, json!({ "type": 5 }), "type is 5, must be a string"),
+            (7, json!({ "bridge": "" }), "bridge is \"\""),
+            (7, json!({ "bridge": "a/b" }), "bridge is \"a/b\""),
+            (7, json!({ "bridge": 1 }), "bridge is 1, must be a string"),
+            (
+                7,
+                json!({ "isGateway": "true" }),
+                "isGateway is \"true\", must be true or false",
+            ),
+            (
+                7,
+                json!({ "preserveDefaultVlan": 1 }),
+                "preserveDefaultVlan is 1",
+            ),
+            (
+                7,
+                json!({ "mtu": 67 }),
+                "mtu is 67, must be 0 (the kernel's default) or a whole number from 68",
+            ),
+            (7, json!({ "mtu": 65536 }), "mtu is 65536"),
+            (7, json!({ "mtu": -1 }), "mtu is -1"),
+            (7, json!({ "mtu": 1500.5 }), "mtu is 1500.5"),
+            (7, json!({ "mtu": "1500" }), "mtu is \"1500\""),
+            (
+                7,
+                json!({ "hairpinMode": true, "promiscMode": true }),
+                "promiscMode is true together with hairpinMode",
+            ),
+            (
+                7,
+                json!({ "ipMasqBackend": "pf" }),
+                "ipMasqBackend is \"pf\"",
+            ),
+            (
+                7,
+                json!({ "disableContainerInterface": true, "ipam": { "type": "static" } }),
+                "disableContainerInterface",
+            ),
+            (7, json!({ "ipam": [] }), "ipam is [], must be an object"),
+            (7, json!({ "ipam": { "type": 5 } }), "ipam.type is 5"),
+            (
+                7,
+                json!({ "ipam": { "subnet": "10.0.0.0/8" } }),
+                "ipam.type is missing",
+            ),
+            (7, json!({ "vlan": 4095 }), "vlan is 4095"),
+            (7, json!({ "vlanTrunk": {} }), "vlanTrunk is {}"),
+            (2, json!({ "vlan": 100 }), "vlan is 100"),
+            (
+                2,
+                json!({ "vlanTrunk": [{ "id": 5 }] }),
+                "vlanTrunk is [{\"id\":5}]",
+            ),
+            (7, json!({ "runtimeConfig": [] }), "runtimeConfig is []"),
+            (
+                7,
+                json!({ "runtimeConfig": { "mac": "x" } }),
+                "runtimeConfig.mac is \"x\"",
+            ),
+            (
+                7,
+                json!({ "runtimeConfig": { "mac": "01:00:5e:00:00:01" } }),
+                "runtimeConfig.mac",
+            ),
+            (
+                7,
+                json!({ "args": { "cni": { "mac": "00:00:00:00:00:00" } } }),
+                "args.cni.mac",
+            ),
+            (
+                7,
+                json!({ "runtimeConfig": { "ips": ["10.0.0"] } }),
+                "runtimeConfig.ips[0] is \"10.0.0\"",
+            ),
+            (
+                7,
+                json!({ "runtimeConfig": { "ips": "10.0.0.1" } }),
+                "runtimeConfig.ips",
+            ),
+            (
+                7,
+                json!({ "runtimeConfig": { "ipRanges": 5 } }),
+                "runtimeConfig.ipRanges",
+            ),
+            (
+                7,
+                json!({ "runtimeConfig": { "portMappings": {} } }),
+                "runtimeConfig.portMappings",
+            ),
+            (
+                7,
+                json!({ "args": { "cni": { "labels": ["x"] } } }),
+                "args.cni.labels[0]",
+            ),
+            (
+                7,
+                json!({ "dns": { "nameservers": "1.1.1.1" } }),
+                "dns.nameservers",
+            ),
+            (
+                7,
+                json!({ "prevResult": { "ips": [{ "address": 5 }] } }),
+                "prevResult.ips[0].address is 5",
+            ),
+            (
+                7,
+                json!({ "logLevel": "loud" }),
+                "logLevel is \"loud\", must be one of",
+            ),
+        ]
+    }
+
+    #[test]
+    fn invalid_values_name_key_value_and_what_would_be_right() {
+        for (code, more, mention) in refused() {
+            let error = parse(&more).unwrap_err();
+            assert_eq!(u32::from(error.code), code, "{error}");
+            assert!(
+                error.msg.contains(mention),
+                "{error} does not say {mention}"
+            );
+        }
+    }
+
+    #[test]
+    fn del_ignores_what_add_refuses_unless_the_lease_needs_it() {
+        for (_, more, mention) in refused() {
+            let parsed = parse_as(Command::Del, "", &more);
+            if mention.starts_with("ipam is") || mention.starts_with("ipam.type is 5") {
+                assert_eq!(parsed.unwrap_err().code, ErrorCode::InvalidConfig, "{more}");
+                continue;
+            }
+            let config = parsed.unwrap();
+            assert_eq!(config.warnings.len(), 1, "{:?}", config.warnings);
+            assert!(
+                config.warnings[0].contains(mention),
+                "{:?}",
+                config.warnings
+            );
+        }
+        let config = parse_as(Command::Del, "", &json!({ "bridge": "a/b" })).unwrap();
+        assert_eq!(config.bridge, DEFAULT_BRIDGE);
+    }
+
+    #[test]
+    fn ipam_absent_null_or_empty_is_a_network_without_addresses() {
+        for ipam in [json!(null), json!({}), json!({ "type": "" })] {
+            let config = parse(&json!({ "ipam": ipam })).unwrap();
+            assert_eq!(config.ipam_type, None);
+        }
+    }
+
+    #[test]
+    fn check_needs_the_result_of_add() {
+        let error = parse_as(Command::Check, "", &json!({})).unwrap_err();
+        assert_eq!(error.code, ErrorCode::InvalidConfig);
+        assert!(error.msg.contains("prevResult"), "{error}");
+        let with = json!({ "prevResult": { "cniVersion": "0.4.0", "ips": [{ "address": "10.0.0.1/8" }] } });
+        let config = parse_as(Command::Check, "", &with).unwrap();
+        assert_eq!(config.prev_result.unwrap().ips.len(), 1);
+    }
+
+    #[test]
+    fn gc_reads_either_name_of_the_list() {
+        let list = json!([{ "containerID": "a", "ifname": "eth0" }, { "CONTAINERID": "b", "IfName": "eth1" }]);
+        for key in ["cni.dev/valid-attachments", "cni.dev/attachments"] {
+            let config = parse_as(Command::Gc, "", &json!({ key: list })).unwrap();
+            let ids: Vec<_> = config
+                .valid_attachments
+                .unwrap()
+                .iter()
+                .map(AttachmentId::to_string)
+                .collect();
+            assert_eq!(ids, ["a eth0", "b eth1"]);
+        }
+        let both = json!({ "cni.dev/valid-attachments": list, "cni.dev/attachments": [] });
+        let config = parse_as(Command::Gc, "", &both).unwrap();
+        assert_eq!(config.valid_attachments.unwrap().len(), 2);
+    }
+
+    #[test]
+    fn delegated_plugins_get_the_very_bytes() {
+        let stdin = br#" {"Name":"net", "name":"net2","x":1.0} "#.to_vec();
+        let config =
+            NetworkConfig::parse(stdin.clone(), Command::Del, &CniArgs::default()).unwrap();
+        assert_eq!(config.stdin, stdin);
+        assert_eq!(config.name, "net2");
+        assert_eq!(config.cni_version, SpecVersion::V0_1_0);
+    }
+
+    proptest! {
+        #[test]
+        fn any_value_of_any_key_is_accepted_or_refused_by_name(
+            key in prop::sample::select(vec![
+                "bridge", "mtu", "isGateway", "vlan", "vlanTrunk", "ipam", "dns", "args",
+                "runtimeConfig", "prevResult", "logLevel", "ipMasqBackend", "promiscMode",
+            ]),
+            value in prop_oneof![
+                Just(json!(null)), any::<bool>().prop_map(Value::from), any::<i64>().prop_map(Value::from),
+                any::<f64>().prop_map(Value::from), "\\PC{0,20}".prop_map(Value::from),
+                Just(json!([])), Just(json!([5])), Just(json!({})), Just(json!({ "type": 1 })),
+            ],
+        ) {
+            if let Err(error) = parse(&json!({ key: value })) {
+                prop_assert!(error.msg.contains(key), "{}", error);
+            }
+            if key != "ipam" {
+                let deleted = parse_as(Command::Del, "", &json!({ key: value }));
+                prop_assert!(deleted.is_ok(), "{:?}", deleted);
+            }
+        }
+    }
 }

@@ -137,14 +137,16 @@ pub fn run(
         stdin,
         stdout,
         stderr,
+        broken: false,
     };
     // Until the configuration names a version, an error is written in the newest.
     let mut version = SpecVersion::LATEST;
     match serve(plugin, env, &mut io, &mut version) {
         Ok(()) => Exit::Success,
         Err(error) => {
-            if let Err(unwritten) = io.answer(&error.to_json(version)) {
-                io.note(format_args!("{error} ({unwritten})"));
+            // What a broken stdout has taken so far is not to be added to.
+            if io.broken || io.answer(&error.to_json(version)).is_err() {
+                io.note(&error);
             }
             Exit::Failure
         }
@@ -155,6 +157,8 @@ struct Io<'a, R, O, E> {
     stdin: &'a mut R,
     stdout: &'a mut O,
     stderr: &'a mut E,
+    /// Whether writing to `stdout` has failed.
+    broken: bool,
 }
 
 impl<R: Read, O: Write, E: Write> Io<'_, R, O, E> {
@@ -177,10 +181,10 @@ impl<R: Read, O: Write, E: Write> Io<'_, R, O, E> {
     fn answer(&mut self, document: &Value) -> Result<(), CniError> {
         // In one write, so that no part of it is there without the rest.
         let text = format!("{document:#}\n");
-        self.stdout
-            .write_all(text.as_bytes())
-            .and_then(|()| self.stdout.flush())
-            .map_err(|e| CniError::io("writing the answer to stdout", e))
+        let written = self.stdout.write_all(text.as_bytes());
+        let written = written.and_then(|()| self.stdout.flush());
+        self.broken = written.is_err();
+        written.map_err(|e| CniError::io("writing the answer to stdout", e))
     }
 
     /// Tells the operator something. That nobody may be listening is no failure
@@ -289,3 +293,6 @@ fn versions(stdin: &[u8]) -> Value {
         "supportedVersions": SpecVersion::SUPPORTED.map(SpecVersion::as_str),
     })
 }
+
+#[cfg(test)]
+mod tests;

@@ -328,3 +328,255 @@ fn missing(names: &[&str]) -> CniError {
         format!("required env variables [{}] missing", names.join(",")),
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::ffi::OsStringExt;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const FULL: [(&str, &str); 5] = [
+        ("CNI_CONTAINERID", "c-1"),
+        ("CNI_NETNS", "/run/netns/c"),
+        ("CNI_IFNAME", "eth0"),
+        (
+            "CNI_ARGS",
+            "IgnoreUnknown=1;K8S_POD_NAME=p;IP=10.1.2.3,fd00::3/64;MAC=02:00:00:00:00:01",
+        ),
+        ("CNI_PATH", "/opt/cni/bin::/usr/lib/cni"),
+    ];
+
+    fn read(vars: &[(&str, &str)]) -> Result<Option<Invocation>, CniError> {
+        Invocation::from_env(|name| {
+            // A later entry overrides an earlier one.
+            let var = vars.iter().rev().find(|(key, _)| *key == name);
+            var.map(|(_, value)| value.into())
+        })
+    }
+
+    fn with(command: &str, overrides: &[(&str, &str)]) -> Result<Option<Invocation>, CniError> {
+        let mut vars = vec![("CNI_COMMAND", command)];
+        vars.extend(FULL);
+        vars.extend(overrides);
+        read(&vars)
+    }
+
+    fn id() -> AttachmentId {
+        AttachmentId {
+            container_id: "c-1".to_owned(),
+            ifname: "eth0".to_owned(),
+        }
+    }
+
+    #[test]
+    fn verbs_get_their_parameters() {
+        let netns = PathBuf::from("/run/netns/c");
+        let cases = [
+            ("ADD", Verb::Add(id(), netns.clone())),
+            ("CHECK", Verb::Check(id(), netns.clone())),
+            ("DEL", Verb::Del(id(), Some(netns))),
+            ("GC", Verb::Gc),
+            ("STATUS", Verb::Status),
+            ("VERSION", Verb::Version),
+        ];
+        for (command, verb) in cases {
+            let invocation = with(command, &[]).unwrap().unwrap();
+            assert_eq!(invocation.verb, verb);
+            assert_eq!(invocation.verb.command().as_str(), command);
+            assert_eq!(invocation.warnings, [""; 0]);
+        }
+        let add = with("ADD", &[("CNI_NETNS_OVERRIDE", "TRUE")])
+            .unwrap()
+            .unwrap();
+        assert!(add.netns_override);
+        assert_eq!(
+            add.path,
+            [PathBuf::from("/opt/cni/bin"), PathBuf::from("/usr/lib/cni")]
+        );
+        assert_eq!(
+            add.args.ips,
+            [
+                "10.1.2.3".parse::<IpAddr>().unwrap(),
+                "fd00::3".parse().unwrap()
+            ]
+        );
+        assert_eq!(add.args.mac, Some(MacAddr::new([2, 0, 0, 0, 0, 1])));
+        assert_eq!(
+            add.args.unknown,
+            [("K8S_POD_NAME".to_owned(), "p".to_owned())]
+        );
+        assert!(!with("ADD", &[]).unwrap().unwrap().netns_override);
+    }
+
+    #[test]
+    fn without_command_it_is_no_call() {
+        assert_eq!(read(&FULL), Ok(None));
+        assert_eq!(with("", &[]), Ok(None));
+    }
+
+    #[test]
+    fn missing_variables_are_named_together() {
+        let cases = [
+            ("ADD", Some("[CNI_CONTAINERID,CNI_NETNS,CNI_IFNAME]")),
+            ("CHECK", Some("[CNI_CONTAINERID,CNI_NETNS,CNI_IFNAME]")),
+            ("DEL", Some("[CNI_CONTAINERID,CNI_IFNAME]")),
+            ("GC", Some("[CNI_PATH]")),
+            ("STATUS", None),
+            ("VERSION", None),
+        ];
+        for (command, names) in cases {
+            let result = read(&[("CNI_COMMAND", command)]);
+            let empty: Vec<_> = FULL.iter().map(|(name, _)| (*name, "")).collect();
+            assert_eq!(with(command, &empty), result, "empty is missing, {command}");
+            match names {
+                None => assert!(result.unwrap().is_some(), "{command}"),
+                Some(names) => {
+                    let error = result.unwrap_err();
+                    assert_eq!(error.code, ErrorCode::InvalidEnvironment);
+                    assert_eq!(error.msg, format!("required env variables {names} missing"));
+                }
+            }
+        }
+        for name in ["CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME"] {
+            let error = with("ADD", &[(name, "")]).unwrap_err();
+            assert_eq!(
+                error.msg,
+                format!("required env variables [{name}] missing")
+            );
+        }
+        let del = with("DEL", &[("CNI_NETNS", "")]).unwrap().unwrap();
+        assert_eq!(del.verb, Verb::Del(id(), None));
+    }
+
+    #[test]
+    fn invalid_values_are_code_4_and_name_the_variable() {
+        let long = "x".repeat(16);
+        for (command, name, value) in [
+            ("ADD", "CNI_CONTAINERID", "../etc"),
+            ("DEL", "CNI_CONTAINERID", "a/b"),
+            ("ADD", "CNI_IFNAME", "a/b"),
+            ("CHECK", "CNI_IFNAME", ".."),
+            ("DEL", "CNI_IFNAME", long.as_str()),
+            ("ADD", "CNI_ARGS", "K8S_POD_NAME=p"),
+            ("ADD", "CNI_ARGS", "nonsense"),
+            ("add", "CNI_COMMAND", "add"),
+            ("UPDATE", "CNI_COMMAND", "UPDATE"),
+        ] {
+            let error = with(command, &[(name, value)]).unwrap_err();
+            assert_eq!(error.code, ErrorCode::InvalidEnvironment, "{error}");
+            assert!(error.msg.contains(name), "{error}");
+        }
+    }
+
+    #[test]
+    fn text_that_is_not_utf8_is_code_4() {
+        for name in [
+            "CNI_COMMAND",
+            "CNI_CONTAINERID",
+            "CNI_NETNS",
+            "CNI_IFNAME",
+            "CNI_PATH",
+            "CNI_ARGS",
+        ] {
+            let error = Invocation::from_env(|asked| {
+                if asked == name {
+                    return Some(OsString::from_vec(b"\xff".to_vec()));
+                }
+                let vars = [("CNI_COMMAND", "ADD")].into_iter().chain(FULL);
+                vars.into_iter()
+                    .find(|(key, _)| *key == asked)
+                    .map(|(_, value)| value.into())
+            })
+            .unwrap_err();
+            assert_eq!(error.code, ErrorCode::InvalidEnvironment);
+            assert!(
+                error.msg.contains(name) && error.msg.contains("UTF-8"),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_a_verb_does_not_need_it_does_not_read() {
+        for command in ["GC", "STATUS", "VERSION"] {
+            let dummies = [
+                ("CNI_CONTAINERID", "/"),
+                ("CNI_IFNAME", "a b"),
+                ("CNI_ARGS", "x"),
+            ];
+            assert!(with(command, &dummies).unwrap().is_some(), "{command}");
+        }
+    }
+
+    #[test]
+    fn del_tolerates_bad_args() {
+        let del = with("DEL", &[("CNI_ARGS", "MAC=x")]).unwrap().unwrap();
+        assert_eq!(del.args, CniArgs::default());
+        assert!(del.warnings[0].contains("MAC=x"), "{:?}", del.warnings);
+    }
+
+    #[test]
+    fn bad_args() {
+        for text in [
+            ";",
+            "IP=1.2.3.4;",
+            "IP",
+            "IP=1.2.3.4=5",
+            "IP=1.2.3",
+            "IP=1.2.3.4,,1.2.3.5",
+            "IP=1.2.3.4/33",
+            "MAC=ff:ff:ff:ff:ff:ff",
+            "MAC=00:00:00:00:00:00",
+            "MAC=x",
+            "IgnoreUnknown=yes",
+            "IgnoreUnknown=",
+            "IgnoreUnknown=0;A=b",
+            "A=b",
+            "ip=1.2.3.4",
+            "IgnoreUnknown=1;A",
+        ] {
+            let error = CniArgs::parse(text).unwrap_err();
+            assert_eq!(error.code, ErrorCode::InvalidEnvironment, "{text}");
+            assert!(error.msg.contains("CNI_ARGS"), "{error}");
+        }
+    }
+
+    #[test]
+    fn good_args() {
+        assert_eq!(CniArgs::parse(""), Ok(CniArgs::default()));
+        assert_eq!(
+            CniArgs::parse("IgnoreUnknown=false;IP=;MAC="),
+            Ok(CniArgs::default())
+        );
+        let late = CniArgs::parse("A=b;IgnoreUnknown=true").unwrap();
+        assert_eq!(late.unknown, [("A".to_owned(), "b".to_owned())]);
+    }
+
+    proptest! {
+        #[test]
+        fn args_round_trip(
+            ips in prop::collection::vec(any::<IpAddr>(), 0..4),
+            mac in prop::option::of(any::<[u8; 6]>().prop_map(|[_, b, c, d, e, f]| MacAddr::new([2, b, c, d, e, f]))),
+            unknown in prop::collection::vec(("K8S_[A-Z]{1,8}", "[^;=\\pC]{0,8}"), 0..4),
+        ) {
+            let mut pairs = vec!["IgnoreUnknown=1".to_owned()];
+            if !ips.is_empty() {
+                let ips: Vec<_> = ips.iter().map(IpAddr::to_string).collect();
+                pairs.push(format!("IP={}", ips.join(",")));
+            }
+            pairs.extend(mac.map(|mac| format!("MAC={mac}")));
+            pairs.extend(unknown.iter().map(|(key, value)| format!("{key}={value}")));
+            prop_assert_eq!(CniArgs::parse(&pairs.join(";")), Ok(CniArgs { ips, mac, unknown }));
+        }
+
+        #[test]
+        fn any_args_are_survived(text in "([A-Za-z]{0,3}|IP|MAC|[=;,./:]|\\PC){0,16}") {
+            // What is accepted has only whole pairs.
+            if CniArgs::parse(&text).is_ok() && !text.is_empty() {
+                prop_assert!(text.split(';').all(|pair| pair.matches('=').count() == 1));
+            }
+        }
+    }
+}

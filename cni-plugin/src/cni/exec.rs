@@ -142,12 +142,12 @@ impl<'a> Delegate<'a> {
         // Written while its output is read: both may be more than a pipe holds.
         let stdin = child.stdin.take();
         thread::scope(|scope| {
-            scope.spawn(|| {
+            thread::Builder::new().spawn_scoped(scope, || {
                 if let Some(mut stdin) = stdin {
                     // A plugin need not read it; whether it has enough it decides.
                     let _ = stdin.write_all(&self.config.stdin);
                 }
-            });
+            })?;
             child.wait_with_output()
         })
     }
@@ -162,7 +162,12 @@ fn failure(output: &Output) -> CniError {
         && let Ok(Some(code)) = object.int::<u32>("code", 0..=i64::from(u32::MAX))
     {
         let text = |key| object.str(key).ok().flatten().unwrap_or_default();
-        return CniError::new(code.into(), text("msg")).with_details(text("details"));
+        let code = match code {
+            // Stands for success everywhere else.
+            0 => ErrorCode::Internal,
+            code => code.into(),
+        };
+        return CniError::new(code, text("msg")).with_details(text("details"));
     }
     let words = [stdout.trim(), stderr.trim()];
     let words: Vec<_> = words.into_iter().filter(|text| !text.is_empty()).collect();
@@ -171,4 +176,198 @@ fn failure(output: &Output) -> CniError {
     } else {
         format!("{}, {}", words.join("; "), output.status)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{self, File, OpenOptions, Permissions};
+
+    use serde_json::json;
+    use tempfile::TempDir;
+
+    use super::*;
+    use crate::cni::env::CniArgs;
+
+    fn config(more: &str) -> NetworkConfig {
+        let stdin = json!({ "cniVersion": "1.0.0", "name": "net", "pad": more });
+        let stdin = stdin.to_string().into_bytes();
+        NetworkConfig::parse(stdin, Command::Add, &CniArgs::default()).unwrap()
+    }
+
+    /// A directory with the plugin `name`, a shell script.
+    fn dir_with(name: &str, script: &str) -> TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join(name);
+        fs::write(&file, format!("#!/bin/sh\n{script}\n")).unwrap();
+        fs::set_permissions(&file, Permissions::from_mode(0o755)).unwrap();
+        dir
+    }
+
+    fn path(dir: &TempDir) -> Vec<PathBuf> {
+        vec![dir.path().to_owned()]
+    }
+
+    #[test]
+    fn the_first_executable_regular_file_is_found() {
+        let config = config("");
+        let absent = PathBuf::from("/nonexistent");
+        let is_directory = tempfile::tempdir().unwrap();
+        fs::create_dir(is_directory.path().join("static")).unwrap();
+        let not_executable = tempfile::tempdir().unwrap();
+        File::create(not_executable.path().join("static")).unwrap();
+        let first = dir_with("static", "");
+        let second = dir_with("static", "");
+        let dirs = [&is_directory, &not_executable, &first, &second];
+        let mut path: Vec<_> = dirs.iter().map(|dir| dir.path().to_owned()).collect();
+        path.insert(0, absent);
+        let found = Delegate::find("static", &path, &config).unwrap();
+        assert_eq!(found.program(), first.path().join("static"));
+
+        let error = Delegate::find("static", &path[..3], &config).unwrap_err();
+        assert_eq!(error.code, ErrorCode::Io);
+        assert!(
+            error.msg.contains("\"static\"") && error.msg.contains("CNI_PATH"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn names_that_leave_the_path_are_refused() {
+        let config = config("");
+        let dir = dir_with("static", "");
+        for name in ["", "/bin/sh", "../static", "a/b", ".", "..", "a\0b"] {
+            let error = Delegate::find(name, &path(&dir), &config).unwrap_err();
+            assert_eq!(error.code, ErrorCode::InvalidConfig, "{name:?}");
+            assert!(error.msg.contains("ipam.type"), "{error}");
+        }
+        let error = Delegate::find("static", &[], &config).unwrap_err();
+        assert_eq!(error.code, ErrorCode::InvalidEnvironment);
+        assert!(error.msg.contains("CNI_PATH"), "{error}");
+    }
+
+    #[test]
+    fn the_plugin_gets_command_environment_and_the_whole_stdin() {
+        // More than a pipe holds, in both directions.
+        let config = config(&"x".repeat(1 << 20));
+        let dir = dir_with(
+            "echo",
+            r#"printf '{"command":"%s","path":"%s","stdin":' "$CNI_COMMAND" "$PATH"; cat; printf '}'"#,
+        );
+        let delegate = Delegate::find("echo", &path(&dir), &config).unwrap();
+        let stdout = delegate.stdout(Command::Check).unwrap();
+        let echoed: serde_json::Value = serde_json::from_slice(&stdout).unwrap();
+        assert_eq!(echoed["command"], "CHECK");
+        assert_eq!(echoed["path"], std::env::var("PATH").unwrap().as_str());
+        assert_eq!(echoed["stdin"], config.raw);
+    }
+
+    #[test]
+    fn a_result_without_version_has_the_configurations() {
+        let config = config("");
+        for (result, count) in [
+            (r#"{"ips":[{"address":"10.0.0.2/8"}],"dns":{}}"#, 1),
+            (r#"{"cniVersion":"0.2.0","ip4":{"ip":"10.0.0.2/8"}}"#, 1),
+            (
+                r#"{"cniVersion":"0.4.0","ips":[{"version":"4","address":"10.0.0.2/8"}]}"#,
+                1,
+            ),
+            ("null", 0),
+            ("{}", 0),
+        ] {
+            let dir = dir_with("p", &format!("cat >/dev/null; echo '{result}'"));
+            let result = Delegate::find("p", &path(&dir), &config)
+                .unwrap()
+                .add()
+                .unwrap();
+            assert_eq!(result.ips.len(), count);
+        }
+    }
+
+    #[test]
+    fn a_plugin_need_not_read_its_stdin() {
+        let config = config(&"x".repeat(1 << 20));
+        let dir = dir_with("p", "exit 0");
+        let delegate = Delegate::find("p", &path(&dir), &config).unwrap();
+        assert_eq!(delegate.call(Command::Del), Ok(()));
+    }
+
+    #[test]
+    fn a_result_that_cannot_be_read_is_a_decoding_error() {
+        let config = config("");
+        for result in [
+            "",
+            "garbage",
+            "[]",
+            r#"{"ips":[{}]}"#,
+            r#"{"cniVersion":"9"}"#,
+        ] {
+            let dir = dir_with("p", &format!("printf '%s' '{result}'"));
+            let error = Delegate::find("p", &path(&dir), &config)
+                .unwrap()
+                .add()
+                .unwrap_err();
+            assert_eq!(error.code, ErrorCode::Decode, "{result}");
+            assert!(error.msg.contains("\"p\""), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_failure_is_passed_on() {
+        let config = config("");
+        for (script, code, mention) in [
+            (
+                r#"echo '{"code":11,"msg":"later","details":"d"}'; exit 1"#,
+                11,
+                "later: d",
+            ),
+            (r#"echo '{"code":142,"msg":"own"}'; exit 3"#, 142, "own"),
+            (r#"echo '{"code":0,"msg":"odd"}'; exit 1"#, 999, "odd"),
+            ("echo words >&2; exit 1", 999, "words, exit status: 1"),
+            (
+                "echo no json; echo words >&2; exit 2",
+                999,
+                "no json; words, exit status: 2",
+            ),
+            ("exit 7", 999, "no error message, exit status: 7"),
+            ("kill -9 $$", 999, "signal: 9"),
+        ] {
+            let dir = dir_with("p", script);
+            let delegate = Delegate::find("p", &path(&dir), &config).unwrap();
+            let error = delegate.add().unwrap_err();
+            assert_eq!(u32::from(error.code), code, "{error}");
+            let text = error.to_string();
+            assert!(text.starts_with("plugin \"p\" failed ADD: "), "{text}");
+            assert!(text.contains(mention), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_run_is_an_io_error() {
+        let config = config("");
+        let dir = dir_with("p", "");
+        fs::write(dir.path().join("p"), "#!/nonexistent/interpreter\n").unwrap();
+        let delegate = Delegate::find("p", &path(&dir), &config).unwrap();
+        let error = delegate.call(Command::Del).unwrap_err();
+        assert_eq!(error.code, ErrorCode::Io);
+        assert!(error.msg.contains(dir.path().to_str().unwrap()), "{error}");
+    }
+
+    #[test]
+    fn a_plugin_that_is_being_written_is_waited_for() {
+        let config = config("");
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("p");
+        fs::copy("/bin/true", &file).unwrap();
+        let writer = OpenOptions::new().write(true).open(&file).unwrap();
+        let delegate = Delegate::find("p", &path(&dir), &config).unwrap();
+        let started = std::time::Instant::now();
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                thread::sleep(Duration::from_millis(250));
+                drop(writer);
+            });
+            assert_eq!(delegate.call(Command::Del), Ok(()));
+        });
+        assert!(started.elapsed() >= Duration::from_millis(200));
+    }
 }

@@ -189,7 +189,12 @@ impl<'a> Object<'a> {
             .collect()
     }
 
-    fn read<T>(
+    /// What `read` makes of the value of `key`; `expected` says what it must be.
+    ///
+    /// # Errors
+    ///
+    /// `read` made nothing of it.
+    pub fn read<T>(
         &self,
         key: &str,
         expected: impl fmt::Display,
@@ -318,5 +323,158 @@ impl<'a> Object<'a> {
                 })
             })
             .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::*;
+    use crate::cni::error::ErrorCode;
+
+    fn value(text: &str) -> Value {
+        decode(text.as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn the_last_of_keys_that_differ_in_case_wins() {
+        for (text, expected) in [
+            (r#"{"mtu":1,"MTU":2}"#, 2),
+            (r#"{"MTU":2,"mtu":1}"#, 1),
+            (r#"{"mtu":1,"Mtu":2,"mtu":3}"#, 3),
+            (r#"{"mtu":1,"MTU":2,"a":{"mtu":9}}"#, 2),
+        ] {
+            let value = value(text);
+            let object = Object::new(&value, "").unwrap();
+            assert_eq!(object.int("mtu", 0..=9), Ok(Some(expected)), "{text}");
+        }
+    }
+
+    #[test]
+    fn keys_fold_as_in_go() {
+        assert!(same_key("isGateway", "ISGATEWAY"));
+        assert!(same_key("macspoofchk", "mac\u{17f}poofch\u{212a}"));
+        assert!(!same_key("mtu", "mtü"));
+        assert!(!same_key("mtu", "mt"));
+        let value = json!({ "is\u{17f}ue": 1 });
+        let object = Object::new(&value, "").unwrap();
+        assert_eq!(object.int("issue", 0..=1), Ok(Some(1)));
+    }
+
+    #[test]
+    fn everything_else_is_kept_as_it_is() {
+        let text =
+            r#"{"a":[1,-2,2.5,null,true,"x",{"B":{}}],"é":"\u0000","n":18446744073709551615}"#;
+        assert_eq!(value(text), serde_json::from_str::<Value>(text).unwrap());
+    }
+
+    #[test]
+    fn what_is_no_json_is_an_error() {
+        let deep = "[".repeat(100_000);
+        for text in ["", "{", "{}x", "{\"a\"}", "nul", "\u{feff}{}", &deep] {
+            assert!(decode(text.as_bytes()).is_err());
+        }
+        assert!(decode(b"{\"a\":\"\xff\"}").is_err());
+    }
+
+    #[test]
+    fn errors_name_path_value_and_expectation() {
+        let value = json!({ "A": { "list": ["x", 5], "n": 1.5, "s": [1], "o": "text" } });
+        let root = Object::new(&value, "").unwrap();
+        let a = root.object("a").unwrap();
+        let cases = [
+            (
+                a.list::<String>("list", "a string").map(drop),
+                "a.list[1] is 5, must be a string",
+            ),
+            (
+                a.int::<u8>("n", 0..=9).map(drop),
+                "a.n is 1.5, must be a whole number from 0 to 9",
+            ),
+            (a.str("s").map(drop), "a.s is [1], must be a string"),
+            (
+                a.bool("o").map(drop),
+                "a.o is \"text\", must be true or false",
+            ),
+            (
+                a.object("o").map(drop),
+                "a.o is \"text\", must be an object",
+            ),
+            (a.array("o").map(drop), "a.o is \"text\", must be an array"),
+            (
+                a.objects("list").map(drop),
+                "a.list[0] is \"x\", must be an object",
+            ),
+            (
+                a.parsed::<u8>("s", "a byte").map(drop),
+                "a.s is [1], must be a byte",
+            ),
+        ];
+        for (read, message) in cases {
+            let error = read.unwrap_err();
+            assert_eq!(error.code, ErrorCode::InvalidConfig);
+            assert!(error.msg.ends_with(message), "{error}");
+        }
+    }
+
+    #[test]
+    fn null_and_absence_are_the_same() {
+        let value = json!({ "n": null, "empty": "" });
+        let object = Object::new(&value, "").unwrap();
+        for key in ["n", "absent"] {
+            assert_eq!(object.bool(key), Ok(None));
+            assert_eq!(object.str(key), Ok(None));
+            assert_eq!(object.int::<u8>(key, 0..=1), Ok(None));
+            assert_eq!(object.array(key), Ok(&[][..]));
+            assert!(object.object(key).unwrap().get("x").is_none());
+        }
+        assert!(object.has("N"));
+        assert!(!object.has("absent"));
+        assert_eq!(object.str("empty"), Ok(Some("")));
+        assert_eq!(object.non_empty("empty"), Ok(None));
+        assert_eq!(object.parsed::<u8>("empty", "a byte"), Ok(None));
+    }
+
+    #[test]
+    fn long_values_are_cut_in_errors() {
+        let value = Value::from("é".repeat(1000));
+        let text = shown(&value);
+        assert_eq!(text.chars().count(), SHOWN_VALUE_MAX + 3);
+    }
+
+    /// `key` with the case of each letter as `upper` says.
+    fn recased(key: &str, upper: &[bool]) -> String {
+        key.chars()
+            .zip(upper.iter().cycle())
+            .map(|(c, upper)| {
+                if *upper {
+                    c.to_ascii_uppercase()
+                } else {
+                    c.to_ascii_lowercase()
+                }
+            })
+            .collect()
+    }
+
+    proptest! {
+        #[test]
+        fn any_case_of_a_key_reads_the_same(
+            key in "[a-zA-Z]{1,20}",
+            upper in prop::collection::vec(any::<bool>(), 1..20),
+            number in 0..100_u8,
+        ) {
+            let text = format!(r#"{{"{}":{number}}}"#, recased(&key, &upper));
+            let value = value(&text);
+            let object = Object::new(&value, "").unwrap();
+            prop_assert_eq!(object.int(&key, 0..=100), Ok(Some(number)));
+            prop_assert!(object.unknown(&[&key]).is_empty());
+        }
+
+        #[test]
+        fn any_bytes_are_survived(bytes in prop::collection::vec(any::<u8>(), 0..64)) {
+            let _ = decode(&bytes);
+        }
     }
 }

@@ -344,6 +344,24 @@ impl CniResult {
         Ok(())
     }
 
+    /// This result behind that of the plugins before this one in the chain: what
+    /// ADD answers where it got a `prevResult`.
+    #[must_use]
+    pub fn after(mut self, prev: Self) -> Self {
+        let mut all = prev;
+        for ip in &mut self.ips {
+            ip.interface = ip.interface.map(|index| index + all.interfaces.len());
+        }
+        all.interfaces.extend(self.interfaces);
+        all.ips.extend(self.ips);
+        all.routes.extend(self.routes);
+        all.extra.extend(self.extra);
+        if !self.dns.is_empty() {
+            all.dns = self.dns;
+        }
+        all
+    }
+
     /// Writes the result as `version` has it. What an older version cannot carry
     /// is left out.
     ///
@@ -420,5 +438,303 @@ impl CniResult {
             object.insert(key.to_owned(), Value::Object(family));
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn full() -> CniResult {
+        let value = json!({
+            "cniVersion": "1.1.0",
+            "interfaces": [
+                { "name": "cni0", "mac": "02:00:00:00:00:01" },
+                { "name": "eth0", "mac": "02:00:00:00:00:02", "mtu": 1500, "sandbox": "/run/netns/c",
+                  "socketPath": "/s", "pciID": "0000:00:01.0", "vendor": 7 },
+            ],
+            "ips": [
+                { "address": "10.1.2.3/24", "gateway": "10.1.2.1", "interface": 1 },
+                { "address": "10.9.9.9/32" },
+                { "address": "fd00::3/64", "gateway": "fd00::1", "interface": 1 },
+            ],
+            "routes": [
+                { "dst": "0.0.0.0/0", "gw": "10.1.2.1", "mtu": 1400, "advmss": 1360, "priority": 10,
+                  "table": 0, "scope": 0 },
+                { "dst": "fd01::/64" },
+            ],
+            "dns": { "nameservers": ["10.1.2.1"], "domain": "d", "search": ["s"], "options": ["o"] },
+            "vendor": { "x": 1 },
+        });
+        CniResult::from_json(&value, "result", SpecVersion::LATEST).unwrap()
+    }
+
+    #[test]
+    fn the_newest_shape_round_trips() {
+        let full = full();
+        assert_eq!(full.interfaces[1].mtu, Some(1500));
+        assert_eq!(full.routes[0].table, Some(0));
+        assert_eq!(full.routes[0].scope, Some(0));
+        assert_eq!(full.routes[1].table, None);
+        for version in [SpecVersion::V1_0_0, SpecVersion::V1_1_0] {
+            let json = full.to_json(version).unwrap();
+            assert_eq!(json["cniVersion"], version.as_str());
+            assert_eq!(json["interfaces"][1]["socketPath"], "/s");
+            assert_eq!(json["interfaces"][1]["vendor"], 7);
+            assert_eq!(json["vendor"]["x"], 1);
+            assert_eq!(json["ips"][0].get("version"), None);
+            assert_eq!(
+                CniResult::from_json(&json, "r", SpecVersion::V0_1_0),
+                Ok(full.clone())
+            );
+        }
+    }
+
+    #[test]
+    fn before_1_0_addresses_have_a_version_and_interfaces_less() {
+        for version in [
+            SpecVersion::V0_3_0,
+            SpecVersion::V0_3_1,
+            SpecVersion::V0_4_0,
+        ] {
+            let json = full().to_json(version).unwrap();
+            assert_eq!(
+                json["ips"],
+                json!([
+                    { "version": "4", "address": "10.1.2.3/24", "gateway": "10.1.2.1", "interface": 1 },
+                    { "version": "4", "address": "10.9.9.9/32" },
+                    { "version": "6", "address": "fd00::3/64", "gateway": "fd00::1", "interface": 1 },
+                ])
+            );
+            for key in ["mtu", "socketPath", "pciID"] {
+                assert_eq!(json["interfaces"][1].get(key), None);
+            }
+            assert_eq!(json["interfaces"][1]["sandbox"], "/run/netns/c");
+            assert_eq!(
+                json["routes"][0]["advmss"], 1360,
+                "as libcni, routes keep all"
+            );
+        }
+    }
+
+    #[test]
+    fn before_0_3_one_address_per_family_is_left() {
+        for version in [SpecVersion::V0_1_0, SpecVersion::V0_2_0] {
+            assert_eq!(
+                full().to_json(version).unwrap(),
+                json!({
+                    "cniVersion": version.as_str(),
+                    "ip4": { "ip": "10.1.2.3/24", "gateway": "10.1.2.1",
+                             "routes": [{ "dst": "0.0.0.0/0", "gw": "10.1.2.1" }] },
+                    "ip6": { "ip": "fd00::3/64", "gateway": "fd00::1",
+                             "routes": [{ "dst": "fd01::/64" }] },
+                    "dns": { "nameservers": ["10.1.2.1"], "domain": "d", "search": ["s"],
+                             "options": ["o"] },
+                    "vendor": { "x": 1 },
+                })
+            );
+            let one_family = CniResult {
+                ips: vec![IpConfig::new("fd00::3/64".parse().unwrap())],
+                routes: full().routes,
+                ..CniResult::default()
+            };
+            let json = one_family.to_json(version).unwrap();
+            assert_eq!(
+                json.get("ip4"),
+                None,
+                "routes of a family without address are left out"
+            );
+            let error = CniResult::default().to_json(version).unwrap_err();
+            assert!(error.msg.contains("no valid IP addresses"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_result_is_put_behind_the_previous_one() {
+        let own = CniResult {
+            interfaces: vec![Interface {
+                name: "net1".to_owned(),
+                ..Interface::default()
+            }],
+            ips: vec![
+                IpConfig {
+                    interface: Some(0),
+                    ..IpConfig::new("10.7.0.2/24".parse().unwrap())
+                },
+                IpConfig::new("10.7.0.3/24".parse().unwrap()),
+            ],
+            ..CniResult::default()
+        };
+        let all = own.clone().after(full());
+        let named: Vec<_> = all.ips.iter().map(|ip| ip.interface).collect();
+        assert_eq!(named, [Some(1), None, Some(1), Some(2), None]);
+        assert_eq!(all.interfaces[2].name, "net1");
+        assert_eq!(all.dns, full().dns);
+        assert_eq!(all.extra, full().extra);
+        assert_eq!(own.clone().after(CniResult::default()), own);
+        assert_eq!(CniResult::default().after(full()), full());
+    }
+
+    #[test]
+    fn empty_parts_are_omitted() {
+        for version in &SpecVersion::SUPPORTED[2..] {
+            let json = CniResult::default().to_json(*version).unwrap();
+            assert_eq!(json, json!({ "cniVersion": version.as_str() }));
+        }
+    }
+
+    #[test]
+    fn a_result_without_version_has_the_given_one() {
+        let old = json!({ "ip4": { "ip": "10.0.0.2/8", "routes": [{ "dst": "0.0.0.0/0" }] },
+                          "ips": "not a key of this version" });
+        let result = CniResult::from_json(&old, "result", SpecVersion::V0_2_0).unwrap();
+        assert_eq!(result.ips[0].address.to_string(), "10.0.0.2/8");
+        assert_eq!(result.routes.len(), 1);
+        let new = json!({ "cniVersion": "", "ips": [{ "Address": "10.0.0.2/8", "gateway": "" }] });
+        let result = CniResult::from_json(&new, "result", SpecVersion::V1_0_0).unwrap();
+        assert_eq!(result.ips, [IpConfig::new("10.0.0.2/8".parse().unwrap())]);
+    }
+
+    #[test]
+    fn invalid_results_name_the_place() {
+        for (value, place) in [
+            (json!([]), "prevResult is []"),
+            (json!({ "cniVersion": "7" }), "\"7\""),
+            (json!({ "ips": {} }), "prevResult.ips"),
+            (
+                json!({ "ips": [{}] }),
+                "prevResult.ips[0].address is missing",
+            ),
+            (
+                json!({ "ips": [{ "address": "10.0.0.1" }] }),
+                "prevResult.ips[0].address",
+            ),
+            (
+                json!({ "ips": [{ "address": "10.0.0.1/8", "interface": -1 }] }),
+                "prevResult.ips[0].interface",
+            ),
+            (
+                json!({ "routes": [{ "dst": "::/0", "scope": 256 }] }),
+                "prevResult.routes[0].scope",
+            ),
+            (
+                json!({ "interfaces": [{ "name": 5 }] }),
+                "prevResult.interfaces[0].name",
+            ),
+            (
+                json!({ "dns": { "search": ["a", 1] } }),
+                "prevResult.dns.search[1]",
+            ),
+        ] {
+            let error =
+                CniResult::from_json(&value, "prevResult", SpecVersion::LATEST).unwrap_err();
+            assert!(error.msg.contains(place), "{error}");
+        }
+    }
+
+    fn net() -> impl Strategy<Value = IpNet> {
+        (any::<IpAddr>(), 0..=128_u8).prop_map(|(ip, prefix)| {
+            let prefix = if ip.is_ipv4() { prefix % 33 } else { prefix };
+            IpNet::new(ip, prefix).unwrap()
+        })
+    }
+
+    fn name() -> impl Strategy<Value = Option<String>> {
+        prop::option::of("[a-z0-9/:]{1,8}")
+    }
+
+    prop_compose! {
+        fn interface()(
+            name in "[a-z]{1,8}", mac in name(), mtu in prop::option::of(1..=u32::MAX),
+            sandbox in name(), socket_path in name(), pci_id in name(),
+        ) -> Interface {
+            Interface { name, mac, mtu, sandbox, socket_path, pci_id, extra: Map::new() }
+        }
+    }
+
+    prop_compose! {
+        fn ip()(address in net(), gateway: Option<IpAddr>, interface in prop::option::of(0..9_usize)) -> IpConfig {
+            IpConfig { gateway, interface, ..IpConfig::new(address) }
+        }
+    }
+
+    prop_compose! {
+        fn route()(
+            dst in net(), gw: Option<IpAddr>, mtu in prop::option::of(1..=u32::MAX),
+            advmss in prop::option::of(1..=u32::MAX), priority in prop::option::of(1..=u32::MAX),
+            table: Option<u32>, scope: Option<u8>,
+        ) -> Route {
+            Route { mtu, advmss, priority, table, scope, ..Route::new(dst, gw) }
+        }
+    }
+
+    prop_compose! {
+        fn result()(
+            interfaces in prop::collection::vec(interface(), 0..3),
+            ips in prop::collection::vec(ip(), 0..4),
+            routes in prop::collection::vec(route(), 0..4),
+            nameservers in prop::collection::vec("[a-z.]{1,5}", 0..3),
+            domain in name(),
+        ) -> CniResult {
+            let dns = Dns { nameservers, domain, ..Dns::default() };
+            CniResult { interfaces, ips, routes, dns, extra: Map::new() }
+        }
+    }
+
+    /// What is left of a result once `version` has carried it.
+    fn carried(mut result: CniResult, version: SpecVersion) -> CniResult {
+        if version < SpecVersion::V1_0_0 {
+            for interface in &mut result.interfaces {
+                interface.mtu = None;
+                interface.socket_path = None;
+                interface.pci_id = None;
+            }
+        }
+        if version < SpecVersion::V0_3_0 {
+            result.interfaces.clear();
+            let first = |v4| {
+                result
+                    .ips
+                    .iter()
+                    .find(|ip| ip.address.addr().is_ipv4() == v4)
+                    .cloned()
+            };
+            let ips: Vec<_> = [first(true), first(false)].into_iter().flatten().collect();
+            let mut routes = Vec::new();
+            for ip in &ips {
+                let v4 = ip.address.addr().is_ipv4();
+                let of_family = result
+                    .routes
+                    .iter()
+                    .filter(|r| r.dst.addr().is_ipv4() == v4);
+                routes.extend(of_family.map(|route| Route::new(route.dst, route.gw)));
+            }
+            result.routes = routes;
+            result.ips = ips
+                .into_iter()
+                .map(|ip| IpConfig {
+                    interface: None,
+                    ..ip
+                })
+                .collect();
+        }
+        result
+    }
+
+    proptest! {
+        #[test]
+        fn an_older_version_keeps_what_it_can_carry(result in result()) {
+            for version in SpecVersion::SUPPORTED {
+                if version < SpecVersion::V0_3_0 && result.ips.is_empty() {
+                    prop_assert!(result.to_json(version).is_err());
+                    continue;
+                }
+                let json = result.to_json(version).unwrap();
+                let back = CniResult::from_json(&json, "result", SpecVersion::LATEST).unwrap();
+                prop_assert_eq!(back, carried(result.clone(), version), "{}", version);
+            }
+        }
     }
 }

@@ -41,6 +41,8 @@ use super::{ALREADY_ATTACHED, del, is_alive, open_sandbox};
 
 /// How long the host veth may take to get its carrier; it takes microseconds.
 const CARRIER: Duration = Duration::from_secs(2);
+/// The least MTU, in bytes, with which the kernel lets a device have IPv6.
+const IPV6_MTU: u32 = 1280;
 /// How long duplicate address detection may take (`enabledad`), as with the stock
 /// plugin.
 const SETTLE: Duration = Duration::from_secs(5);
@@ -169,9 +171,19 @@ fn attach(
             config.ipam_type.as_deref().unwrap_or_default()
         )));
     }
+    if let Some(mtu) = config.mtu
+        && mtu < IPV6_MTU
+        && given.ips.iter().any(|ip| ip.address.addr().is_ipv6())
+    {
+        return Err(CniError::invalid_config(
+            "mtu",
+            mtu,
+            format!("{IPV6_MTU} or more for a network with IPv6 addresses (RFC 8200, 5)"),
+        ));
+    }
     complete_gateways(config, &mut given);
     let inside = Netlink::open(sandbox)?;
-    assign(config, attachment, sandbox, &inside, pair.peer, &given)?;
+    assign(config, attachment, sandbox, &inside, pair.peer, mac, &given)?;
 
     record.addresses = given.ips.iter().map(|ip| ip.address.addr()).collect();
     let gateway = join(config, claim, host, &mut record, pair.host, &given)?;
@@ -367,14 +379,28 @@ fn assign(
     sandbox: &Netns,
     inside: &Netlink,
     ifindex: u32,
+    mac: MacAddr,
     given: &CniResult,
 ) -> Result<(), CniError> {
     let ipv6 = given.ips.iter().any(|ip| ip.address.addr().is_ipv6());
     sandbox.run_in(|| settings(config, attachment.ifname, ipv6))??;
+    if ipv6 && !config.enable_dad {
+        // The kernel's own stays tentative until a work queue has run.
+        inside.add_address(ifindex, link_local(mac), false)?;
+    }
     for ip in &given.ips {
         inside.add_address(ifindex, ip.address, config.enable_dad)?;
     }
     Ok(())
+}
+
+/// The link-local address that the kernel would give the interface, with its
+/// prefix.
+fn link_local(mac: MacAddr) -> IpNet {
+    // 64 fits, so there is no error to tell of.
+    Ipv6Net::new(mac.link_local(), 64)
+        .unwrap_or_default()
+        .into()
 }
 
 /// The sandbox's settings, in the order in which they must be made.
@@ -432,37 +458,40 @@ fn result(
     mac: MacAddr,
     mtu: Option<u32>,
 ) -> CniResult {
-    let mut result = config.prev_result.clone().unwrap_or_default();
     let mac_of_gateway = Some(gateway.mac.to_string());
-    result.interfaces.push(Interface {
+    let bridge = Interface {
         name: config.bridge.clone(),
         mac: mac_of_gateway.clone(),
-        mtu: Some(gateway.mtu).filter(|mtu| *mtu != 0),
+        mtu: Some(gateway.mtu),
         ..Interface::default()
-    });
-    result.interfaces.push(Interface {
+    };
+    let host_veth = Interface {
         name: attachment.host_veth(),
         mac: mac_of_gateway,
         mtu,
         ..Interface::default()
-    });
-    let container = result.interfaces.len();
-    result.interfaces.push(Interface {
+    };
+    let container = Interface {
         name: attachment.ifname.to_owned(),
         mac: Some(mac.to_string()),
         mtu,
         sandbox: Some(sandbox.path().display().to_string()),
         ..Interface::default()
-    });
-    result.ips.extend(given.ips.into_iter().map(|ip| IpConfig {
-        interface: Some(container),
+    };
+    let ips = given.ips.into_iter().map(|ip| IpConfig {
+        interface: Some(2),
         ..ip
-    }));
-    result.routes.extend(given.routes);
-    result.dns = [&config.dns, &given.dns]
-        .into_iter()
-        .find(|dns| !dns.is_empty())
-        .cloned()
-        .unwrap_or(result.dns);
-    result
+    });
+    CniResult {
+        interfaces: vec![bridge, host_veth, container],
+        ips: ips.collect(),
+        routes: given.routes,
+        dns: if config.dns.is_empty() {
+            given.dns
+        } else {
+            config.dns.clone()
+        },
+        extra: given.extra,
+    }
+    .after(config.prev_result.clone().unwrap_or_default())
 }

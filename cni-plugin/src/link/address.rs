@@ -31,9 +31,15 @@ impl Netlink {
     /// An IPv6 address is used at once; with `dad`, after duplicate address
     /// detection, as the device's `accept_dad` says. IPv4 knows no such thing.
     ///
+    /// Given to a device that is still down, its own
+    /// [link-local address](crate::mac::MacAddr::link_local) is ready the moment it
+    /// comes up; the one that the kernel would make then is tentative until a
+    /// work queue has run, even with `accept_dad` 0.
+    ///
     /// # Errors
     ///
-    /// [`LinkError::Refused`], with `EEXIST` if the device has the address.
+    /// [`LinkError::Refused`], with `EEXIST` if the device has the address and
+    /// `EACCES` if its `disable_ipv6` is set.
     pub fn add_address(&self, index: u32, address: IpNet, dad: bool) -> Result<(), LinkError> {
         self.new_address(index, address, dad, NLM_F_CREATE | NLM_F_EXCL)
     }
@@ -169,9 +175,10 @@ mod tests {
     use super::*;
     use crate::{
         link::{
-            MacAddr, VethSpec,
+            VethSpec,
             testing::{self, Pair},
         },
+        mac::MacAddr,
         netns::Netns,
     };
 

@@ -261,7 +261,8 @@ impl Netlink {
             let mut end = LinkMessage::default();
             end.attributes.push(LinkAttribute::IfName(name.to_owned()));
             if let Some(mac) = mac {
-                end.attributes.push(LinkAttribute::Address(mac.octets().to_vec()));
+                end.attributes
+                    .push(LinkAttribute::Address(mac.octets().to_vec()));
             }
             if spec.mtu != 0 {
                 end.attributes.push(LinkAttribute::Mtu(spec.mtu));
@@ -464,7 +465,9 @@ impl From<LinkMessage> for Link {
             match attribute {
                 LinkAttribute::IfName(name) => link.name = name,
                 LinkAttribute::IfAlias(alias) => link.alias = alias,
-                LinkAttribute::Address(octets) => link.mac = octets.try_into().ok().map(MacAddr::new),
+                LinkAttribute::Address(octets) => {
+                    link.mac = octets.try_into().ok().map(MacAddr::new)
+                }
                 LinkAttribute::Mtu(mtu) => link.mtu = mtu,
                 LinkAttribute::OperState(state) => link.running = state == State::Up,
                 LinkAttribute::Controller(index) => link.master = Some(index),

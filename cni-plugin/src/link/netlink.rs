@@ -107,7 +107,9 @@ impl Netlink {
     ///
     /// [`LinkError::Open`].
     pub fn host() -> Result<Self, LinkError> {
-        Self::connect(|open| Ok(open()))
+        let runtime = runtime()?;
+        let socket = socket(&runtime);
+        Self::drive(runtime, socket)
     }
 
     /// Connects to `netns`.
@@ -116,35 +118,14 @@ impl Netlink {
     ///
     /// [`LinkError::Open`] and [`LinkError::Netns`].
     pub fn open(netns: &Netns) -> Result<Self, LinkError> {
-        Self::connect(|open| netns.run_in(open))
+        let runtime = runtime()?;
+        // A socket belongs to the namespace of the thread that makes it.
+        let socket = netns.run_in(|| socket(&runtime))?;
+        Self::drive(runtime, socket)
     }
 
-    /// `place` runs the given function in the namespace: a socket belongs to the
-    /// namespace of the thread that makes it.
-    fn connect(
-        place: impl FnOnce(
-            &(dyn Fn() -> io::Result<Socket> + Sync),
-        ) -> Result<io::Result<Socket>, NetnsError>,
-    ) -> Result<Self, LinkError> {
-        let runtime = Builder::new_current_thread()
-            .enable_io()
-            .build()
-            .map_err(LinkError::Open)?;
-        let open = || {
-            let _reactor = runtime.enter();
-            // Strict checking is what makes the kernel filter a dump.
-            let (mut connection, handle, _) = rtnetlink::new_connection_with_strict_check()?;
-            // Otherwise an acknowledged request looks like a lost connection.
-            connection.set_forward_ack(true);
-            connection.set_forward_done(true);
-            let socket = rtnetlink::sys::AsyncSocket::socket_mut(connection.socket_mut());
-            // Reasons in words, and no echo of the request before them. Neither
-            // is needed to work (Linux 4.12 and 4.3 have them).
-            let _ = socket.set_ext_ack(true);
-            let _ = socket.set_cap_ack(true);
-            Ok((connection, handle))
-        };
-        let (connection, handle) = place(&open)?.map_err(LinkError::Open)?;
+    fn drive(runtime: Runtime, socket: io::Result<Socket>) -> Result<Self, LinkError> {
+        let (connection, handle) = socket.map_err(LinkError::Open)?;
         runtime.spawn(connection);
         Ok(Self { handle, runtime })
     }
@@ -259,6 +240,28 @@ async fn answer(
 }
 
 type Socket = (rtnetlink::proto::Connection<RouteNetlinkMessage>, Handle);
+
+fn runtime() -> Result<Runtime, LinkError> {
+    Builder::new_current_thread()
+        .enable_io()
+        .build()
+        .map_err(LinkError::Open)
+}
+
+fn socket(runtime: &Runtime) -> io::Result<Socket> {
+    let _reactor = runtime.enter();
+    // Strict checking is what makes the kernel filter a dump.
+    let (mut connection, handle, _) = rtnetlink::new_connection_with_strict_check()?;
+    // Otherwise an acknowledged request looks like a lost connection.
+    connection.set_forward_ack(true);
+    connection.set_forward_done(true);
+    let socket = rtnetlink::sys::AsyncSocket::socket_mut(connection.socket_mut());
+    // Reasons in words, and no echo of the request before them. Neither is
+    // needed to work (Linux 4.12 and 4.3 have them).
+    let _ = socket.set_ext_ack(true);
+    let _ = socket.set_cap_ack(true);
+    Ok((connection, handle))
+}
 
 #[derive(Default)]
 struct Answer {

@@ -180,7 +180,8 @@ impl fmt::Display for Sysctl {
 mod tests {
     use super::*;
     use crate::{
-        link::{MacAddr, Netlink, VethSpec, testing},
+        link::{Netlink, VethSpec, testing},
+        mac::MacAddr,
         netns::Netns,
     };
 

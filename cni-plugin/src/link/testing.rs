@@ -3,7 +3,7 @@
 use std::{path::Path, thread};
 
 use nix::{
-    mount::{MsFlags, mount},
+    mount::{MsFlags, mount, umount},
     sched::{CloneFlags, unshare},
 };
 
@@ -24,26 +24,19 @@ pub(crate) fn netns() -> Netns {
 /// Runs `work` with the namespace's own `/sys/class/net`, as a second opinion
 /// beside rtnetlink's.
 pub(crate) fn sys<T: Send>(netns: &Netns, work: impl FnOnce(&Path) -> T + Send) -> T {
-    netns
-        .run_in(|| {
-            let none = None::<&str>;
-            // The thread ends with the mount; nobody else sees it.
-            unshare(CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS).unwrap();
-            mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
-            let point = tempfile::tempdir().unwrap();
-            mount(
-                Some("sysfs"),
-                point.path(),
-                Some("sysfs"),
-                MsFlags::MS_RDONLY,
-                none,
-            )
-            .unwrap();
-            let result = work(&point.path().join("class/net"));
-            nix::mount::umount(point.path()).unwrap();
-            result
-        })
-        .unwrap()
+    let none = None::<&str>;
+    let inside = || {
+        // The mount ends with the thread; nobody else sees it.
+        unshare(CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS).unwrap();
+        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+        let point = tempfile::tempdir().unwrap();
+        let (kind, flags) = (Some("sysfs"), MsFlags::MS_RDONLY);
+        mount(kind, point.path(), kind, flags, none).unwrap();
+        let result = work(&point.path().join("class/net"));
+        umount(point.path()).unwrap();
+        result
+    };
+    thread::scope(|scope| scope.spawn(|| netns.run_in(inside).unwrap()).join()).unwrap()
 }
 
 /// A veth pair between two namespaces: `veth0` on the host, `eth0` in the

@@ -181,7 +181,7 @@ impl Directory {
     }
 
     /// The same for file systems without nameless files (NFS, 9p, older overlayfs).
-    fn named_draft(&self, content: &[u8]) -> Result<Draft, StoreError> {
+    pub(super) fn named_draft(&self, content: &[u8]) -> Result<Draft, StoreError> {
         self.unlink(DRAFT)?;
         mutation(self, DRAFT)?;
         let flags =

@@ -22,9 +22,10 @@
 //! fit: when the system was booted since, or when the network directory is not as the last
 //! operation left it. For that every operation sets the directory's modification time
 //! itself, to the nanosecond, and notes it in the index. Whatever adds or removes an entry
-//! later gives the directory another time, on every kernel: the clock that the kernel takes
-//! file times from (a tick's, before 6.13) never reads what was read from the fine one.
-//! Where the file system does not keep nanoseconds, every call reads all leases.
+//! later gives the directory another time. So it is within the same tick too, though before
+//! 6.13 the kernel takes file times from a clock that stands still between ticks: that
+//! clock's times are not those that are noted. Where the file system does not keep
+//! nanoseconds, every call reads all leases.
 //!
 //! # What is never half done
 //!

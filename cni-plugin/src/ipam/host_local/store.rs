@@ -260,6 +260,8 @@ impl Store {
     /// free one after the address that the set gave out last. `alive` tells whether an
     /// owner's host veth exists; it is asked about the owner itself if it has leases, and
     /// about others if there is no free address. It must be quick and not use the store.
+    /// Of the owner itself it is to say whether an earlier attachment lives: a veth that was
+    /// made for this very ADD does not count.
     ///
     /// # Errors
     /// The owner has an address of the configuration and is alive; a set has no free
@@ -300,13 +302,21 @@ impl Store {
         let Ok(names) = owner.names() else {
             return Ok(Vec::new());
         };
-        let session = self.session()?;
+        let session = self.lock()?;
+        let indexed = session.ensure_index();
         for name in &names {
-            if let Some(entry) = session.entry(name)? {
-                let released = session.free(name, &entry)?;
-                if !released.is_empty() {
-                    return Ok(released);
-                }
+            let entry = match &indexed {
+                Ok(()) => session.entry(name)?,
+                // A full disk perhaps: that is no reason to keep what is to be freed.
+                Err(_) => Some(session.any_lease()?),
+            };
+            let Some(entry) = entry else { continue };
+            let released = session.free(name, &entry)?;
+            if indexed.is_ok() {
+                session.mark();
+            }
+            if !released.is_empty() {
+                return Ok(released);
             }
         }
         Ok(Vec::new())
@@ -389,20 +399,22 @@ impl Store {
 
     /// Locks the network and sees to it that the index fits.
     fn session(&self) -> Result<Session<'_>, StoreError> {
+        let session = self.lock()?;
+        session.ensure_index()?;
+        Ok(session)
+    }
+
+    fn lock(&self) -> Result<Session<'_>, StoreError> {
         let lock = self.network.open_file(LOCK)?;
         while let Err(error) = lock.lock() {
             if error.kind() != io::ErrorKind::Interrupted {
                 return Err(self.network.error("locking", LOCK, error));
             }
         }
-        let session = Session {
+        Ok(Session {
             store: self,
             _lock: lock,
-        };
-        if !session.index_fits()? {
-            session.import()?;
-        }
-        Ok(session)
+        })
     }
 }
 
@@ -451,6 +463,14 @@ struct Session<'a> {
 }
 
 impl Session<'_> {
+    fn ensure_index(&self) -> Result<(), StoreError> {
+        if self.index_fits()? {
+            Ok(())
+        } else {
+            self.import()
+        }
+    }
+
     /// Whether nobody but this program changed the network directory, in this boot.
     fn index_fits(&self) -> Result<bool, StoreError> {
         let index = &self.store.index;
@@ -633,7 +653,7 @@ impl Session<'_> {
         Ok(held)
     }
 
-    /// Removes an owner's leases, then its entry.
+    /// Removes an owner's leases, then its entry. Marking is left to the caller.
     fn free(&self, name: &Name, entry: &Entry) -> Result<Vec<IpAddr>, StoreError> {
         let network = &self.store.network;
         let mut freed = Vec::with_capacity(entry.leases.len());
@@ -647,15 +667,24 @@ impl Session<'_> {
             });
             errors.extend(unlinked.err());
         }
-        // Without a mark: the next operation looks what is left.
+        // Not marked then, so the next operation looks what is left.
         StoreError::all(errors)?;
         if entry.origin == Origin::Seen {
             // Brought back by a power failure, nothing would say that it is dead.
             network.sync()?;
         }
         self.store.index.unlink(&name.key())?;
-        self.mark();
         Ok(freed)
+    }
+
+    /// An entry of all leases there are, for [`Session::free`] to take the owner's from.
+    fn any_lease(&self) -> Result<Entry, StoreError> {
+        let all = self.addresses()?.into_iter();
+        Ok(Entry {
+            origin: Origin::Seen,
+            boot: String::new(),
+            leases: all.map(|address| (address, Stamp::default())).collect(),
+        })
     }
 
     /// Whether what owns these leases is gone, and they are ours to take.
