@@ -27,7 +27,7 @@ use crate::{
         Call, CniError, CniResult, ErrorCode, NetworkConfig,
         result::{Interface, IpConfig, Route},
     },
-    datapath::{Datapath, PortSpec},
+    datapath::{self, Datapath, PortSpec},
     gateway::{self, Gateway},
     ipam::Ipam,
     link::{
@@ -42,6 +42,8 @@ use crate::{
 const CARRIER: Duration = Duration::from_secs(2);
 /// The least MTU, in bytes, with which the kernel lets a device have IPv6.
 const IPV6_MTU: u32 = 1280;
+/// `RT_SCOPE_LINK` of `linux/rtnetlink.h`: what has this scope has no next hop.
+const SCOPE_LINK: u8 = 253;
 /// How long duplicate address detection may take (`enabledad`), as with the stock
 /// plugin.
 const SETTLE: Duration = Duration::from_secs(5);
@@ -208,7 +210,7 @@ impl Add<'_> {
             inside.set_up(self.pair.peer)?;
             self.host.wait_running(self.pair.host, CARRIER)?;
             for route in &given.routes {
-                inside.add_route(self.pair.peer, &with_gateway(route, &given.ips))?;
+                inside.add_route(self.pair.peer, &as_link_route(route))?;
             }
             if self.config.enable_dad {
                 settle(&inside, self.pair.peer)?;
@@ -289,16 +291,34 @@ impl Add<'_> {
         record.segment = gateway.segment;
         claim.write(record)?;
         datapath.attach(level, &self.attachment.host_veth())?;
-        datapath.add_port(&PortSpec {
-            ifindex: record.host_ifindex,
-            segment: gateway.segment,
-            flags: flags(config),
-            mac: record.mac,
-            addresses: &record.addresses,
-        })?;
+        self.add_port(
+            &mut datapath,
+            &PortSpec {
+                ifindex: record.host_ifindex,
+                segment: gateway.segment,
+                flags: flags(config),
+                mac: record.mac,
+                addresses: &record.addresses,
+            },
+        )?;
         self.serve(&mut datapath, &gateway, given)?;
         self.host.set_up(record.host_ifindex)?;
         Ok(gateway)
+    }
+
+    /// Adds the port, in place of dead ones that had its addresses: pods whose
+    /// sandbox went without a DEL.
+    fn add_port(&self, datapath: &mut Datapath, port: &PortSpec<'_>) -> Result<(), CniError> {
+        loop {
+            match datapath.add_port(port) {
+                Err(datapath::Error::Assigned { port: owner, .. })
+                    if self.host.link_by_index(owner)?.is_none() =>
+                {
+                    datapath.remove_dead_port(owner)?;
+                }
+                added => return Ok(added?),
+            }
+        }
     }
 
     /// Makes the gateway what it must be for this network.
@@ -399,50 +419,47 @@ fn gateway_address(ip: &IpConfig) -> Option<IpNet> {
 }
 
 /// `isGateway` without a gateway from IPAM makes it the first host of the subnet;
-/// `isDefaultGateway` adds the default routes that IPAM did not.
+/// `isDefaultGateway` adds the default routes that IPAM did not; and a route
+/// without a next hop goes through the gateway of its family, but for one that is
+/// on the link by its scope.
 fn complete_gateways(config: &NetworkConfig, given: &mut CniResult) {
     if config.is_gateway {
         for ip in &mut given.ips {
             ip.gateway = ip.gateway.or_else(|| ip.address.hosts().next());
         }
     }
+    let gateway = |dst: IpNet| {
+        given
+            .ips
+            .iter()
+            .filter(|ip| ip.address.addr().is_ipv4() == dst.addr().is_ipv4())
+            .find_map(|ip| ip.gateway)
+    };
+    for route in &mut given.routes {
+        if route.scope.is_none_or(|scope| scope < SCOPE_LINK) {
+            route.gw = route.gw.or_else(|| gateway(route.dst));
+        }
+    }
     if !config.is_default_gateway {
         return;
     }
     for default in [IpNet::V4(Ipv4Net::default()), IpNet::V6(Ipv6Net::default())] {
-        let same_family = |address: IpAddr| address.is_ipv4() == default.addr().is_ipv4();
-        let gateway = given
-            .ips
-            .iter()
-            .find(|ip| same_family(ip.address.addr()))
-            .and_then(|ip| ip.gateway);
-        let present = given
-            .routes
-            .iter()
-            .any(|route| route.dst == default && route.gw.is_some());
-        if let Some(gateway) = gateway
-            && !present
-        {
+        let present = given.routes.iter().any(|route| route.dst == default);
+        if !present && let Some(gateway) = gateway(default) {
             given.routes.push(Route::new(default, Some(gateway)));
         }
     }
 }
 
-/// A route as it is added: without a next hop of its own it goes through the
-/// gateway of its family.
-pub(super) fn with_gateway(route: &Route, ips: &[IpConfig]) -> link::Route {
-    let gateway = || {
-        ips.iter()
-            .filter_map(|ip| ip.gateway)
-            .find(|gateway| gateway.is_ipv4() == route.dst.addr().is_ipv4())
-    };
+/// A route as it is added.
+pub(super) fn as_link_route(route: &Route) -> link::Route {
     link::Route {
         priority: route.priority.unwrap_or(0),
         table: route.table,
         scope: route.scope,
         mtu: route.mtu.unwrap_or(0),
         advmss: route.advmss.unwrap_or(0),
-        ..link::Route::new(route.dst, route.gw.or_else(gateway))
+        ..link::Route::new(route.dst, route.gw)
     }
 }
 

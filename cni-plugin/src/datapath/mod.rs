@@ -334,7 +334,7 @@ impl Datapath {
             mac,
             reserved: [0; 2],
         };
-        self.assign_ip(segment, address, neighbor)
+        self.set_neighbor(segment, address, neighbor)
     }
 
     /// The responder no longer answers for an address of the gateway.
@@ -363,7 +363,12 @@ impl Datapath {
         remove(&mut self.members, "MEMBERS", MemberKey { segment, slot: 0 })
     }
 
-    /// Adds a port to its segment. An address that a living port has is refused.
+    /// Adds a port to its segment.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Assigned`] if another port has one of the addresses, before
+    /// anything is changed.
     pub fn add_port(&mut self, port: &PortSpec<'_>) -> Result<(), Error> {
         let mut segment = self
             .segment(port.segment)?
@@ -371,6 +376,7 @@ impl Datapath {
         if segment.members >= MAX_MEMBERS {
             return Err(Error::SegmentFull);
         }
+        self.refuse_assigned(port)?;
         let slot = segment.members;
         self.set_port(port, port.flags, slot)?;
         for &address in port.addresses {
@@ -380,10 +386,57 @@ impl Datapath {
                 mac: port.mac,
                 reserved: [0; 2],
             };
-            self.assign_ip(port.segment, address, neighbor)?;
+            self.set_neighbor(port.segment, address, neighbor)?;
         }
         segment.members += 1;
         set(&mut self.segments, "SEGMENTS", port.segment, segment, EXIST)
+    }
+
+    /// Nobody else has the port's addresses. An entry of a port that is not there
+    /// any more, or is another one's now, counts for nothing.
+    fn refuse_assigned(&self, port: &PortSpec<'_>) -> Result<(), Error> {
+        let segment = port.segment;
+        if let Some(owner) = self.endpoint(segment, port.mac)?
+            && self.is_assigned(owner.port, segment, port.mac, port)?
+        {
+            return Err(Error::Assigned {
+                address: MacAddr::new(port.mac).to_string(),
+                port: owner.port,
+            });
+        }
+        for &address in port.addresses {
+            if let Some(owner) = self.neighbor(segment, address)?
+                && self.is_assigned(owner.port, segment, owner.mac, port)?
+            {
+                return Err(Error::Assigned {
+                    address: address.to_string(),
+                    port: owner.port,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn is_assigned(
+        &self,
+        owner: u32,
+        segment: u32,
+        mac: Mac,
+        other_than: &PortSpec<'_>,
+    ) -> Result<bool, Error> {
+        Ok(owner != other_than.ifindex
+            && self
+                .port(owner)?
+                .is_some_and(|port| port.segment == segment && port.mac == mac))
+    }
+
+    /// Removes a port whose device is gone and of which nobody has a record at
+    /// hand. The entries of its IP addresses stay, and count for nothing.
+    pub fn remove_dead_port(&mut self, ifindex: u32) -> Result<(), Error> {
+        match self.port(ifindex)? {
+            Some(port) => self.remove_port(ifindex, port.segment, port.mac, &[]),
+            None => Ok(()),
+        }
     }
 
     /// Removes a port and everything that is its own; what is missing is no error.
@@ -451,14 +504,12 @@ impl Datapath {
             reserved: [0; 2],
         };
         set(&mut self.ports, "PORTS", port.ifindex, entry, ANY)?;
-        self.assign_mac(
-            port.segment,
-            port.mac,
-            Endpoint {
-                port: port.ifindex,
-                flags,
-            },
-        )?;
+        let endpoint = Endpoint {
+            port: port.ifindex,
+            flags,
+        };
+        let key = MacKey::new(port.segment, port.mac);
+        set(&mut self.endpoints, "ENDPOINTS", key, endpoint, ANY)?;
         let key = MemberKey {
             segment: port.segment,
             slot,
@@ -470,46 +521,14 @@ impl Datapath {
         set(&mut self.members, "MEMBERS", key, member, ANY)
     }
 
-    fn assign_mac(&mut self, segment: u32, mac: Mac, endpoint: Endpoint) -> Result<(), Error> {
-        let key = MacKey::new(segment, mac);
-        if let Some(owner) = get(&self.endpoints, "ENDPOINTS", key)?
-            && self
-                .port(owner.port)?
-                .is_some_and(|port| port.segment == segment && port.mac == mac)
-            && owner.port != endpoint.port
-        {
-            return Err(Error::Assigned {
-                address: MacAddr::new(mac).to_string(),
-                port: owner.port,
-            });
-        }
-        set(&mut self.endpoints, "ENDPOINTS", key, endpoint, ANY)
-    }
-
-    fn assign_ip(
+    fn set_neighbor(
         &mut self,
         segment: u32,
         address: IpAddr,
         neighbor: Neighbor,
     ) -> Result<(), Error> {
-        if let Some(owner) = self.neighbor(segment, address)?
-            && self
-                .port(owner.port)?
-                .is_some_and(|port| port.segment == segment && port.mac == owner.mac)
-            && owner.port != neighbor.port
-        {
-            return Err(Error::Assigned {
-                address: address.to_string(),
-                port: owner.port,
-            });
-        }
-        set(
-            &mut self.neighbors,
-            "NEIGHBORS",
-            ip_key(segment, address),
-            neighbor,
-            ANY,
-        )
+        let key = ip_key(segment, address);
+        set(&mut self.neighbors, "NEIGHBORS", key, neighbor, ANY)
     }
 
     /// Removes what is the port's own, its `PORTS` entry last: it is what others
