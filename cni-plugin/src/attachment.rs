@@ -145,7 +145,7 @@ fn directory(network: &str) -> PathBuf {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Record {
-    /// Whether the ADD came to its end.
+    /// Whether the ADD came to its end, and the runtime was told.
     pub complete: bool,
     /// The name of the gateway device.
     pub bridge: String,

@@ -9,7 +9,9 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use bpf_bridge_tests::{Attachment, Call, EchoServer, Network, Node, Pod, Reply, Snapshot, Verb};
+use bpf_bridge_tests::{
+    Attachment, Call, EchoServer, Network, Node, Pod, Reply, Snapshot, Verb, wait_for,
+};
 use serde_json::{Value, json};
 
 const LEASES: &str = "/var/lib/cni/networks/net";
@@ -921,13 +923,23 @@ fn a_node_can_change_from_the_stock_chain_and_back_without_losing_a_reservation(
     Ok(())
 }
 
+/// Lets a pod's sandbox go without a DEL, and waits until the kernel, which takes
+/// its time, has taken the devices away.
+fn bury(node: &Node, pod: Pod) -> Result<()> {
+    let host_veth = pod.host_veth()?.to_owned();
+    drop(pod);
+    wait_for("the end of the sandbox", Duration::from_secs(5), || {
+        Ok(!node.device_names()?.contains(&host_veth))
+    })
+}
+
 #[test]
 fn leases_of_the_dead_are_taken_back_and_those_of_the_living_are_not() -> Result<()> {
     let node = Node::new()?;
     let network = Network::new(&node, small(&node, 4));
     let alive_one = network.pod("alive")?;
     // Its sandbox goes without a DEL.
-    drop(network.pod("dead")?);
+    bury(&node, network.pod("dead")?)?;
     // As a crash of the stock plugin leaves it, and as the stock plugin leaves it
     // for a pod that may well live.
     node.within(|| {
@@ -960,17 +972,25 @@ fn leases_of_the_dead_are_taken_back_and_those_of_the_living_are_not() -> Result
 fn the_first_add_after_a_reboot_frees_what_was_leased_before_it() -> Result<()> {
     let node = Node::new()?;
     let network = Network::new(&node, small(&node, 4));
-    drop(network.pod("before")?);
+    bury(&node, network.pod("before")?)?;
     let lease = format!("{LEASES}/10.77.0.10");
     ensure!(node.within(|| Ok(std::fs::exists(&lease)?))?);
     // All that a reboot changes for the plugin: another id of the boot, and
     // nothing in memory file systems.
-    node.run(
-        "echo 8a4e2c3f-0000-4000-8000-000000000000 > /run/bpf-bridge/boot_id
-         mount --bind /run/bpf-bridge/boot_id /proc/sys/kernel/random/boot_id
-         rm -r /run/bpf-bridge/attachments /sys/fs/bpf/bpf-bridge
-         ip link delete cni0 2>/dev/null || ip link delete $(ip -br link | sed -n 's/@.*//; /^port/p')",
-    )?;
+    let boot_id = "/run/bpf-bridge/boot_id";
+    node.within(|| {
+        Ok(std::fs::write(
+            boot_id,
+            "8a4e2c3f-0000-4000-8000-000000000000\n",
+        )?)
+    })?;
+    for command in [
+        &format!("mount --bind {boot_id} /proc/sys/kernel/random/boot_id"),
+        "rm -r /run/bpf-bridge/attachments /sys/fs/bpf/bpf-bridge",
+        "ip link delete cni0",
+    ] {
+        node.run(command)?;
+    }
     let after = network.pod("after")?;
     alive(&after, &node)?;
     ensure!(

@@ -20,7 +20,7 @@ use std::{
 use bpf_bridge_common::layout::{PORT_HAIRPIN, PORT_ISOLATED, PORT_MACSPOOFCHK, PORT_PROMISC};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
-use super::{ALREADY_ATTACHED, del, is_alive, open_sandbox};
+use super::{ALREADY_ATTACHED, collect, del, is_alive, open_sandbox};
 use crate::{
     attachment::{Attachment, Claim, Record},
     cni::{
@@ -48,12 +48,13 @@ const SCOPE_LINK: u8 = 253;
 /// plugin.
 const SETTLE: Duration = Duration::from_secs(5);
 
-/// Attaches the container: wholly, or not at all.
+/// Attaches the container: wholly, or not at all. What is returned with the
+/// result is to be recorded as complete when the runtime has the result.
 pub(super) fn run(
     call: &Call<'_>,
     attachment: &Attachment<'_>,
     netns: &Path,
-) -> Result<CniResult, CniError> {
+) -> Result<(CniResult, Claim, Record), CniError> {
     let sandbox = open_sandbox(call, netns)?;
     let host = Netlink::host()?;
     let mut claim = attachment.claim()?;
@@ -83,15 +84,17 @@ pub(super) fn run(
         mac,
     };
     let mut shared = Shared::default();
-    add.run(&mut claim, &mut shared).map_err(|error| {
-        let mut left = del::remove(call, attachment, Some(claim));
-        left.extend(shared.undo(&host, &call.config.bridge).err());
-        if left.is_empty() {
-            return error;
+    match add.run(&mut claim, &mut shared) {
+        Ok((result, record)) => Ok((result, claim, record)),
+        Err(error) => {
+            let mut left = del::remove(call, attachment, Some(claim));
+            left.extend(shared.undo(&host, &call.config.bridge).err());
+            Err(match collect(left) {
+                Ok(()) => error,
+                Err(left) => error.with_details(format!("and cleaning up: {left}")),
+            })
         }
-        let words: Vec<String> = left.iter().map(CniError::to_string).collect();
-        error.with_details(format!("and cleaning up: {}", words.join("; ")))
-    })
+    }
 }
 
 fn already_attached(attachment: &Attachment<'_>) -> CniError {
@@ -177,7 +180,7 @@ struct Add<'a> {
 
 impl Add<'_> {
     /// Everything after the birth of the veth pair.
-    fn run(&self, claim: &mut Claim, shared: &mut Shared) -> Result<CniResult, CniError> {
+    fn run(&self, claim: &mut Claim, shared: &mut Shared) -> Result<(CniResult, Record), CniError> {
         let mut record = Record {
             complete: false,
             bridge: self.config.bridge.clone(),
@@ -216,10 +219,8 @@ impl Add<'_> {
                 settle(&inside, self.pair.peer)?;
             }
         }
-        record.complete = true;
-        claim.write(&record)?;
         let mtu = inside.link_by_index(self.pair.peer)?.map(|link| link.mtu);
-        Ok(self.result(&gateway, given, mtu))
+        Ok((self.result(&gateway, given, mtu), record))
     }
 
     /// Reserves addresses, and completes what IPAM left open.
