@@ -327,7 +327,7 @@ impl Bench {
                 ctx_out: Some(&mut after),
                 ..TestRunOptions::new()
             })
-            .unwrap();
+            .unwrap_or_else(|error| panic!("{} bytes {frame:02x?}: {error:?}", frame.len()));
         bytes.truncate(result.data_size_out as usize);
         let copies = sent()
             .into_iter()

@@ -311,12 +311,6 @@ fn other_ipv6_frames_are_flooded() {
             NOT_A,
         ),
         (
-            "without a next header",
-            "a",
-            asks("a", v6("b"))[..20].to_vec(),
-            NOT_A,
-        ),
-        (
             "an IPv6 header only",
             "a",
             asks("a", v6("b"))[..54].to_vec(),

@@ -11,7 +11,7 @@ use super::{
     super::LogLevel,
     bench::{Bench, MARK, REDIRECT, SHOT, STOLEN, dropped, mac, one, v4, v6, with_bench},
     frames::{
-        ARP, BROADCAST, IPV6, advertisement, arp, ethernet, plain, solicitation, tagged, who_has,
+        ARP, BROADCAST, OTHER, advertisement, arp, ethernet, plain, solicitation, tagged, who_has,
     },
 };
 
@@ -109,7 +109,7 @@ fn rows() -> Vec<Row> {
         (
             "an Ethernet header and nothing else",
             "a",
-            ethernet(mac("b"), mac("a"), 0x800, &[]),
+            ethernet(mac("b"), mac("a"), OTHER, &[]),
             ToPod,
         ),
         (
@@ -398,12 +398,6 @@ fn rows() -> Vec<Row> {
             "ARP without a packet",
             "a",
             ethernet(BROADCAST, mac("a"), ARP, &[]),
-            Flood(NOT_A),
-        ),
-        (
-            "IPv6 without a packet",
-            "a",
-            ethernet(BROADCAST, mac("a"), IPV6, &[]),
             Flood(NOT_A),
         ),
     ]

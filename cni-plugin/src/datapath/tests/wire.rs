@@ -483,3 +483,27 @@ fn a_question_inside_a_vlan_is_not_answered() {
         );
     });
 }
+
+#[test]
+fn short_frames_are_flooded() {
+    // BPF_PROG_TEST_RUN takes none of these since Linux 6.18.
+    with_bench(LogLevel::Off, |bench| {
+        let mut wire = Wire::new(bench);
+        let question = solicitation(mac("a"), v6("a"), v6("b"), &[]);
+        for length in [14, 15, 20, 21, 53] {
+            let frame = &question[..length];
+            let row = format!("{length} bytes of a solicitation");
+            wire.check(&row, "a", frame, &at(NOT_A, frame, For::Multicast));
+        }
+        let question = who_has((mac("a"), v4("a")), v4("b"));
+        let frame = &question[..14];
+        wire.check(
+            "no ARP packet",
+            "a",
+            frame,
+            &at(NOT_A, frame, For::Broadcast),
+        );
+        let frame = &plain(mac("b"), mac("a"))[..14];
+        wire.check("a header only", "a", frame, &at(&["b"], frame, For::Host));
+    });
+}
