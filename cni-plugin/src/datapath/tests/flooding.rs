@@ -200,6 +200,28 @@ fn flags_decide_who_gets_a_copy() {
 }
 
 #[test]
+fn a_port_that_has_not_joined_gets_nothing() {
+    let frame = plain(BROADCAST, mac("a"));
+    with_bench(LogLevel::Off, |bench| {
+        let segment = bench.segment;
+        // Its slot is written before the list grows.
+        for length in [0, 1, FLOOD_BATCH - 1, FLOOD_BATCH, FLOOD_BATCH + 1] {
+            list(bench, &vec![Some(("b", 0)); length as usize]);
+            let joining = Member {
+                port: bench.index("hair"),
+                flags: 0,
+            };
+            let slot = length;
+            let key = MemberKey { segment, slot };
+            set(&mut bench.datapath.members, "MEMBERS", key, joining, ANY).unwrap();
+            let row = format!("{length} ports and one to come");
+            flood(bench, &row, &frame, &[("b", length.into())]);
+            remove(&mut bench.datapath.members, "MEMBERS", key).unwrap();
+        }
+    });
+}
+
+#[test]
 fn a_device_that_is_gone_stops_nobody() {
     let frame = plain(BROADCAST, mac("a"));
     with_bench(LogLevel::Off, |bench| {

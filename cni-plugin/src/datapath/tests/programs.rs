@@ -93,13 +93,7 @@ fn the_log_tells_what_its_level_promises() {
     for (level, told) in rows {
         with_bench(level, |bench| {
             let kept = Kept::default();
-            let Some(map) = bench.ebpf.take_map("AYA_LOGS") else {
-                panic!("no AYA_LOGS");
-            };
-            // EbpfLogger takes it from the object by name, and by nothing else.
-            drop(map);
-            let id = program(bench, "port").info().unwrap().id();
-            let mut logger = EbpfLogger::init_from_id_with_logger(id, &kept).unwrap();
+            let mut logger = EbpfLogger::init_with_logger(&mut bench.ebpf, &kept).unwrap();
 
             let a = bench.index("a");
             let dropped = bench.run("port", "a", &plain(mac("a"), mac("a")));

@@ -1,4 +1,8 @@
 //! `port`: what becomes of a frame, by its destination, its source and the port.
+//!
+//! Two things are out of reach: a frame shorter than its Ethernet header, which
+//! neither BPF_PROG_TEST_RUN nor a packet socket lets through, and the program's
+//! own change of the packet type, which Linux 6.15 and newer do themselves.
 
 use std::collections::BTreeMap;
 

@@ -26,7 +26,7 @@ use nix::{
 
 use super::{
     super::{FILTER_HANDLE, FILTER_PRIORITY, LogLevel},
-    bench::{Bench, PORTS, mac, one, v4, v6, with_bench},
+    bench::{Bench, PORTS, mac, one, sent, v4, v6, with_bench},
     frames::{BROADCAST, advertisement, arp, plain, solicitation, source_option, tagged, who_has},
 };
 
@@ -237,6 +237,28 @@ fn frames_come_out_where_they_belong() {
         wire.check("LLDP", "a", &frame, &at(&["cni0"], &frame, For::Multicast));
         let frame = to([1, 0x80, 0xc2, 0, 0, 1], "a");
         wire.check("pause", "a", &frame, &[]);
+    });
+}
+
+#[test]
+fn a_frame_for_a_pod_skips_the_host_veth() {
+    with_bench(LogLevel::Off, |bench| {
+        let mut wire = Wire::new(bench);
+        // What goes out of a host veth waits once more in its peer's queue.
+        let before = sent();
+        let frame = plain(mac("b"), mac("a"));
+        wire.check("pod to pod", "a", &frame, &at(&["b"], &frame, For::Host));
+        assert_eq!(sent(), before);
+        let frame = plain(mac("a"), STRANGE);
+        wire.check("from behind b", "b", &frame, &at(&["a"], &frame, For::Host));
+        assert_eq!(sent(), before);
+
+        // What was learned goes the long way, for the devices behind the pod's.
+        let frame = plain(STRANGE, mac("a"));
+        wire.check("to behind b", "a", &frame, &at(&["b"], &frame, For::Other));
+        let mut after = before;
+        *after.get_mut("b").unwrap() += 1;
+        assert_eq!(sent(), after);
     });
 }
 
