@@ -69,7 +69,12 @@ fn copy(ctx: &TcContext) -> Result<(), DropReason> {
             let _ = ctx.clone_redirect(member.port, 0);
         }
     }
-    go_on(ctx, first.wrapping_add(FLOOD_BATCH));
+    let next = first.wrapping_add(FLOOD_BATCH);
+    if next >= members {
+        // The longest list has used up its calls.
+        return Ok(());
+    }
+    go_on(ctx, next);
     Err(DropReason::Helper)
 }
 

@@ -219,6 +219,10 @@ fn same_port(port: &Port, ifindex: u32) -> Result<i32, DropReason> {
     if port.flags & PORT_HAIRPIN == 0 {
         return Err(DropReason::SamePort);
     }
+    if port.flags & PORT_ISOLATED != 0 {
+        // From itself as well, as `br_skb_isolated` has it.
+        return Err(DropReason::Isolated);
+    }
     // SAFETY: a helper that takes numbers.
     Ok(unsafe { bpf_redirect(ifindex, 0) } as i32)
 }

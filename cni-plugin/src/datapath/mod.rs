@@ -11,6 +11,8 @@
 mod attach;
 mod object;
 mod pins;
+#[cfg(test)]
+mod tests;
 
 use std::{io, net::IpAddr, path::PathBuf};
 

@@ -11,7 +11,7 @@ use bpf_bridge_common::layout::{PROGRAM_FLOOD, PROGRAM_RESPONDER, PortStats};
 use super::{Error, LogLevel, Wire, failed, pins};
 
 /// The programs, compiled by the build script.
-static OBJECT: &[u8] =
+pub(super) static OBJECT: &[u8] =
     aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/bpf-bridge-datapath"));
 
 /// The maps that all log levels share.
@@ -27,7 +27,7 @@ const SHARED: [&str; 8] = [
 ];
 
 /// The programs, and the slots under which others call them.
-const PROGRAMS: [(&str, Option<u32>); 3] = [
+pub(super) const PROGRAMS: [(&str, Option<u32>); 3] = [
     ("flood", Some(PROGRAM_FLOOD)),
     ("responder", Some(PROGRAM_RESPONDER)),
     // The last one: its pin says that all is there.
@@ -93,7 +93,10 @@ pub(super) fn load(level: LogLevel) -> Result<(), Error> {
     Ok(())
 }
 
-fn load_program<'a>(ebpf: &'a mut aya::Ebpf, name: &str) -> Result<&'a mut SchedClassifier, Error> {
+pub(super) fn load_program<'a>(
+    ebpf: &'a mut aya::Ebpf,
+    name: &str,
+) -> Result<&'a mut SchedClassifier, Error> {
     let error = |source| Error::program(name, source);
     let program: &mut SchedClassifier = ebpf
         .program_mut(name)

@@ -25,6 +25,8 @@ const ND_SOLICITATION: u8 = 135;
 const ND_ADVERTISEMENT: u8 = 136;
 const OPTION_TARGET_LINK_ADDRESS: u8 = 2;
 const ALL_NODES: [u8; 16] = [0xff, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
+/// What stands in an IPv4-mapped address after eight zeroes (RFC 4291 §2.5.5.2).
+const IPV4_MAPPED: u32 = 0xffff;
 const ALL_NODES_MAC: Mac = [0x33, 0x33, 0, 0, 0, 1];
 
 /// A question for the owner of an IPv4 address.
@@ -82,7 +84,8 @@ pub struct NeighborSolicitation {
 
 impl NeighborSolicitation {
     /// Reads a solicitation; `None` if the frame is anything else, is not from
-    /// the link itself (hop limit 255, RFC 4861 §7.1.1), or has extension headers.
+    /// the link itself (hop limit 255, RFC 4861 §7.1.1), has extension headers, or
+    /// asks for an IPv4-mapped address.
     pub fn parse(frame: &[u8; NS_FRAME_LEN]) -> Option<Self> {
         let proto = u16::from_be_bytes(bytes(frame, 12));
         let payload_len = u16::from_be_bytes(bytes(frame, 18));
@@ -95,6 +98,12 @@ impl NeighborSolicitation {
             || payload_len < 24
             || kind != ND_SOLICITATION
             || code != 0
+        {
+            return None;
+        }
+        // No link has an IPv4-mapped address, but the table writes IPv4 that way.
+        if u64::from_be_bytes(bytes(frame, 62)) == 0
+            && u32::from_be_bytes(bytes(frame, 70)) == IPV4_MAPPED
         {
             return None;
         }
@@ -257,6 +266,9 @@ mod tests {
         let mut short = good;
         short[19] = 23;
         assert_eq!(NeighborSolicitation::parse(&short), None, "payload length");
+        let mapped = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 10, 0, 0, 2];
+        let mapped = solicitation([1; 16], mapped);
+        assert_eq!(NeighborSolicitation::parse(&mapped), None, "IPv4-mapped");
     }
 
     #[test]
