@@ -145,7 +145,7 @@ fn directory(network: &str) -> PathBuf {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Record {
-    /// Whether the ADD came to its end.
+    /// Whether the ADD came to its end, and the runtime was told.
     pub complete: bool,
     /// The name of the gateway device.
     pub bridge: String,
@@ -195,9 +195,9 @@ impl Claim {
     }
 
     /// Records what was made.
-    pub fn write(&mut self, record: Record) -> Result<(), RecordError> {
+    pub fn write(&mut self, record: &Record) -> Result<(), RecordError> {
         let write = || -> io::Result<()> {
-            let text = serde_json::to_vec(&record)?;
+            let text = serde_json::to_vec(record)?;
             let file = self.lock.file();
             // One write, then the cut: a reader sees the old, the new, or what
             // is no JSON.
@@ -209,7 +209,7 @@ impl Claim {
             path: self.path.clone(),
             source,
         })?;
-        self.record = Some(record);
+        self.record = Some(record.clone());
         Ok(())
     }
 

@@ -87,8 +87,6 @@ pub struct Gateway {
     pub mac: MacAddr,
     /// Its MTU in bytes.
     pub mtu: u32,
-    /// Whether this call made it.
-    pub created: bool,
 }
 
 /// Takes the lock under which a segment's ports and gateway may be changed.
@@ -102,22 +100,22 @@ pub fn mac(bridge: &str) -> MacAddr {
     MacAddr::from_hash(hash(["gateway", bridge]))
 }
 
-/// Finds the gateway of `bridge`, or makes it.
+/// Finds the gateway of `bridge`, or makes it; says which.
 pub fn ensure(
     host: &Netlink,
     datapath: &mut Datapath,
     level: LogLevel,
     bridge: &str,
     mtu: u32,
-) -> Result<Gateway, GatewayError> {
+) -> Result<(Gateway, bool), GatewayError> {
     if let Some(link) = host.link_by_name(bridge)? {
         if link.alias == ALIAS && datapath.segment(link.index)?.is_some() {
-            return Ok(Gateway {
+            let gateway = Gateway {
                 segment: link.index,
                 mac: link.mac.unwrap_or_else(|| mac(bridge)),
                 mtu: link.mtu,
-                created: false,
-            });
+            };
+            return Ok((gateway, false));
         }
         remove_leftover(host, bridge, &link)?;
     }
@@ -127,7 +125,7 @@ pub fn ensure(
     {
         host.delete(link.index)?;
     }
-    gateway
+    Ok((gateway?, true))
 }
 
 /// Removes what an ADD that was killed has left, and refuses to remove anything
@@ -207,7 +205,6 @@ fn create(
         segment: pair.host,
         mac,
         mtu: host.link_by_index(pair.host)?.map_or(mtu, |link| link.mtu),
-        created: true,
     })
 }
 

@@ -28,7 +28,7 @@ fn main() -> ExitCode {
         Box::new(io::stdin().lock())
     };
     let exit = dispatch::run(
-        &mut BpfBridge,
+        &mut BpfBridge::default(),
         |name| env::var_os(name),
         &mut stdin,
         // Not locked: a verb's threads write to stderr as well.

@@ -49,6 +49,7 @@ pub(crate) fn run() -> Result<()> {
         .into_iter()
         .map(|name| add(&network, name))
         .collect::<Result<Vec<_>>>()?;
+    println!("\nThe first of them loaded the programs, as happens once after a boot.");
 
     let gateway = text(&conflist["plugins"][0], "bridge")?;
     picture::draw(&node, &outside, &pods, gateway)?;

@@ -69,6 +69,14 @@ pub trait Plugin {
         netns: &Path,
     ) -> Result<CniResult, CniError>;
 
+    /// The runtime has been given the answer to the ADD that came before: only now
+    /// does the attachment count. An ADD that is killed before has failed.
+    ///
+    /// # Errors
+    ///
+    /// What could not be noted; the operator is told.
+    fn added(&mut self) -> Result<(), CniError>;
+
     /// Checks that an attachment is as `call.config.prev_result`, which is there,
     /// has it.
     ///
@@ -240,16 +248,20 @@ fn serve<R: Read, O: Write, E: Write>(
             let answered = result
                 .to_json(*version)
                 .and_then(|document| io.answer(&document));
-            answered.map_err(|error| {
+            if let Err(error) = answered {
                 let undo = Call {
                     command: Command::Del,
                     ..call
                 };
-                match plugin.del(&undo, id, Some(netns)) {
+                return Err(match plugin.del(&undo, id, Some(netns)) {
                     Ok(()) => error,
                     Err(undoing) => error.with_details(format!("undoing it: {undoing}")),
-                }
-            })
+                });
+            }
+            if let Err(error) = plugin.added() {
+                io.note(format_args!("warning: {error}"));
+            }
+            Ok(())
         }
         Verb::Del(id, netns) => plugin.del(&call, id, netns.as_deref()),
         Verb::Check(id, netns) => plugin.check(&call, id, netns),

@@ -17,15 +17,17 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bpf_bridge_common::layout::{PORT_HAIRPIN, PORT_ISOLATED, PORT_MACSPOOFCHK, PORT_PROMISC};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
+use super::{ALREADY_ATTACHED, collect, del, is_alive, open_sandbox};
 use crate::{
     attachment::{Attachment, Claim, Record},
     cni::{
         Call, CniError, CniResult, ErrorCode, NetworkConfig,
         result::{Interface, IpConfig, Route},
     },
-    datapath::{Datapath, PortSpec},
+    datapath::{self, Datapath, PortSpec},
     gateway::{self, Gateway},
     ipam::Ipam,
     link::{
@@ -35,24 +37,24 @@ use crate::{
     mac::MacAddr,
     netns::Netns,
 };
-use bpf_bridge_common::layout::{PORT_HAIRPIN, PORT_ISOLATED, PORT_MACSPOOFCHK, PORT_PROMISC};
-
-use super::{ALREADY_ATTACHED, del, is_alive, open_sandbox};
 
 /// How long the host veth may take to get its carrier; it takes microseconds.
 const CARRIER: Duration = Duration::from_secs(2);
 /// The least MTU, in bytes, with which the kernel lets a device have IPv6.
 const IPV6_MTU: u32 = 1280;
+/// `RT_SCOPE_LINK` of `linux/rtnetlink.h`: what has this scope has no next hop.
+const SCOPE_LINK: u8 = 253;
 /// How long duplicate address detection may take (`enabledad`), as with the stock
 /// plugin.
 const SETTLE: Duration = Duration::from_secs(5);
 
-/// Attaches the container: wholly, or not at all.
+/// Attaches the container: wholly, or not at all. What is returned with the
+/// result is to be recorded as complete when the runtime has the result.
 pub(super) fn run(
     call: &Call<'_>,
     attachment: &Attachment<'_>,
     netns: &Path,
-) -> Result<CniResult, CniError> {
+) -> Result<(CniResult, Claim, Record), CniError> {
     let sandbox = open_sandbox(call, netns)?;
     let host = Netlink::host()?;
     let mut claim = attachment.claim()?;
@@ -67,25 +69,31 @@ pub(super) fn run(
     let pair = match create_pair(&host, call.config, attachment, &sandbox, mac) {
         Ok(pair) => pair,
         Err(error) => {
-            // Nothing was made yet, so what is there is somebody else's.
+            // Nothing was made, so what is there is somebody else's.
             claim.remove()?;
             return Err(error);
         }
     };
-    let attached = attach(call, attachment, &mut claim, &host, &sandbox, pair, mac);
-    attached.map_err(|error| undo(call, attachment, claim, error))
-}
-
-/// Removes what a failed ADD made.
-fn undo(call: &Call<'_>, attachment: &Attachment<'_>, claim: Claim, error: CniError) -> CniError {
-    let left: Vec<String> = del::remove(call, attachment, Some(claim))
-        .iter()
-        .map(CniError::to_string)
-        .collect();
-    if left.is_empty() {
-        error
-    } else {
-        error.with_details(format!("and cleaning up: {}", left.join("; ")))
+    let add = Add {
+        call,
+        config: call.config,
+        attachment,
+        host: &host,
+        sandbox: &sandbox,
+        pair,
+        mac,
+    };
+    let mut shared = Shared::default();
+    match add.run(&mut claim, &mut shared) {
+        Ok((result, record)) => Ok((result, claim, record)),
+        Err(error) => {
+            let mut left = del::remove(call, attachment, Some(claim));
+            left.extend(shared.undo(&host, &call.config.bridge).err());
+            Err(match collect(left) {
+                Ok(()) => error,
+                Err(left) => error.with_details(format!("and cleaning up: {left}")),
+            })
+        }
     }
 }
 
@@ -128,148 +136,270 @@ fn create_pair(
     }
 }
 
-/// Everything after the birth of the veth pair.
-fn attach(
-    call: &Call<'_>,
-    attachment: &Attachment<'_>,
-    claim: &mut Claim,
-    host: &Netlink,
-    sandbox: &Netns,
+/// What an ADD makes that later ones will use too, if it comes to its end.
+#[derive(Default)]
+struct Shared {
+    /// The programs and maps were loaded.
+    loaded: bool,
+    /// The gateway was made.
+    gateway: Option<Gateway>,
+    /// Its addresses.
+    addresses: Vec<IpAddr>,
+}
+
+impl Shared {
+    /// Removes it again, unless somebody else has begun to use it.
+    fn undo(self, host: &Netlink, bridge: &str) -> Result<(), CniError> {
+        if self.gateway.is_none() && !self.loaded {
+            return Ok(());
+        }
+        let _lock = gateway::lock(bridge)?;
+        let Some(mut datapath) = Datapath::open()? else {
+            return Ok(());
+        };
+        if let Some(gateway) = &self.gateway {
+            gateway::remove_unused(host, &mut datapath, gateway, &self.addresses)?;
+        }
+        if self.loaded {
+            datapath.unload_if_unused()?;
+        }
+        Ok(())
+    }
+}
+
+/// An ADD whose veth pair was born.
+struct Add<'a> {
+    call: &'a Call<'a>,
+    config: &'a NetworkConfig,
+    attachment: &'a Attachment<'a>,
+    host: &'a Netlink,
+    sandbox: &'a Netns,
     pair: VethIndices,
     mac: MacAddr,
-) -> Result<CniResult, CniError> {
-    let config = call.config;
-    let mut record = Record {
-        complete: false,
-        bridge: config.bridge.clone(),
-        segment: 0,
-        host_ifindex: pair.host,
-        mac: mac.octets(),
-        addresses: Vec::new(),
-        log_level: config.log_level,
-    };
-    claim.write(record.clone())?;
-    // The alias is what proves to others that the attachment lives, so it comes
-    // before there is an address to lose.
-    host.configure(
-        pair.host,
-        &LinkSettings {
-            alias: Some(&attachment.alias()),
-            no_link_local: true,
-            ..LinkSettings::default()
-        },
-    )?;
-
-    let mut given = Ipam::of(call).add(call, attachment, &|other| {
-        // What this one has is of an ADD before; whoever cannot be asked counts
-        // as alive.
-        other != attachment && is_alive(host, other).unwrap_or(true)
-    })?;
-    if given.ips.is_empty() && config.ipam_type.is_some() {
-        return Err(CniError::internal(format!(
-            "the IPAM plugin {:?} gave no address",
-            config.ipam_type.as_deref().unwrap_or_default()
-        )));
-    }
-    if let Some(mtu) = config.mtu
-        && mtu < IPV6_MTU
-        && given.ips.iter().any(|ip| ip.address.addr().is_ipv6())
-    {
-        return Err(CniError::invalid_config(
-            "mtu",
-            mtu,
-            format!("{IPV6_MTU} or more for a network with IPv6 addresses (RFC 8200, 5)"),
-        ));
-    }
-    complete_gateways(config, &mut given);
-    let inside = Netlink::open(sandbox)?;
-    assign(config, attachment, sandbox, &inside, pair.peer, mac, &given)?;
-
-    record.addresses = given.ips.iter().map(|ip| ip.address.addr()).collect();
-    let gateway = join(config, claim, host, &mut record, pair.host, &given)?;
-
-    if !config.disable_container_interface {
-        inside.set_up(pair.peer)?;
-        host.wait_running(pair.host, CARRIER)?;
-        for route in &given.routes {
-            inside.add_route(pair.peer, &with_gateway(route, &given.ips))?;
-        }
-        if config.enable_dad {
-            settle(&inside, pair.peer)?;
-        }
-    }
-    record.complete = true;
-    claim.write(record)?;
-    let mtu = inside.link_by_index(pair.peer)?.map(|link| link.mtu);
-    Ok(result(
-        config, attachment, sandbox, &gateway, given, mac, mtu,
-    ))
 }
 
-/// The port joins the segment. If the gateway is made for it, and it cannot join,
-/// the gateway goes again.
-fn join(
-    config: &NetworkConfig,
-    claim: &mut Claim,
-    host: &Netlink,
-    record: &mut Record,
-    ifindex: u32,
-    given: &CniResult,
-) -> Result<Gateway, CniError> {
-    let level = config.log_level;
-    let _lock = gateway::lock(&config.bridge)?;
-    let (mut datapath, loaded) = Datapath::open_or_load(level)?;
-    let mut segment = None;
-    let joined = (|| {
-        let gateway = gateway::ensure(
-            host,
-            &mut datapath,
-            level,
-            &config.bridge,
-            config.mtu.unwrap_or(0),
+impl Add<'_> {
+    /// Everything after the birth of the veth pair.
+    fn run(&self, claim: &mut Claim, shared: &mut Shared) -> Result<(CniResult, Record), CniError> {
+        let mut record = Record {
+            complete: false,
+            bridge: self.config.bridge.clone(),
+            segment: 0,
+            host_ifindex: self.pair.host,
+            mac: self.mac.octets(),
+            addresses: Vec::new(),
+            log_level: self.config.log_level,
+        };
+        claim.write(&record)?;
+        // The alias is what proves to others that the attachment lives, so it
+        // comes before there is an address to lose.
+        self.host.configure(
+            self.pair.host,
+            &LinkSettings {
+                alias: Some(&self.attachment.alias()),
+                no_link_local: true,
+                ..LinkSettings::default()
+            },
         )?;
-        segment = Some(gateway.clone());
-        record.segment = gateway.segment;
-        claim.write(record.clone())?;
-        let name = host_name(host, ifindex)?;
-        datapath.attach(level, &name)?;
-        datapath.add_port(&PortSpec {
-            ifindex,
-            segment: gateway.segment,
-            flags: flags(config),
-            mac: record.mac,
-            addresses: &record.addresses,
-        })?;
-        serve(config, host, &mut datapath, &gateway, given)?;
-        host.set_up(ifindex)?;
-        Ok(gateway)
-    })();
-    joined.map_err(|error: CniError| {
-        let undone = (|| {
-            if let Some(gateway) = segment.filter(|gateway| gateway.created) {
-                datapath.remove_port(ifindex, gateway.segment, record.mac, &record.addresses)?;
-                let addresses: Vec<IpAddr> = given.ips.iter().filter_map(|ip| ip.gateway).collect();
-                gateway::remove_unused(host, &mut datapath, &gateway, &addresses)?;
+
+        let given = self.addresses()?;
+        let inside = Netlink::open(self.sandbox)?;
+        self.assign(&inside, &given)?;
+
+        record.addresses = given.ips.iter().map(|ip| ip.address.addr()).collect();
+        let gateway = self.join(claim, shared, &mut record, &given)?;
+
+        if !self.config.disable_container_interface {
+            inside.set_up(self.pair.peer)?;
+            self.host.wait_running(self.pair.host, CARRIER)?;
+            for route in &given.routes {
+                inside.add_route(self.pair.peer, &as_link_route(route))?;
             }
-            if loaded {
-                datapath.unload_if_unused()?;
+            if self.config.enable_dad {
+                settle(&inside, self.pair.peer)?;
             }
-            Ok::<(), CniError>(())
-        })();
-        match undone {
-            Ok(()) => error,
-            Err(left) => error.with_details(format!("and cleaning up: {left}")),
         }
-    })
+        let mtu = inside.link_by_index(self.pair.peer)?.map(|link| link.mtu);
+        Ok((self.result(&gateway, given, mtu), record))
+    }
+
+    /// Reserves addresses, and completes what IPAM left open.
+    fn addresses(&self) -> Result<CniResult, CniError> {
+        let ipam = Ipam::of(self.call);
+        let mut given = ipam.add(self.call, self.attachment, &|other| {
+            // What this one has is of an ADD before; whoever cannot be asked
+            // counts as alive.
+            other != self.attachment && is_alive(self.host, other).unwrap_or(true)
+        })?;
+        if given.ips.is_empty()
+            && let Some(name) = &self.config.ipam_type
+        {
+            return Err(CniError::internal(format!(
+                "the IPAM plugin {name:?} gave no address"
+            )));
+        }
+        if let Some(mtu) = self.config.mtu
+            && mtu < IPV6_MTU
+            && has_ipv6(&given)
+        {
+            return Err(CniError::invalid_config(
+                "mtu",
+                mtu,
+                format!("{IPV6_MTU} or more for a network with IPv6 addresses (RFC 8200, 5)"),
+            ));
+        }
+        complete_gateways(self.config, &mut given);
+        Ok(given)
+    }
+
+    /// Gives the container's interface its settings and addresses while it is
+    /// down: when it goes up, it announces them.
+    fn assign(&self, inside: &Netlink, given: &CniResult) -> Result<(), CniError> {
+        let ipv6 = has_ipv6(given);
+        let dad = self.config.enable_dad;
+        self.sandbox
+            .run_in(|| settings(self.attachment.ifname, dad, ipv6))??;
+        if ipv6 && !dad {
+            // The kernel's own stays tentative until a work queue has run.
+            inside.add_address(self.pair.peer, link_local(self.mac), false)?;
+        }
+        for ip in &given.ips {
+            inside.add_address(self.pair.peer, ip.address, dad)?;
+        }
+        Ok(())
+    }
+
+    /// The port joins the segment, whose gateway is made if it is the first.
+    fn join(
+        &self,
+        claim: &mut Claim,
+        shared: &mut Shared,
+        record: &mut Record,
+        given: &CniResult,
+    ) -> Result<Gateway, CniError> {
+        let config = self.config;
+        let level = config.log_level;
+        let mtu = config.mtu.unwrap_or(0);
+        let _lock = gateway::lock(&config.bridge)?;
+        let (mut datapath, loaded) = Datapath::open_or_load(level)?;
+        shared.loaded = loaded;
+        let (gateway, created) =
+            gateway::ensure(self.host, &mut datapath, level, &config.bridge, mtu)?;
+        if created {
+            shared.gateway = Some(gateway.clone());
+            shared.addresses = given.ips.iter().filter_map(|ip| ip.gateway).collect();
+        }
+        record.segment = gateway.segment;
+        claim.write(record)?;
+        datapath.attach(level, &self.attachment.host_veth())?;
+        self.add_port(
+            &mut datapath,
+            &PortSpec {
+                ifindex: record.host_ifindex,
+                segment: gateway.segment,
+                flags: flags(config),
+                mac: record.mac,
+                addresses: &record.addresses,
+            },
+        )?;
+        self.serve(&mut datapath, &gateway, given)?;
+        self.host.set_up(record.host_ifindex)?;
+        Ok(gateway)
+    }
+
+    /// Adds the port, in place of dead ones that had its addresses: pods whose
+    /// sandbox went without a DEL.
+    fn add_port(&self, datapath: &mut Datapath, port: &PortSpec<'_>) -> Result<(), CniError> {
+        loop {
+            match datapath.add_port(port) {
+                Err(datapath::Error::Assigned { port: owner, .. })
+                    if self.host.link_by_index(owner)?.is_none() =>
+                {
+                    datapath.remove_dead_port(owner)?;
+                }
+                added => return Ok(added?),
+            }
+        }
+    }
+
+    /// Makes the gateway what it must be for this network.
+    fn serve(
+        &self,
+        datapath: &mut Datapath,
+        gateway: &Gateway,
+        given: &CniResult,
+    ) -> Result<(), CniError> {
+        let config = self.config;
+        if config.promisc_mode {
+            self.host.configure(
+                gateway.segment,
+                &LinkSettings {
+                    promisc: Some(true),
+                    ..LinkSettings::default()
+                },
+            )?;
+        }
+        if !config.is_gateway {
+            return Ok(());
+        }
+        let addresses: Vec<IpNet> = given.ips.iter().filter_map(gateway_address).collect();
+        for &address in &addresses {
+            gateway::ensure_address(
+                self.host,
+                datapath,
+                gateway,
+                &config.bridge,
+                address,
+                config.force_address,
+            )?;
+        }
+        Ok(gateway::enable_forwarding(&addresses)?)
+    }
+
+    /// What the runtime is told: the interfaces in the order of the stock plugin
+    /// (gateway device, host veth, container's), after those of plugins before.
+    fn result(&self, gateway: &Gateway, given: CniResult, mtu: Option<u32>) -> CniResult {
+        let mac_of_gateway = Some(gateway.mac.to_string());
+        let bridge = Interface {
+            name: self.config.bridge.clone(),
+            mac: mac_of_gateway.clone(),
+            mtu: Some(gateway.mtu),
+            ..Interface::default()
+        };
+        let host_veth = Interface {
+            name: self.attachment.host_veth(),
+            mac: mac_of_gateway,
+            mtu,
+            ..Interface::default()
+        };
+        let container = Interface {
+            name: self.attachment.ifname.to_owned(),
+            mac: Some(self.mac.to_string()),
+            mtu,
+            sandbox: Some(self.sandbox.path().display().to_string()),
+            ..Interface::default()
+        };
+        let ips = given.ips.into_iter().map(|ip| IpConfig {
+            interface: Some(2),
+            ..ip
+        });
+        CniResult {
+            interfaces: vec![bridge, host_veth, container],
+            ips: ips.collect(),
+            routes: given.routes,
+            dns: if self.config.dns.is_empty() {
+                given.dns
+            } else {
+                self.config.dns.clone()
+            },
+            extra: given.extra,
+        }
+        .after(self.config.prev_result.clone().unwrap_or_default())
+    }
 }
 
-fn host_name(host: &Netlink, ifindex: u32) -> Result<String, CniError> {
-    match host.link_by_index(ifindex)? {
-        Some(link) => Ok(link.name),
-        None => Err(CniError::internal(format!(
-            "the host veth with ifindex {ifindex} vanished: its sandbox was removed during the ADD"
-        ))),
-    }
+fn has_ipv6(given: &CniResult) -> bool {
+    given.ips.iter().any(|ip| ip.address.addr().is_ipv6())
 }
 
 fn flags(config: &NetworkConfig) -> u32 {
@@ -284,114 +414,54 @@ fn flags(config: &NetworkConfig) -> u32 {
     .sum()
 }
 
-/// What the gateway must be for this network.
-fn serve(
-    config: &NetworkConfig,
-    host: &Netlink,
-    datapath: &mut Datapath,
-    gateway: &Gateway,
-    given: &CniResult,
-) -> Result<(), CniError> {
-    if config.promisc_mode {
-        host.configure(
-            gateway.segment,
-            &LinkSettings {
-                promisc: Some(true),
-                ..LinkSettings::default()
-            },
-        )?;
-    }
-    if !config.is_gateway {
-        return Ok(());
-    }
-    let addresses: Vec<IpNet> = given.ips.iter().filter_map(gateway_address).collect();
-    for &address in &addresses {
-        gateway::ensure_address(
-            host,
-            datapath,
-            gateway,
-            &config.bridge,
-            address,
-            config.force_address,
-        )?;
-    }
-    Ok(gateway::enable_forwarding(&addresses)?)
-}
-
 /// The gateway's address in the subnet of a container's.
 fn gateway_address(ip: &IpConfig) -> Option<IpNet> {
     IpNet::new(ip.gateway?, ip.address.prefix_len()).ok()
 }
 
 /// `isGateway` without a gateway from IPAM makes it the first host of the subnet;
-/// `isDefaultGateway` adds the default routes that IPAM did not.
+/// `isDefaultGateway` adds the default routes that IPAM did not; and a route
+/// without a next hop goes through the gateway of its family, but for one that is
+/// on the link by its scope.
 fn complete_gateways(config: &NetworkConfig, given: &mut CniResult) {
     if config.is_gateway {
         for ip in &mut given.ips {
             ip.gateway = ip.gateway.or_else(|| ip.address.hosts().next());
         }
     }
+    let gateway = |dst: IpNet| {
+        given
+            .ips
+            .iter()
+            .filter(|ip| ip.address.addr().is_ipv4() == dst.addr().is_ipv4())
+            .find_map(|ip| ip.gateway)
+    };
+    for route in &mut given.routes {
+        if route.scope.is_none_or(|scope| scope < SCOPE_LINK) {
+            route.gw = route.gw.or_else(|| gateway(route.dst));
+        }
+    }
     if !config.is_default_gateway {
         return;
     }
     for default in [IpNet::V4(Ipv4Net::default()), IpNet::V6(Ipv6Net::default())] {
-        let same_family = |address: IpAddr| address.is_ipv4() == default.addr().is_ipv4();
-        let gateway = given
-            .ips
-            .iter()
-            .find(|ip| same_family(ip.address.addr()))
-            .and_then(|ip| ip.gateway);
-        let present = given
-            .routes
-            .iter()
-            .any(|route| route.dst == default && route.gw.is_some());
-        if let Some(gateway) = gateway
-            && !present
-        {
+        let present = given.routes.iter().any(|route| route.dst == default);
+        if !present && let Some(gateway) = gateway(default) {
             given.routes.push(Route::new(default, Some(gateway)));
         }
     }
 }
 
-/// A route as it is added: without a next hop of its own it goes through the
-/// gateway of its family.
-pub(super) fn with_gateway(route: &Route, ips: &[IpConfig]) -> link::Route {
-    let gateway = || {
-        ips.iter()
-            .filter_map(|ip| ip.gateway)
-            .find(|gateway| gateway.is_ipv4() == route.dst.addr().is_ipv4())
-    };
+/// A route as it is added.
+pub(super) fn as_link_route(route: &Route) -> link::Route {
     link::Route {
         priority: route.priority.unwrap_or(0),
         table: route.table,
         scope: route.scope,
         mtu: route.mtu.unwrap_or(0),
         advmss: route.advmss.unwrap_or(0),
-        ..link::Route::new(route.dst, route.gw.or_else(gateway))
+        ..link::Route::new(route.dst, route.gw)
     }
-}
-
-/// Gives the container's interface its settings and addresses while it is down:
-/// when it goes up, it announces them.
-fn assign(
-    config: &NetworkConfig,
-    attachment: &Attachment<'_>,
-    sandbox: &Netns,
-    inside: &Netlink,
-    ifindex: u32,
-    mac: MacAddr,
-    given: &CniResult,
-) -> Result<(), CniError> {
-    let ipv6 = given.ips.iter().any(|ip| ip.address.addr().is_ipv6());
-    sandbox.run_in(|| settings(config, attachment.ifname, ipv6))??;
-    if ipv6 && !config.enable_dad {
-        // The kernel's own stays tentative until a work queue has run.
-        inside.add_address(ifindex, link_local(mac), false)?;
-    }
-    for ip in &given.ips {
-        inside.add_address(ifindex, ip.address, config.enable_dad)?;
-    }
-    Ok(())
 }
 
 /// The link-local address that the kernel would give the interface, with its
@@ -404,7 +474,7 @@ fn link_local(mac: MacAddr) -> IpNet {
 }
 
 /// The sandbox's settings, in the order in which they must be made.
-fn settings(config: &NetworkConfig, ifname: &str, ipv6: bool) -> Result<(), SysctlError> {
+fn settings(ifname: &str, dad: bool, ipv6: bool) -> Result<(), SysctlError> {
     let on_interface = |family, key, value| {
         // A kernel without the setting does without what it is for.
         Sysctl::device(family, ifname, key)?.set(value).map(drop)
@@ -414,10 +484,10 @@ fn settings(config: &NetworkConfig, ifname: &str, ipv6: bool) -> Result<(), Sysc
         on_interface(Family::Ipv6, "disable_ipv6", 0)?;
         on_interface(Family::Ipv6, "keep_addr_on_down", 1)?;
     }
-    if config.enable_dad {
+    if dad {
         on_interface(Family::Ipv6, "enhanced_dad", 1)?;
     }
-    on_interface(Family::Ipv6, "accept_dad", u32::from(config.enable_dad))?;
+    on_interface(Family::Ipv6, "accept_dad", u32::from(dad))?;
     // Those who knew the addresses from a former pod hear of the new one.
     on_interface(Family::Ipv4, "arp_notify", 1)?;
     on_interface(Family::Ipv6, "ndisc_notify", 1)
@@ -445,53 +515,4 @@ fn settle(inside: &Netlink, ifindex: u32) -> Result<(), CniError> {
         }
         thread::sleep(Duration::from_millis(10));
     }
-}
-
-/// What the runtime is told: the interfaces in the order of the stock plugin
-/// (gateway device, host veth, container's), after those of plugins before.
-fn result(
-    config: &NetworkConfig,
-    attachment: &Attachment<'_>,
-    sandbox: &Netns,
-    gateway: &Gateway,
-    given: CniResult,
-    mac: MacAddr,
-    mtu: Option<u32>,
-) -> CniResult {
-    let mac_of_gateway = Some(gateway.mac.to_string());
-    let bridge = Interface {
-        name: config.bridge.clone(),
-        mac: mac_of_gateway.clone(),
-        mtu: Some(gateway.mtu),
-        ..Interface::default()
-    };
-    let host_veth = Interface {
-        name: attachment.host_veth(),
-        mac: mac_of_gateway,
-        mtu,
-        ..Interface::default()
-    };
-    let container = Interface {
-        name: attachment.ifname.to_owned(),
-        mac: Some(mac.to_string()),
-        mtu,
-        sandbox: Some(sandbox.path().display().to_string()),
-        ..Interface::default()
-    };
-    let ips = given.ips.into_iter().map(|ip| IpConfig {
-        interface: Some(2),
-        ..ip
-    });
-    CniResult {
-        interfaces: vec![bridge, host_veth, container],
-        ips: ips.collect(),
-        routes: given.routes,
-        dns: if config.dns.is_empty() {
-            given.dns
-        } else {
-            config.dns.clone()
-        },
-        extra: given.extra,
-    }
-    .after(config.prev_result.clone().unwrap_or_default())
 }

@@ -108,6 +108,9 @@ pub(super) fn port(
     if datapath.segment(record.segment)?.is_none() {
         return lost("the segment");
     }
+    if !datapath.has_joined(record.host_ifindex)? {
+        return lost("what is flooded");
+    }
     Ok(None)
 }
 
@@ -171,9 +174,14 @@ fn check_inside(
         return Ok(());
     }
     for route in &expected.routes {
-        let route = add::with_gateway(route, &expected.ips);
-        if !inside.has_route(link.index, &route)? {
-            return Err(fault(format!("the container has lost its {route}")));
+        // A next hop that is not in one of our subnets belongs to another plugin
+        // of the chain.
+        let ours = |gateway| ips.iter().any(|ip| ip.address.contains(&gateway));
+        if route.gw.is_some_and(ours)
+            && !inside.has_route(link.index, &add::as_link_route(route))?
+        {
+            let lost = add::as_link_route(route);
+            return Err(fault(format!("the container has lost its {lost}")));
         }
     }
     Ok(())

@@ -39,19 +39,16 @@ pub(super) fn remove(
 ) -> Vec<CniError> {
     let mut errors = Vec::new();
     let record = claim.as_ref().and_then(Claim::record).cloned();
-    if let Err(error) = unplug(attachment, record.as_ref()) {
-        errors.push(error);
+    match unplug(attachment, record.as_ref()) {
+        // While anything is left of what it tells, so is the record.
+        Err(error) => errors.push(error),
+        Ok(()) => errors.extend(
+            claim
+                .and_then(|claim| claim.remove().err())
+                .map(CniError::from),
+        ),
     }
-    if let Err(error) = Ipam::of(call).del(call, attachment) {
-        errors.push(error);
-    }
-    // While anything is left, so is the record that tells what.
-    if errors.is_empty()
-        && let Some(claim) = claim
-        && let Err(error) = claim.remove()
-    {
-        errors.push(error.into());
-    }
+    errors.extend(Ipam::of(call).del(call, attachment).err());
     errors
 }
 

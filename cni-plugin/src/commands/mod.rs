@@ -20,7 +20,7 @@ pub mod status;
 use std::path::Path;
 
 use crate::{
-    attachment::{Attachment, RecordError},
+    attachment::{Attachment, Claim, Record, RecordError},
     cni::{AttachmentId, Call, CniError, CniResult, ErrorCode, Plugin},
     datapath,
     gateway::GatewayError,
@@ -35,7 +35,10 @@ pub const ALREADY_ATTACHED: u32 = 101;
 
 /// The plugin, as the protocol sees it.
 #[derive(Debug, Default)]
-pub struct BpfBridge;
+pub struct BpfBridge {
+    /// The ADD that the runtime has not been answered yet.
+    unanswered: Option<(Claim, Record)>,
+}
 
 impl Plugin for BpfBridge {
     fn add(
@@ -44,7 +47,19 @@ impl Plugin for BpfBridge {
         id: &AttachmentId,
         netns: &Path,
     ) -> Result<CniResult, CniError> {
-        add::run(call, &attachment(call, id), netns)
+        let (result, claim, record) = add::run(call, &attachment(call, id), netns)?;
+        self.unanswered = Some((claim, record));
+        Ok(result)
+    }
+
+    fn added(&mut self) -> Result<(), CniError> {
+        if let Some((mut claim, record)) = self.unanswered.take() {
+            claim.write(&Record {
+                complete: true,
+                ..record
+            })?;
+        }
+        Ok(())
     }
 
     fn check(&mut self, call: &Call<'_>, id: &AttachmentId, netns: &Path) -> Result<(), CniError> {
@@ -57,6 +72,8 @@ impl Plugin for BpfBridge {
         id: &AttachmentId,
         _netns: Option<&Path>,
     ) -> Result<(), CniError> {
+        // An ADD that could not be answered holds the attachment's lock.
+        self.unanswered = None;
         del::run(call, &attachment(call, id))
     }
 

@@ -57,16 +57,11 @@ impl Datapath {
         open_program(level)?
             .info()
             .map(|info| info.id())
-            .map_err(|source| Error::Program {
-                program: "port".to_owned(),
-                source,
-            })
+            .map_err(|source| Error::program("port", source))
     }
 }
 
 fn open_program(level: LogLevel) -> Result<SchedClassifier, Error> {
-    SchedClassifier::from_pin(pins::variant(level).join("port")).map_err(|source| Error::Program {
-        program: "port".to_owned(),
-        source,
-    })
+    SchedClassifier::from_pin(pins::variant(level).join("port"))
+        .map_err(|source| Error::program("port", source))
 }

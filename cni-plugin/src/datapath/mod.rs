@@ -71,14 +71,14 @@ pub enum Error {
     Lock(#[from] LockError),
     /// The embedded object was refused.
     #[error("loading the eBPF programs: {0}")]
-    Load(#[from] aya::EbpfError),
+    Load(#[source] Box<aya::EbpfError>),
     /// A program was refused.
     #[error("loading the eBPF program {program:?}: {source}")]
     Program {
         /// Its name.
         program: String,
         /// The verifier's or the kernel's word.
-        source: ProgramError,
+        source: Box<ProgramError>,
     },
     /// The program could not be attached.
     #[error("attaching the program `port` to {device}: {detail}")]
@@ -98,7 +98,7 @@ pub enum Error {
         /// The key, readable.
         key: String,
         /// What the kernel said.
-        source: MapError,
+        source: Box<MapError>,
     },
     /// An address that is to be assigned is somebody's already.
     #[error("the address {address} is assigned already, to the port with ifindex {port}")]
@@ -125,6 +125,21 @@ struct Wire<T>(T);
 unsafe impl<T: bytemuck::Pod> aya::Pod for Wire<T> {}
 
 type Table<K, V> = HashMap<MapData, Wire<K>, Wire<V>>;
+
+impl Error {
+    fn program(name: &str, source: ProgramError) -> Self {
+        Self::Program {
+            program: name.to_owned(),
+            source: Box::new(source),
+        }
+    }
+}
+
+impl From<aya::EbpfError> for Error {
+    fn from(error: aya::EbpfError) -> Self {
+        Self::Load(Box::new(error))
+    }
+}
 
 /// A port that is to be added, or was.
 #[derive(Clone, Copy, Debug)]
@@ -266,6 +281,22 @@ impl Datapath {
         })
     }
 
+    /// Whether the port gets what is flooded to its segment.
+    pub fn has_joined(&self, ifindex: u32) -> Result<bool, Error> {
+        let Some(port) = self.port(ifindex)? else {
+            return Ok(false);
+        };
+        let key = MemberKey {
+            segment: port.segment,
+            slot: port.slot,
+        };
+        let member = get(&self.members, "MEMBERS", key)?;
+        let counted = self
+            .segment(port.segment)?
+            .is_some_and(|segment| port.slot < segment.members);
+        Ok(counted && member.is_some_and(|member| member.port == ifindex))
+    }
+
     /// Makes a segment: its gateway port is the first of its list.
     ///
     /// `gateway.segment` is the gateway device, `gateway.ifindex` its far end,
@@ -303,7 +334,7 @@ impl Datapath {
             mac,
             reserved: [0; 2],
         };
-        self.assign_ip(segment, address, neighbor)
+        self.set_neighbor(segment, address, neighbor)
     }
 
     /// The responder no longer answers for an address of the gateway.
@@ -332,7 +363,12 @@ impl Datapath {
         remove(&mut self.members, "MEMBERS", MemberKey { segment, slot: 0 })
     }
 
-    /// Adds a port to its segment. An address that a living port has is refused.
+    /// Adds a port to its segment.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Assigned`] if another port has one of the addresses, before
+    /// anything is changed.
     pub fn add_port(&mut self, port: &PortSpec<'_>) -> Result<(), Error> {
         let mut segment = self
             .segment(port.segment)?
@@ -340,6 +376,7 @@ impl Datapath {
         if segment.members >= MAX_MEMBERS {
             return Err(Error::SegmentFull);
         }
+        self.refuse_assigned(port)?;
         let slot = segment.members;
         self.set_port(port, port.flags, slot)?;
         for &address in port.addresses {
@@ -349,10 +386,57 @@ impl Datapath {
                 mac: port.mac,
                 reserved: [0; 2],
             };
-            self.assign_ip(port.segment, address, neighbor)?;
+            self.set_neighbor(port.segment, address, neighbor)?;
         }
         segment.members += 1;
         set(&mut self.segments, "SEGMENTS", port.segment, segment, EXIST)
+    }
+
+    /// Nobody else has the port's addresses. An entry of a port that is not there
+    /// any more, or is another one's now, counts for nothing.
+    fn refuse_assigned(&self, port: &PortSpec<'_>) -> Result<(), Error> {
+        let segment = port.segment;
+        if let Some(owner) = self.endpoint(segment, port.mac)?
+            && self.is_assigned(owner.port, segment, port.mac, port)?
+        {
+            return Err(Error::Assigned {
+                address: MacAddr::new(port.mac).to_string(),
+                port: owner.port,
+            });
+        }
+        for &address in port.addresses {
+            if let Some(owner) = self.neighbor(segment, address)?
+                && self.is_assigned(owner.port, segment, owner.mac, port)?
+            {
+                return Err(Error::Assigned {
+                    address: address.to_string(),
+                    port: owner.port,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn is_assigned(
+        &self,
+        owner: u32,
+        segment: u32,
+        mac: Mac,
+        other_than: &PortSpec<'_>,
+    ) -> Result<bool, Error> {
+        Ok(owner != other_than.ifindex
+            && self
+                .port(owner)?
+                .is_some_and(|port| port.segment == segment && port.mac == mac))
+    }
+
+    /// Removes a port whose device is gone and of which nobody has a record at
+    /// hand. The entries of its IP addresses stay, and count for nothing.
+    pub fn remove_dead_port(&mut self, ifindex: u32) -> Result<(), Error> {
+        match self.port(ifindex)? {
+            Some(port) => self.remove_port(ifindex, port.segment, port.mac, &[]),
+            None => Ok(()),
+        }
     }
 
     /// Removes a port and everything that is its own; what is missing is no error.
@@ -420,14 +504,12 @@ impl Datapath {
             reserved: [0; 2],
         };
         set(&mut self.ports, "PORTS", port.ifindex, entry, ANY)?;
-        self.assign_mac(
-            port.segment,
-            port.mac,
-            Endpoint {
-                port: port.ifindex,
-                flags,
-            },
-        )?;
+        let endpoint = Endpoint {
+            port: port.ifindex,
+            flags,
+        };
+        let key = MacKey::new(port.segment, port.mac);
+        set(&mut self.endpoints, "ENDPOINTS", key, endpoint, ANY)?;
         let key = MemberKey {
             segment: port.segment,
             slot,
@@ -439,46 +521,14 @@ impl Datapath {
         set(&mut self.members, "MEMBERS", key, member, ANY)
     }
 
-    fn assign_mac(&mut self, segment: u32, mac: Mac, endpoint: Endpoint) -> Result<(), Error> {
-        let key = MacKey::new(segment, mac);
-        if let Some(owner) = get(&self.endpoints, "ENDPOINTS", key)?
-            && self
-                .port(owner.port)?
-                .is_some_and(|port| port.segment == segment && port.mac == mac)
-            && owner.port != endpoint.port
-        {
-            return Err(Error::Assigned {
-                address: MacAddr::new(mac).to_string(),
-                port: owner.port,
-            });
-        }
-        set(&mut self.endpoints, "ENDPOINTS", key, endpoint, ANY)
-    }
-
-    fn assign_ip(
+    fn set_neighbor(
         &mut self,
         segment: u32,
         address: IpAddr,
         neighbor: Neighbor,
     ) -> Result<(), Error> {
-        if let Some(owner) = self.neighbor(segment, address)?
-            && self
-                .port(owner.port)?
-                .is_some_and(|port| port.segment == segment && port.mac == owner.mac)
-            && owner.port != neighbor.port
-        {
-            return Err(Error::Assigned {
-                address: address.to_string(),
-                port: owner.port,
-            });
-        }
-        set(
-            &mut self.neighbors,
-            "NEIGHBORS",
-            ip_key(segment, address),
-            neighbor,
-            ANY,
-        )
+        let key = ip_key(segment, address);
+        set(&mut self.neighbors, "NEIGHBORS", key, neighbor, ANY)
     }
 
     /// Removes what is the port's own, its `PORTS` entry last: it is what others
@@ -556,7 +606,7 @@ fn failed(
         action,
         map,
         key: format!("{key:02x?}"),
-        source,
+        source: Box::new(source),
     }
 }
 

@@ -75,10 +75,9 @@ pub(super) fn load(level: LogLevel) -> Result<(), Error> {
     for (name, slot) in PROGRAMS {
         let program = load_program(&mut ebpf, name)?;
         if let Some(slot) = slot {
-            let fd = program.fd().map_err(|source| Error::Program {
-                program: name.to_owned(),
-                source,
-            })?;
+            let fd = program
+                .fd()
+                .map_err(|source| Error::program(name, source))?;
             calls
                 .set(slot, fd, 0)
                 .map_err(|source| failed("writing", "PROGRAMS", &slot, source))?;
@@ -95,10 +94,7 @@ pub(super) fn load(level: LogLevel) -> Result<(), Error> {
 }
 
 fn load_program<'a>(ebpf: &'a mut aya::Ebpf, name: &str) -> Result<&'a mut SchedClassifier, Error> {
-    let error = |source| Error::Program {
-        program: name.to_owned(),
-        source,
-    };
+    let error = |source| Error::program(name, source);
     let program: &mut SchedClassifier = ebpf
         .program_mut(name)
         .ok_or(aya::programs::ProgramError::NotLoaded)

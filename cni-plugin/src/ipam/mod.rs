@@ -46,7 +46,7 @@ impl<'a> Ipam<'a> {
     ///
     /// # Errors
     ///
-    /// Nothing is reserved then.
+    /// [`del`](Self::del) must follow: something may have been reserved.
     pub fn add(
         &self,
         call: &Call<'_>,
@@ -55,15 +55,7 @@ impl<'a> Ipam<'a> {
     ) -> Result<CniResult, CniError> {
         match self {
             Self::None => Ok(CniResult::default()),
-            Self::Delegated(name) => {
-                let delegate = call.delegate(name)?;
-                delegate.add().map_err(|error| {
-                    // The specification asks for it; it has failed already, so
-                    // its second error is not news.
-                    let _ = delegate.call(Command::Del);
-                    error
-                })
-            }
+            Self::Delegated(name) => call.delegate(name)?.add(),
             Self::HostLocal(ipam) => {
                 let config = parse(call, ipam)?;
                 let store =
@@ -77,9 +69,7 @@ impl<'a> Ipam<'a> {
                         })
                     })
                     .map_err(store_error)?;
-                let dns = config.dns().map_err(config_error).inspect_err(|_| {
-                    let _ = store.release(owner(attachment));
-                })?;
+                let dns = config.dns().map_err(config_error)?;
                 Ok(CniResult {
                     ips: lease
                         .allocations

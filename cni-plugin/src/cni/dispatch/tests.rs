@@ -12,6 +12,7 @@ struct Recorder {
     result: CniResult,
     error: Option<CniError>,
     del_error: Option<CniError>,
+    added: bool,
 }
 
 impl Recorder {
@@ -31,6 +32,11 @@ impl Plugin for Recorder {
     ) -> Result<CniResult, CniError> {
         self.answer(call, format!("{id} {}", netns.display()))?;
         Ok(self.result.clone())
+    }
+
+    fn added(&mut self) -> Result<(), CniError> {
+        self.added = true;
+        Ok(())
     }
 
     fn check(&mut self, call: &Call<'_>, id: &AttachmentId, netns: &Path) -> Result<(), CniError> {
@@ -378,6 +384,20 @@ fn an_unreadable_stdin_is_an_io_error() {
 }
 
 #[test]
+fn an_add_counts_when_it_is_answered() {
+    let config = config("1.1.0").to_string();
+    let mut plugin = attached();
+    let (exit, _) = run_with(
+        &mut plugin,
+        &environment("ADD"),
+        config.as_bytes(),
+        &mut Vec::new(),
+    );
+    assert_eq!(exit, Exit::Success);
+    assert!(plugin.added);
+}
+
+#[test]
 fn an_add_whose_answer_is_lost_is_undone() {
     let config = config("1.1.0").to_string();
     let undone = [
@@ -393,6 +413,7 @@ fn an_add_whose_answer_is_lost_is_undone() {
     );
     assert_eq!(exit, Exit::Failure);
     assert_eq!(plugin.calls, undone);
+    assert!(!plugin.added, "it counts as attached");
     assert!(stderr.contains("writing the answer to stdout"), "{stderr}");
 
     let mut plugin = Recorder {
