@@ -366,7 +366,7 @@ impl Containerd {
                 .collect(),
             annotations: HashMap::from([("example/annotation".to_owned(), "a".to_owned())]),
             linux: Some(LinuxPodSandboxConfig {
-                cgroup_parent: String::new(),
+                cgroup_parent: self.machine.cgroup().to_owned(),
             }),
         };
         let sandbox: Id = self.call(

@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command, Output},
     time::Duration,
 };
@@ -17,7 +17,9 @@ pub(crate) struct Machine {
     node: Node,
     init: Process,
     pid: u32,
-    log: std::path::PathBuf,
+    /// What all containers' cgroups are below.
+    cgroup: String,
+    log: PathBuf,
 }
 
 impl Machine {
@@ -34,10 +36,8 @@ impl Machine {
             );
         }
         let node = Node::new()?;
-        let log = std::env::temp_dir().join(format!(
-            "bpf-bridge-tests.{}.{name}.log",
-            std::process::id()
-        ));
+        let unique = format!("bpf-bridge-tests.{}.{name}", std::process::id());
+        let log = std::env::temp_dir().join(format!("{unique}.log"));
         let script = "echo >/run/init; exec sleep infinity";
         let init = node.spawn(
             Command::new("unshare")
@@ -64,6 +64,7 @@ impl Machine {
             node,
             init,
             pid,
+            cgroup: format!("/{unique}"),
             log,
         };
         machine.fill_root()?;
@@ -72,6 +73,12 @@ impl Machine {
 
     pub(crate) fn node(&self) -> &Node {
         &self.node
+    }
+
+    /// The cgroup that the runtime is to put containers below, in every
+    /// hierarchy: so that what they leave there can be removed.
+    pub(crate) fn cgroup(&self) -> &str {
+        &self.cgroup
     }
 
     /// Runs a command among the machine's processes.
@@ -140,8 +147,30 @@ impl Machine {
 impl Drop for Machine {
     fn drop(&mut self) {
         self.init.stop();
+        // With cgroups v2 alone there is one hierarchy, and it is there itself.
+        let root = PathBuf::from("/sys/fs/cgroup");
+        let hierarchies = fs::read_dir(&root).into_iter().flatten().flatten();
+        for hierarchy in hierarchies.map(|entry| entry.path()).chain([root]) {
+            remove_cgroups(&hierarchy.join(self.cgroup.trim_start_matches('/')));
+        }
         if !std::thread::panicking() {
             let _ = fs::remove_file(&self.log);
         }
     }
+}
+
+/// Removes a cgroup and those below it, which lose their last process within
+/// moments of its end.
+fn remove_cgroups(cgroup: &Path) {
+    let Ok(entries) = fs::read_dir(cgroup) else {
+        return;
+    };
+    for entry in entries.flatten() {
+        if entry.path().is_dir() {
+            remove_cgroups(&entry.path());
+        }
+    }
+    let _ = wait_for("empty cgroup", Duration::from_secs(2), || {
+        Ok(fs::remove_dir(cgroup).is_ok())
+    });
 }

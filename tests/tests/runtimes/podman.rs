@@ -84,7 +84,16 @@ fn podman_containers_reach_each_other_the_host_and_the_outside() -> Result<()> {
     )?;
     let root = format!("{}:O", Machine::ROOT);
     let once = |command: &[&str]| -> Result<String> {
-        let mut arguments = vec!["run", "--rm", "--network", "pods", "--rootfs", &root];
+        let mut arguments = vec![
+            "run",
+            "--rm",
+            "--cgroup-parent",
+            machine.cgroup(),
+            "--network",
+            "pods",
+            "--rootfs",
+            &root,
+        ];
         arguments.extend(command);
         machine.run(&podman(&arguments))
     };
@@ -94,6 +103,8 @@ fn podman_containers_reach_each_other_the_host_and_the_outside() -> Result<()> {
     machine.run(&podman(&[
         "run",
         "-d",
+        "--cgroup-parent",
+        machine.cgroup(),
         "--name",
         "web",
         "--network",
@@ -159,6 +170,8 @@ fn podman_gives_the_address_that_it_is_asked_for_and_restarts() -> Result<()> {
     machine.run(&podman(&[
         "run",
         "-d",
+        "--cgroup-parent",
+        machine.cgroup(),
         "--name",
         "web",
         "--network",
