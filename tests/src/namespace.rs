@@ -156,7 +156,8 @@ impl Namespace {
         serde_json::from_str(&text).with_context(|| format!("`{command}` printed {text:?}"))
     }
 
-    /// Starts a command that stays, and ends when the returned value is dropped.
+    /// Starts a command that stays, and is killed when the returned value is
+    /// dropped.
     ///
     /// It also ends when this process does: it runs below a shell that waits for
     /// the pipe between the two to close.
@@ -169,7 +170,7 @@ impl Namespace {
         let errors = log.try_clone().context("sharing a log file")?;
         // A job of a shell without job control reads from /dev/null, so the
         // command does not eat the pipe that only its guardian waits on.
-        let guardian = r#""$@" & child=$!; cat >/dev/null; kill -TERM $child; wait $child"#;
+        let guardian = r#""$@" & child=$!; cat >/dev/null; kill -KILL $child; wait $child"#;
         let mut shell = Command::new("sh");
         shell
             .args(["-c", guardian, "guardian"])
@@ -351,18 +352,24 @@ pub enum Offload {
     GenericSegmentation = 0x23,
 }
 
-/// A command that stays, made by [`Namespace::spawn`]; ended on drop.
+/// A command that stays, made by [`Namespace::spawn`]; killed on drop.
 #[derive(Debug)]
 pub struct Process {
     child: Child,
 }
 
 impl Process {
-    /// Ends the command and waits for it.
+    /// Kills the command and waits for its end.
     pub fn stop(&mut self) {
         drop(self.child.stdin.take());
         // The guardian ends as soon as the command has.
         let _ = self.child.wait();
+    }
+
+    /// The process that guards the command, and is its parent.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.child.id()
     }
 
     /// Whether it still runs.

@@ -34,24 +34,28 @@ impl EchoServer {
     ///
     /// That the address is not one of the namespace's, or still tentative.
     pub fn start(namespace: &Namespace, address: IpAddr) -> Result<Self> {
-        let (tcp, udp) = namespace.within(|| {
-            // The port that is free for TCP may be taken for UDP: only in a
-            // namespace that has other servers, but those are allowed.
-            let mut attempts = 0;
-            loop {
-                let tcp = TcpListener::bind((address, 0))
-                    .with_context(|| format!("listening on {address} over TCP"))?;
-                match UdpSocket::bind(tcp.local_addr()?) {
-                    Ok(udp) => return Ok((tcp, udp)),
-                    Err(error) if error.kind() == io::ErrorKind::AddrInUse && attempts < 10 => {
-                        attempts += 1;
-                    }
-                    Err(error) => {
-                        return Err(error)
-                            .with_context(|| format!("listening on {address} over UDP"));
-                    }
-                }
+        // The port that is free for TCP may be taken for UDP.
+        let mut attempts = 0;
+        loop {
+            match Self::start_on(namespace, (address, 0).into()) {
+                Err(error) if attempts < 10 && is_taken(&error) => attempts += 1,
+                started => return started,
             }
+        }
+    }
+
+    /// Listens on an address and port of a namespace.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::start`], or that the port is taken.
+    pub fn start_on(namespace: &Namespace, address: SocketAddr) -> Result<Self> {
+        let (tcp, udp) = namespace.within(|| {
+            let tcp = TcpListener::bind(address)
+                .with_context(|| format!("listening on {address} over TCP"))?;
+            let udp = UdpSocket::bind(tcp.local_addr()?)
+                .with_context(|| format!("listening on {address} over UDP"))?;
+            Ok((tcp, udp))
         })?;
         let address = tcp.local_addr()?;
         let stop = Arc::new(AtomicBool::new(false));
@@ -88,6 +92,12 @@ impl Drop for EchoServer {
             let _ = thread.join();
         }
     }
+}
+
+fn is_taken(error: &anyhow::Error) -> bool {
+    error
+        .downcast_ref::<io::Error>()
+        .is_some_and(|error| error.kind() == io::ErrorKind::AddrInUse)
 }
 
 fn serve_tcp(listener: &TcpListener, stop: &AtomicBool) {
