@@ -28,8 +28,9 @@ use crate::{
 const ALIAS: &str = "bpf-bridge gateway";
 /// Where the locks are.
 const LOCKS: &str = "/run/bpf-bridge/bridges";
-/// How long a new device may take to get its carrier; it takes microseconds.
-const CARRIER: Duration = Duration::from_secs(2);
+/// How long the kernel may take to make a device's carrier and local routes, which
+/// it does by work queues; mostly it takes microseconds.
+const READY: Duration = Duration::from_secs(2);
 
 /// Why the gateway could not be set up.
 #[derive(Debug, Error)]
@@ -200,7 +201,7 @@ fn create(
             ..LinkSettings::default()
         },
     )?;
-    host.wait_running(pair.peer, CARRIER)?;
+    host.wait_running(pair.peer, READY)?;
     Ok(Gateway {
         segment: pair.host,
         mac,
@@ -268,6 +269,7 @@ pub fn ensure_address(
     }
     if !present {
         host.add_address(gateway.segment, wanted, false)?;
+        host.wait_local(wanted.addr(), READY)?;
     }
     datapath.add_gateway_address(gateway.segment, wanted.addr(), gateway.mac.octets())?;
     Ok(())

@@ -38,8 +38,9 @@ use crate::{
     netns::Netns,
 };
 
-/// How long the host veth may take to get its carrier; it takes microseconds.
-const CARRIER: Duration = Duration::from_secs(2);
+/// How long the kernel may take to make the host veth's carrier and the local
+/// routes, which it does by work queues; mostly it takes microseconds.
+const READY: Duration = Duration::from_secs(2);
 /// The least MTU, in bytes, with which the kernel lets a device have IPv6.
 const IPV6_MTU: u32 = 1280;
 /// `RT_SCOPE_LINK` of `linux/rtnetlink.h`: what has this scope has no next hop.
@@ -211,12 +212,15 @@ impl Add<'_> {
 
         if !self.config.disable_container_interface {
             inside.set_up(self.pair.peer)?;
-            self.host.wait_running(self.pair.host, CARRIER)?;
+            self.host.wait_running(self.pair.host, READY)?;
             for route in &given.routes {
                 inside.add_route(self.pair.peer, &as_link_route(route))?;
             }
             if self.config.enable_dad {
                 settle(&inside, self.pair.peer)?;
+            }
+            for &address in &record.addresses {
+                inside.wait_local(address, READY)?;
             }
         }
         let mtu = inside.link_by_index(self.pair.peer)?.map(|link| link.mtu);

@@ -3,8 +3,7 @@
 use std::{
     fmt,
     os::fd::{AsFd, AsRawFd},
-    thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use netlink_packet_route::{
@@ -18,7 +17,7 @@ use rtnetlink::packet_core::{
     DefaultNla, Emitable, NLA_F_NESTED, NLM_F_CREATE, NLM_F_ECHO, NLM_F_EXCL,
 };
 
-use super::{LinkError, Netlink};
+use super::{LinkError, Netlink, netlink::poll};
 use crate::mac::MacAddr;
 use crate::netns::Netns;
 
@@ -385,21 +384,9 @@ impl Netlink {
     ///
     /// As [`link_by_index`](Self::link_by_index).
     pub fn wait_running(&self, index: u32, limit: Duration) -> Result<bool, LinkError> {
-        let deadline = Instant::now() + limit;
-        let mut pause = Duration::from_micros(50);
-        loop {
-            match self.link_by_index(index)? {
-                Some(link) if link.running => return Ok(true),
-                None => return Ok(false),
-                Some(_) => {}
-            }
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Ok(false);
-            }
-            thread::sleep(pause.min(left));
-            pause = (pause * 2).min(Duration::from_millis(10));
-        }
+        poll(limit, || {
+            Ok(self.link_by_index(index)?.is_some_and(|link| link.running))
+        })
     }
 
     /// Deletes a device; a veth takes its peer with it. `false` if there was

@@ -1,6 +1,9 @@
 //! The rtnetlink connection and its errors.
 
-use std::{fmt, io};
+use std::{
+    fmt, io, thread,
+    time::{Duration, Instant},
+};
 
 use futures_util::StreamExt;
 use netlink_packet_route::RouteNetlinkMessage;
@@ -87,6 +90,27 @@ impl LinkError {
         matches!(self.errno(), Some(code) if code == nix::libc::ENODEV
             || code == nix::libc::EADDRNOTAVAIL
             || code == nix::libc::ESRCH)
+    }
+}
+
+/// Asks again and again, less and less often, until the answer is yes or `limit`
+/// is over.
+pub(super) fn poll(
+    limit: Duration,
+    mut ask: impl FnMut() -> Result<bool, LinkError>,
+) -> Result<bool, LinkError> {
+    let deadline = Instant::now() + limit;
+    let mut pause = Duration::from_micros(50);
+    loop {
+        if ask()? {
+            return Ok(true);
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Ok(false);
+        }
+        thread::sleep(pause.min(left));
+        pause = (pause * 2).min(Duration::from_millis(10));
     }
 }
 

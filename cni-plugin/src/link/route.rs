@@ -3,6 +3,7 @@
 use std::{
     fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    time::Duration,
 };
 
 use ipnet::IpNet;
@@ -15,7 +16,7 @@ use netlink_packet_route::{
 };
 use rtnetlink::packet_core::NLM_F_CREATE;
 
-use super::{LinkError, Netlink};
+use super::{LinkError, Netlink, netlink::poll};
 
 /// The routing table that is used where none is named (`main`).
 pub const MAIN_TABLE: u32 = 254;
@@ -209,6 +210,41 @@ impl Netlink {
             .flatten()
             .filter(|route| route.table == Some(table))
             .collect())
+    }
+
+    /// Waits until the namespace takes what is sent to `address` for its own, at
+    /// most `limit`; returns whether it does.
+    ///
+    /// An IPv6 address that the kernel has acknowledged is not yet one: its local
+    /// route is made by a work queue (`addrconf_dad_work`), without duplicate
+    /// address detection too. On a busy machine packets came before it.
+    ///
+    /// # Errors
+    ///
+    /// [`LinkError::Refused`].
+    pub fn wait_local(&self, address: IpAddr, limit: Duration) -> Result<bool, LinkError> {
+        poll(limit, || self.is_local(address))
+    }
+
+    fn is_local(&self, address: IpAddr) -> Result<bool, LinkError> {
+        let dst = IpNet::from(address);
+        let mut query = RouteMessage::default();
+        query.header.address_family = family(&dst);
+        query.header.destination_prefix_length = dst.prefix_len();
+        query
+            .attributes
+            .push(RouteAttribute::Destination(address.into()));
+        let found = self.request(RouteNetlinkMessage::GetRoute(query), 0, || {
+            format!("look up the route to {address}")
+        });
+        match found {
+            Ok(found) => Ok(found.iter().any(|message| {
+                matches!(message, RouteNetlinkMessage::NewRoute(route)
+                    if route.header.kind == RouteType::Local)
+            })),
+            Err(error) if error.errno() == Some(nix::libc::ENETUNREACH) => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     /// Whether `route` is there, over the device `index`: same destination,
