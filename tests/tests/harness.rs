@@ -1,0 +1,240 @@
+//! That the harness itself works, without any plugin of ours: what it says must
+//! be believed by every other test.
+
+use std::{fs, net::IpAddr, path::Path, process::Command, time::Duration};
+
+use anyhow::{Result, ensure};
+use bpf_bridge_tests::{
+    EchoServer, Frame, MacAddr, Namespace, Node, PacketSocket, Snapshot, Verb, wait_for,
+};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+/// A node with any plugin: these tests do not call it.
+fn node() -> Result<Node> {
+    Node::with_plugin(Path::new("/bin/true"))
+}
+
+/// Two sandboxes with one veth pair between them, both ends named `eth0`.
+fn pair(
+    node: &Node,
+) -> Result<(
+    impl Fn() -> IpAddr,
+    bpf_bridge_tests::Sandbox,
+    bpf_bridge_tests::Sandbox,
+)> {
+    let (a, b) = (node.sandbox("a")?, node.sandbox("b")?);
+    node.ip("link add eth0 netns a type veth peer name eth0 netns b")?;
+    a.ip("link set eth0 up\naddr add 10.0.0.1/24 dev eth0")?;
+    b.ip("link set eth0 up\naddr add 10.0.0.2/24 dev eth0")?;
+    Ok((|| IpAddr::from([10, 0, 0, 2]), a, b))
+}
+
+#[test]
+fn a_node_sees_nothing_of_the_machine_and_leaves_nothing_on_it() -> Result<()> {
+    // Others may be at work on the machine: only what bears these names counts.
+    let pod = format!("pod-{}", std::process::id());
+    let seen = || -> Result<bool> {
+        let devices = Command::new("ip").arg("link").output()?;
+        Ok(fs::read_to_string("/proc/self/mounts")?.contains(&pod)
+            || String::from_utf8(devices.stdout)?.contains("uplink0")
+            || Path::new("/run/netns").join(&pod).exists()
+            || Path::new("/var/lib/cni").join(&pod).exists()
+            || Path::new("/sys/fs/bpf").join(&pod).exists())
+    };
+    let node = node()?;
+    ensure!(node.device_names()? == ["lo"]);
+    let outside = node.outside()?;
+    outside.ping(IpAddr::from([198, 51, 100, 2]), 1)?;
+    node.run(&format!("mkdir /var/lib/cni/{pod} /sys/fs/bpf/{pod}"))?;
+    let sandbox = node.sandbox(&pod)?;
+    ensure!(sandbox.device_names()? == ["lo"]);
+    ensure!(!seen()?);
+    drop((sandbox, outside, node));
+    ensure!(!seen()?);
+    Ok(())
+}
+
+#[test]
+fn echo_and_ping_tell_whether_a_packet_comes_back() -> Result<()> {
+    let node = node()?;
+    let (address, a, b) = pair(&node)?;
+    let server = EchoServer::start(&b, address())?;
+    a.ping(address(), 2)?;
+    a.tcp_echo(server.address(), b"over TCP", SECOND)?;
+    a.udp_echo(server.address(), b"over UDP", SECOND)?;
+    ensure!(a.tcp_transfer(server.address(), 3_000_001)?.bytes == 3_000_001);
+    b.ip("link set eth0 down")?;
+    let limit = Duration::from_millis(50);
+    ensure!(a.ping_with(address(), 1, &["-W", "0.05"]).is_err());
+    ensure!(a.tcp_echo(server.address(), b"over TCP", limit).is_err());
+    ensure!(a.udp_echo(server.address(), b"over UDP", limit).is_err());
+    Ok(())
+}
+
+#[test]
+fn a_transfer_that_changes_on_the_way_is_noticed() -> Result<()> {
+    let node = node()?;
+    let (_, a, b) = pair(&node)?;
+    let listener = b.within(|| Ok(std::net::TcpListener::bind("10.0.0.2:0")?))?;
+    let address = listener.local_addr()?;
+    let liar = std::thread::spawn(move || -> std::io::Result<()> {
+        use std::io::{Read as _, Write as _};
+        let (mut stream, _) = listener.accept()?;
+        let mut bytes = vec![0; 10_000];
+        stream.read_exact(&mut bytes)?;
+        bytes.swap(4_000, 4_001);
+        stream.write_all(&bytes)
+    });
+    ensure!(a.tcp_transfer(address, 10_000).is_err());
+    ensure!(liar.join().is_ok());
+    Ok(())
+}
+
+#[test]
+fn packet_sockets_show_frames_as_they_were_on_the_wire() -> Result<()> {
+    let node = node()?;
+    let (_, a, b) = pair(&node)?;
+    let (from, to) = (
+        PacketSocket::open(&a, "eth0")?,
+        PacketSocket::open(&b, "eth0")?,
+    );
+    let mac = MacAddr::of_device(&a, "eth0")?;
+    let stranger = MacAddr([2, 0, 0, 0, 0, 9]);
+    for (frame, for_other) in [
+        (
+            Frame::new(MacAddr::BROADCAST, mac, Frame::EXPERIMENTAL, &[7; 60]),
+            false,
+        ),
+        (
+            Frame::tagged(MacAddr::BROADCAST, mac, 0xa123, &[8; 60]),
+            false,
+        ),
+        (
+            Frame::new(stranger, mac, Frame::EXPERIMENTAL, &[9; 60]),
+            true,
+        ),
+    ] {
+        from.send(&frame)?;
+        let seen = to.receive(SECOND, |seen| seen.bytes == frame.0)?;
+        ensure!(
+            seen.is_some_and(|seen| seen.for_other == for_other),
+            "{frame:?}"
+        );
+        ensure!(
+            from.receive(Duration::from_millis(10), |seen| seen.source() == mac)?
+                .is_none()
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn frames_of_arp_and_neighbour_discovery_are_understood_by_the_kernel() -> Result<()> {
+    let node = node()?;
+    let (_, a, b) = pair(&node)?;
+    b.ip("addr add fd00::2/64 dev eth0 nodad")?;
+    a.ip("addr add fd00::1/64 dev eth0 nodad")?;
+    let socket = PacketSocket::open(&a, "eth0")?;
+    let mac = MacAddr::of_device(&a, "eth0")?;
+    socket.send(&Frame::arp_probe(mac, "10.0.0.2".parse()?))?;
+    ensure!(
+        socket
+            .receive(SECOND, |seen| seen.ethertype() == Frame::ARP
+                && seen.bytes[21] == 2)?
+            .is_some()
+    );
+    socket.send(&Frame::solicitation(
+        mac,
+        "fd00::1".parse()?,
+        "fd00::2".parse()?,
+    ))?;
+    let advertised = |seen: &bpf_bridge_tests::Captured| {
+        seen.ethertype() == Frame::IPV6 && seen.bytes.get(54) == Some(&136)
+    };
+    ensure!(socket.receive(SECOND, advertised)?.is_some());
+
+    // A neighbour that moves is believed to have moved.
+    let neighbour =
+        |address: &str| -> Result<String> { b.run(&format!("ip neigh show {address}")) };
+    b.ip(
+        "neigh replace 10.0.0.9 lladdr 02:00:00:00:00:01 nud stale dev eth0\n\
+          neigh replace fd00::9 lladdr 02:00:00:00:00:01 nud stale dev eth0",
+    )?;
+    let moved = MacAddr([2, 0, 0, 0, 0, 2]);
+    socket.send(&Frame::gratuitous_arp(moved, "10.0.0.9".parse()?))?;
+    socket.send(&Frame::unsolicited_advertisement(moved, "fd00::9".parse()?))?;
+    for address in ["10.0.0.9", "fd00::9"] {
+        wait_for(&format!("new neighbour entry of {address}"), SECOND, || {
+            Ok(neighbour(address)?.contains("00:02"))
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_snapshot_shows_devices_addresses_routes_files_and_map_entries() -> Result<()> {
+    let node = node()?;
+    let before = Snapshot::take(&node)?;
+    before.ensure_same(&Snapshot::take(&node)?)?;
+    node.ip("link add dummy0 type bridge\nlink set dummy0 up\naddr add 10.1.0.1/24 dev dummy0")?;
+    node.run("mkdir -p /var/lib/cni/networks/net")?;
+    node.run("touch /var/lib/cni/networks/net/10.1.0.2")?;
+    node.run("bpftool map create /sys/fs/bpf/m type hash key 4 value 4 entries 8 name m")?;
+    let empty_map = Snapshot::take(&node)?;
+    node.run("bpftool map update pinned /sys/fs/bpf/m key 1 0 0 0 value 1 0 0 0")?;
+    let after = Snapshot::take(&node)?;
+    for word in [
+        "+device dummy0",
+        "+address 10.1.0.1/24 on dummy0",
+        "+route -4  10.1.0.0/24",
+        "+file /var/lib/cni/networks/net/10.1.0.2",
+        "+pin /sys/fs/bpf/m",
+    ] {
+        let changes = before.changes(&after);
+        ensure!(
+            changes.iter().any(|change| change.starts_with(word)),
+            "{word}: {changes:#?}"
+        );
+    }
+    ensure!(
+        empty_map.changes(&after).len() == 2,
+        "{:?}",
+        empty_map.changes(&after)
+    );
+    ensure!(before.ensure_same(&after).is_err());
+    Ok(())
+}
+
+#[test]
+fn a_call_reports_output_status_and_peak_memory() -> Result<()> {
+    let node = node()?;
+    node.install_script("echo", "#!/bin/sh\ncat\necho $CNI_COMMAND >&2\nexit 3\n")?;
+    let reply = bpf_bridge_tests::Call::new("echo", Verb::Check)
+        .stdin(r#"{"code":7,"msg":"m"}"#)
+        .run(&node)?;
+    ensure!(reply.status.code() == Some(3) && reply.stderr.trim() == "CHECK");
+    ensure!(reply.failure()?.code == 7 && reply.success().is_err());
+    ensure!(
+        reply.peak_rss > 100_000 && reply.duration > Duration::ZERO,
+        "{reply:?}"
+    );
+    Ok(())
+}
+
+#[test]
+fn a_process_ends_with_its_handle() -> Result<()> {
+    let node = node()?;
+    let log = std::env::temp_dir().join(format!("bpf-bridge-tests.{}.log", std::process::id()));
+    let running =
+        |node: &Namespace| -> Result<bool> { Ok(node.run("ss -Hltn")?.contains(":4321")) };
+    let process = node.spawn(
+        Command::new("busybox").args(["nc", "-l", "-p", "4321"]),
+        &log,
+    )?;
+    wait_for("listener", SECOND, || running(&node))?;
+    drop(process);
+    ensure!(!running(&node)?);
+    fs::remove_file(log)?;
+    Ok(())
+}
