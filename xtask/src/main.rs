@@ -9,6 +9,7 @@
     reason = "a command that talks to the person who ran it"
 )]
 
+mod bench;
 mod build;
 mod debian;
 mod ebpf_toolchain;
@@ -41,6 +42,8 @@ enum Command {
         #[arg(last = true)]
         arguments: Vec<String>,
     },
+    /// Measure ADD, DEL and traffic beside the stock plugins (needs root).
+    Bench(bench::Arguments),
     /// Check format, lints and documentation.
     Lint,
 }
@@ -50,6 +53,7 @@ fn main() -> ExitCode {
         Command::Setup => setup::run_all(),
         Command::Build => build::run(),
         Command::Test { arguments } => test::run_all(&arguments),
+        Command::Bench(arguments) => bench::run(&arguments),
         Command::Lint => lint::run_all(),
     };
     match result {

@@ -22,6 +22,8 @@ const BPF_LINKER: &str = "0.13.0";
 pub(crate) enum Purpose {
     /// `cargo xtask test`.
     Test,
+    /// `cargo xtask bench`.
+    Bench,
 }
 
 /// A program that a command runs: its name on the PATH or its absolute path,
@@ -30,9 +32,9 @@ type Program = (&'static str, &'static str, &'static [Purpose]);
 
 /// Every program that is run by tests and commands. Rust's are not among them.
 const PROGRAMS: &[Program] = {
-    use Purpose::Test;
+    use Purpose::{Bench, Test};
     &[
-        ("ip", "iproute2", &[Test]),
+        ("ip", "iproute2", &[Test, Bench]),
         ("ping", "iputils-ping", &[Test]),
         ("tcpdump", "tcpdump", &[Test]),
         ("iperf3", "iperf3", &[Test]),
@@ -43,7 +45,7 @@ const PROGRAMS: &[Program] = {
         (
             "/usr/lib/cni/bridge",
             "containernetworking-plugins",
-            &[Test],
+            &[Test, Bench],
         ),
     ]
 };

@@ -1,0 +1,164 @@
+//! The table and the file.
+
+use std::{fmt::Write as _, path::Path};
+
+use anyhow::{Context as _, Result};
+use serde_json::{Value, json};
+
+use super::{
+    measurement::{Contender, Measurement},
+    program::Programs,
+    statistics::{Comparison, Summary},
+};
+
+/// Everything that was found.
+pub(super) struct Report {
+    pub(super) machine: Value,
+    pub(super) settings: Value,
+    pub(super) measurements: Vec<Measurement>,
+    pub(super) programs: Option<Programs>,
+    /// The most memory that a call used, in bytes.
+    pub(super) memory: Vec<(Contender, u64)>,
+    /// What the bench itself had resident, which the kernel counts as the memory
+    /// of whatever it executes.
+    pub(super) own_memory: Option<u64>,
+    /// The size of the binaries that are called, in bytes.
+    pub(super) sizes: Vec<(Contender, u64)>,
+}
+
+impl Report {
+    /// In Markdown, as the README has it.
+    pub(super) fn table(&self) -> String {
+        let mut text = String::from(
+            "| median (quartiles) | bpf-bridge | stock | floor | times better than stock | to the floor |\n\
+             |---|--:|--:|--:|--:|--:|\n",
+        );
+        for measurement in &self.measurements {
+            // Writing to a string cannot fail.
+            let _ = writeln!(
+                text,
+                "| {} ({}) | {} | {} | {} | {} | {} |",
+                measurement.name,
+                measurement.unit,
+                values(measurement, Contender::BpfBridge),
+                values(measurement, Contender::Stock),
+                values(measurement, Contender::Floor),
+                measurement.advantage().map_or_else(String::new, |found| {
+                    told(&found, |value| format!("{value:.2}"))
+                }),
+                measurement.distance().map_or_else(String::new, |found| {
+                    if measurement.additive {
+                        told(&found, |value| format!("{value:+.1} {}", measurement.unit))
+                    } else {
+                        told(&found, |value| format!("{:+.1} %", (value - 1.0) * 100.0))
+                    }
+                }),
+            );
+        }
+        for (name, of, divisor, unit) in [
+            ("peak memory of a call", &self.memory, 1e6, "MB"),
+            ("size on disk", &self.sizes, 1e6, "MB"),
+        ] {
+            if of.is_empty() {
+                continue;
+            }
+            let cell = |contender| {
+                of.iter()
+                    .find(|(whose, _)| *whose == contender)
+                    .map_or_else(String::new, |(_, bytes)| {
+                        let hidden = unit == "MB"
+                            && name.starts_with("peak")
+                            && self.own_memory.is_some_and(|own| *bytes <= own);
+                        let bound = if hidden { "at most " } else { "" };
+                        format!("{bound}{:.1}", *bytes as f64 / divisor)
+                    })
+            };
+            let _ = writeln!(
+                text,
+                "| {name} ({unit}) | {} | {} | | | |",
+                cell(Contender::BpfBridge),
+                cell(Contender::Stock),
+            );
+        }
+        if let Some(programs) = &self.programs {
+            for (traffic, time) in &programs.runs {
+                let _ = writeln!(
+                    text,
+                    "| program on the port, {traffic} (ns a run) | {time:.0} | | | | |"
+                );
+            }
+            for program in &programs.programs {
+                let verified = program
+                    .verified
+                    .map_or_else(|| "?".to_owned(), |count| count.to_string());
+                let _ = writeln!(
+                    text,
+                    "| program `{}` (instructions verified; bytes of machine code) | {verified}; {} | | | | |",
+                    program.name, program.jited
+                );
+            }
+        }
+        text
+    }
+
+    /// Everything, with every sample.
+    pub(super) fn to_json(&self) -> Value {
+        let bytes = |of: &[(Contender, u64)]| -> Value {
+            of.iter()
+                .map(|(contender, bytes)| (contender.name().to_owned(), (*bytes).into()))
+                .collect::<serde_json::Map<String, Value>>()
+                .into()
+        };
+        json!({
+            "machine": self.machine,
+            "settings": self.settings,
+            "measurements": self.measurements.iter().map(Measurement::to_json).collect::<Vec<_>>(),
+            "programs": self.programs.as_ref().map(Programs::to_json),
+            "peakMemoryBytes": bytes(&self.memory),
+            "benchMemoryBytes": self.own_memory,
+            "binaryBytes": bytes(&self.sizes),
+        })
+    }
+
+    pub(super) fn write(&self, path: &Path) -> Result<()> {
+        let text = serde_json::to_string_pretty(&self.to_json())?;
+        if let Some(directory) = path.parent() {
+            std::fs::create_dir_all(directory)
+                .with_context(|| format!("creating {}", directory.display()))?;
+        }
+        std::fs::write(path, text + "\n").with_context(|| format!("writing {}", path.display()))
+    }
+}
+
+fn values(measurement: &Measurement, contender: Contender) -> String {
+    Summary::of(measurement.values(contender)).map_or_else(String::new, |summary| {
+        let digits = |value: f64| match value {
+            value if value >= 100.0 => format!("{value:.0}"),
+            value if value >= 10.0 => format!("{value:.1}"),
+            value => format!("{value:.2}"),
+        };
+        let (low, high) = summary.quartiles;
+        format!(
+            "{} ({}–{})",
+            digits(summary.median),
+            digits(low),
+            digits(high)
+        )
+    })
+}
+
+/// A comparison with its interval, or that there is nothing to tell.
+fn told(found: &Comparison, format: impl Fn(f64) -> String) -> String {
+    match found {
+        Comparison::Same(_) => "same".to_owned(),
+        Comparison::Different(summary) => {
+            let (low, high) = summary.interval;
+            format!(
+                "{} ({} … {})",
+                format(summary.median),
+                format(low),
+                format(high)
+            )
+        }
+    }
+}
