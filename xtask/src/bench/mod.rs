@@ -47,6 +47,10 @@ pub(crate) struct Arguments {
     /// The directory of other stock plugins than Debian's.
     #[arg(long, value_name = "DIR", default_value = Node::STOCK_PLUGINS)]
     stock: PathBuf,
+    /// Another build of bpf-bridge, which takes the place of the stock plugins:
+    /// whether a change made it faster.
+    #[arg(long, value_name = "FILE", conflicts_with = "stock")]
+    against: Option<PathBuf>,
     /// Only these contenders.
     #[arg(long, value_delimiter = ',', value_name = "CONTENDERS")]
     only: Vec<Contender>,
@@ -132,6 +136,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let recipe = Recipe {
         plugin,
         stock,
+        against: arguments.against.clone(),
         disk,
     };
     let settings = Settings::new(arguments)?;
@@ -163,6 +168,7 @@ fn measure(arguments: &Arguments, settings: &Settings, recipe: &Recipe) -> Resul
     let mut report = Report {
         machine: machine::describe(recipe, settings.cpu),
         settings: settings.to_json(),
+        against: recipe.against.clone(),
         measurements: Vec::new(),
         programs: None,
         memory: Vec::new(),
@@ -205,6 +211,7 @@ fn measure(arguments: &Arguments, settings: &Settings, recipe: &Recipe) -> Resul
 fn size(contender: Contender, recipe: &Recipe) -> Option<u64> {
     let files = match contender {
         Contender::BpfBridge => vec![recipe.plugin.clone()],
+        Contender::Stock if recipe.against.is_some() => recipe.against.iter().cloned().collect(),
         Contender::Stock => ["bridge", "host-local"]
             .map(|name| recipe.stock.join(name))
             .into(),

@@ -27,6 +27,8 @@ pub(super) struct Recipe {
     pub(super) plugin: PathBuf,
     /// Where the stock plugins are.
     pub(super) stock: PathBuf,
+    /// Another build of bpf-bridge, which takes the place of the stock plugins.
+    pub(super) against: Option<PathBuf>,
     /// A directory on a disk, below which each node keeps its addresses: on a
     /// file system in memory `fsync` would be free, as it is on no real node.
     pub(super) disk: PathBuf,
@@ -72,7 +74,9 @@ impl Added {
 
 impl Arena {
     pub(super) fn new(contender: Contender, recipe: &Recipe) -> Result<Self> {
-        let node = Node::with_plugin(&recipe.plugin)?;
+        let against = recipe.against.as_ref();
+        let against = against.filter(|_| contender == Contender::Stock);
+        let node = Node::with_plugin(against.unwrap_or(&recipe.plugin))?;
         let disk = TempDir::new_in(&recipe.disk)?;
         node.within(|| {
             let bind = MsFlags::MS_BIND;
@@ -99,9 +103,10 @@ impl Arena {
             }
             Ok(())
         })?;
-        let plugin = match contender {
-            Contender::BpfBridge => node.plugin(),
-            Contender::Stock | Contender::Floor => "bridge",
+        let plugin = if contender == Contender::Stock && against.is_none() {
+            "bridge"
+        } else {
+            node.plugin()
         };
         let config = json!({
             "cniVersion": "1.0.0",

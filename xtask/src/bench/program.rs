@@ -20,6 +20,8 @@ use super::traffic::{Pair, UDP_FLOW, UDP_RR};
 const PINS: &str = "/sys/fs/bpf/bpf-bridge";
 /// The program on every port.
 const PORT: &str = "port";
+/// All that is loaded, by the names of the pins.
+const PROGRAMS: [&str; 3] = [PORT, "responder", "flood"];
 
 /// One program.
 pub(super) struct Program {
@@ -65,20 +67,21 @@ pub(super) fn measure(pair: &Pair, slice: Duration, cpu: usize) -> Result<Progra
         Ok(pins)
     })?;
     let mut programs = Vec::new();
-    for pin in &pins {
-        // Maps are pinned there too.
-        if let Ok(info) = open(node, pin) {
-            programs.push(Program {
-                name: info.name_as_str().unwrap_or_default().to_owned(),
-                verified: info.verified_instruction_count(),
-                jited: info.size_jitted(),
-            });
-        }
+    let pin = |name: &str| {
+        let named = |pin: &&PathBuf| pin.file_name().is_some_and(|file| file == name);
+        pins.iter()
+            .find(named)
+            .with_context(|| format!("no program {name} below {PINS}"))
+    };
+    for name in PROGRAMS {
+        let info = open(node, pin(name)?)?;
+        programs.push(Program {
+            name: name.to_owned(),
+            verified: info.verified_instruction_count(),
+            jited: info.size_jitted(),
+        });
     }
-    let port = pins
-        .iter()
-        .find(|pin| pin.ends_with(PORT))
-        .with_context(|| format!("no program {PORT} below {PINS}"))?;
+    let port = pin(PORT)?;
     // Switched on for as long as the descriptor is open, in place of the
     // machine's sysctl.
     let _statistics = enable_stats(Stats::RunTime).context("switching run time statistics on")?;

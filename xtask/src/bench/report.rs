@@ -1,6 +1,9 @@
 //! The table and the file.
 
-use std::{fmt::Write as _, path::Path};
+use std::{
+    fmt::Write as _,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
@@ -15,6 +18,8 @@ use super::{
 pub(super) struct Report {
     pub(super) machine: Value,
     pub(super) settings: Value,
+    /// The build of bpf-bridge that stood in for the stock plugins.
+    pub(super) against: Option<PathBuf>,
     pub(super) measurements: Vec<Measurement>,
     pub(super) programs: Option<Programs>,
     /// The most memory that a call used, in bytes.
@@ -29,8 +34,12 @@ pub(super) struct Report {
 impl Report {
     /// In Markdown, as the README has it.
     pub(super) fn table(&self) -> String {
-        let mut text = String::from(
-            "| median (quartiles) | bpf-bridge | stock | floor | times better than stock | to the floor |\n\
+        let stock = match &self.against {
+            Some(other) => other.display().to_string(),
+            None => "stock".to_owned(),
+        };
+        let mut text = format!(
+            "| median (quartiles) | bpf-bridge | {stock} | floor | times better than {stock} | to the floor |\n\
              |---|--:|--:|--:|--:|--:|\n",
         );
         for measurement in &self.measurements {
@@ -112,6 +121,7 @@ impl Report {
         json!({
             "machine": self.machine,
             "settings": self.settings,
+            "against": self.against,
             "measurements": self.measurements.iter().map(Measurement::to_json).collect::<Vec<_>>(),
             "programs": self.programs.as_ref().map(Programs::to_json),
             "peakMemoryBytes": bytes(&self.memory),
