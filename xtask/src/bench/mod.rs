@@ -57,6 +57,9 @@ pub(crate) struct Arguments {
     /// Only these parts.
     #[arg(long, value_delimiter = ',', value_name = "PARTS")]
     part: Vec<Part>,
+    /// Only traffic whose name contains this, as in "UDP_RR".
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    matching: String,
     /// A plugin that is built already, in place of the workspace's.
     #[arg(long, value_name = "FILE")]
     plugin: Option<PathBuf>,
@@ -79,6 +82,8 @@ enum Part {
 /// How much is measured.
 struct Settings {
     contenders: Vec<Contender>,
+    /// What a kind of traffic must have in its name.
+    matching: String,
     /// Rounds of traffic, and how long each contender's turn is.
     rounds: usize,
     slice: Duration,
@@ -233,11 +238,13 @@ impl Settings {
         // The last one: interrupts of devices usually go to the first.
         let cpu = std::thread::available_parallelism()?.get() - 1;
         let contenders = contenders.into_iter().collect();
+        let matching = arguments.matching.clone();
         Ok(if arguments.quick {
             Self {
                 contenders,
-                rounds: 12,
-                slice: Duration::from_millis(100),
+                matching,
+                rounds: 20,
+                slice: Duration::from_millis(60),
                 calls: 20,
                 levels: vec![0, 100],
                 crowds: 2,
@@ -246,8 +253,9 @@ impl Settings {
         } else {
             Self {
                 contenders,
-                rounds: 40,
-                slice: Duration::from_millis(250),
+                matching,
+                rounds: 60,
+                slice: Duration::from_millis(200),
                 calls: 100,
                 levels: vec![0, 100, 1000],
                 crowds: 6,
