@@ -1,14 +1,18 @@
 //! How long ADD and DEL take, alone and many at once, and how much memory.
 
-use std::{sync::Barrier, thread, time::Instant};
+use std::{
+    sync::Barrier,
+    thread,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result};
 use bpf_bridge_tests::Sandbox;
 
 use super::{
-    Plan, Settings, machine,
+    Plan, Settings,
     measurement::{Better, Contender, Measurement},
-    node::{Arena, Cost, Recipe},
+    node::{Arena, Recipe},
 };
 
 /// ADDs, and then DELs, that are made at once.
@@ -38,8 +42,6 @@ pub(super) struct Latency {
     pub(super) measurements: Vec<Measurement>,
     /// The most memory that a call used, in bytes.
     pub(super) memory: Vec<(Contender, u64)>,
-    /// The most that the bench itself had had by then.
-    pub(super) own_memory: Option<u64>,
 }
 
 /// Measures with more and more pods on the nodes.
@@ -51,8 +53,15 @@ pub(super) fn measure(settings: &Settings, recipe: &Recipe, plan: &Plan) -> Resu
     let mut found = Latency {
         measurements: Vec::new(),
         memory: Vec::new(),
-        own_memory: None,
     };
+    for arena in &arenas {
+        let sandbox = arena.node.sandbox("memory")?;
+        // The first ADD of a node loads the programs.
+        let most = arena.memory(&sandbox)?.max(arena.memory(&sandbox)?);
+        found
+            .memory
+            .extend(most.map(|most| (arena.contender, most)));
+    }
     if settings.crowds > 0 {
         plan.say(format!("{AT_ONCE} calls at once"));
         found.measurements.extend(crowds(settings, &arenas, plan)?);
@@ -61,13 +70,9 @@ pub(super) fn measure(settings: &Settings, recipe: &Recipe, plan: &Plan) -> Resu
         plan.say(format!("attaching {pods} pods"));
         fill(&mut arenas, pods, plan)?;
         plan.say(format!("ADD and DEL with {pods} pods"));
-        let level = alone(settings, &arenas, pods, plan)?;
-        found.measurements.extend(level.measurements);
-        // The first level is enough, and the bench itself is small by then.
-        if found.memory.is_empty() {
-            found.memory = level.memory;
-            found.own_memory = level.own_memory;
-        }
+        found
+            .measurements
+            .extend(alone(settings, &arenas, pods, plan)?);
     }
     Ok(found)
 }
@@ -95,7 +100,12 @@ fn fill(arenas: &mut [Arena], pods: usize, plan: &Plan) -> Result<()> {
 }
 
 /// One call at a time, contender after contender.
-fn alone(settings: &Settings, arenas: &[Arena], pods: usize, plan: &Plan) -> Result<Latency> {
+fn alone(
+    settings: &Settings,
+    arenas: &[Arena],
+    pods: usize,
+    plan: &Plan,
+) -> Result<Vec<Measurement>> {
     // One sandbox serves all rounds: making and removing namespaces would go on
     // in the background while the next call is measured.
     let mut lanes = Vec::new();
@@ -111,7 +121,7 @@ fn alone(settings: &Settings, arenas: &[Arena], pods: usize, plan: &Plan) -> Res
             let added = arena.add(sandbox)?;
             let deleted = arena.del(sandbox, &added)?;
             if round >= WARM_UP {
-                adds.push(added.cost);
+                adds.push(added.time);
                 dels.push(deleted);
             }
         }
@@ -128,29 +138,14 @@ fn alone(settings: &Settings, arenas: &[Arena], pods: usize, plan: &Plan) -> Res
             .map(|(lane, (arena, ..))| (arena.contender, costs(lane)))
             .collect(),
     };
-    let measurements = vec![
+    Ok(vec![
         measurement("ADD", &|lane| milliseconds(&lanes[lane].2)),
         measurement("DEL", &|lane| milliseconds(&lanes[lane].3)),
-    ];
-    let memory = lanes
-        .iter()
-        .filter_map(|(arena, _, adds, dels)| {
-            let most = adds.iter().chain(dels).map(|cost| cost.memory).max()?;
-            (most > 0).then_some((arena.contender, most))
-        })
-        .collect();
-    Ok(Latency {
-        measurements,
-        memory,
-        own_memory: machine::peak_memory(),
-    })
+    ])
 }
 
-fn milliseconds(costs: &[Cost]) -> Vec<f64> {
-    costs
-        .iter()
-        .map(|cost| cost.time.as_secs_f64() * 1e3)
-        .collect()
+fn milliseconds(times: &[Duration]) -> Vec<f64> {
+    times.iter().map(|time| time.as_secs_f64() * 1e3).collect()
 }
 
 /// Many calls at once: how long until the last has ended.

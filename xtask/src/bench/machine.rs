@@ -35,13 +35,6 @@ pub(super) fn describe(recipe: &Recipe, cpu: usize) -> Value {
     })
 }
 
-/// The most memory that this process has had resident, in bytes.
-pub(super) fn peak_memory() -> Option<u64> {
-    let peak = field("/proc/self/status", "VmHWM")?;
-    let kibibytes: u64 = peak.strip_suffix(" kB")?.trim().parse().ok()?;
-    Some(kibibytes * 1024)
-}
-
 fn text(path: &str) -> Option<String> {
     Some(fs::read_to_string(path).ok()?.trim().to_owned())
 }

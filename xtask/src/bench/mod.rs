@@ -10,6 +10,7 @@ mod floor;
 mod latency;
 mod machine;
 mod measurement;
+mod memory;
 mod node;
 mod peer;
 mod program;
@@ -177,7 +178,6 @@ fn measure(arguments: &Arguments, settings: &Settings, recipe: &Recipe) -> Resul
         measurements: Vec::new(),
         programs: None,
         memory: Vec::new(),
-        own_memory: None,
         sizes: settings
             .contenders
             .iter()
@@ -206,7 +206,6 @@ fn measure(arguments: &Arguments, settings: &Settings, recipe: &Recipe) -> Resul
         let latency = latency::measure(settings, recipe, &plan)?;
         report.measurements.extend(latency.measurements);
         report.memory = latency.memory;
-        report.own_memory = latency.own_memory;
     }
     plan.bar.finish_and_clear();
     Ok(report)

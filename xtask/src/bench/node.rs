@@ -4,6 +4,7 @@ use std::{
     fs::{self, File},
     os::unix::fs::symlink,
     path::{Path, PathBuf},
+    process::Command,
     time::Duration,
 };
 
@@ -19,6 +20,7 @@ use tempfile::TempDir;
 use super::{
     floor::{self, Netlink},
     measurement::Contender,
+    memory,
 };
 
 /// What the nodes of a run have in common.
@@ -45,17 +47,10 @@ pub(super) struct Arena {
     _disk: TempDir,
 }
 
-/// What one ADD or DEL took.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Cost {
-    pub(super) time: Duration,
-    /// Peak resident memory in bytes; 0 for what is no process.
-    pub(super) memory: u64,
-}
-
 /// An attachment that was added.
 pub(super) struct Added {
-    pub(super) cost: Cost,
+    /// How long the ADD took.
+    pub(super) time: Duration,
     result: Value,
 }
 
@@ -145,7 +140,7 @@ impl Arena {
                 .node
                 .read(format!("/sys/class/net/{}/ifindex", sandbox.name()))?;
             return Ok(Added {
-                cost: Cost { time, memory: 0 },
+                time,
                 result: index.parse::<u32>()?.into(),
             });
         }
@@ -160,27 +155,24 @@ impl Arena {
             .attachment(attachment)
             .run_here()?;
         Ok(Added {
-            cost: Cost {
-                time: reply.duration,
-                memory: reply.peak_rss,
-            },
+            time: reply.duration,
             result: reply.success()?,
         })
     }
 
-    /// Detaches a sandbox again.
-    pub(super) fn del(&self, sandbox: &Sandbox, added: &Added) -> Result<Cost> {
+    /// Detaches a sandbox again; returns how long that took.
+    pub(super) fn del(&self, sandbox: &Sandbox, added: &Added) -> Result<Duration> {
         if self.contender == Contender::Floor {
             let index = added.result.as_u64().context("a device without an index")?;
             let time = self.netlink.delete(u32::try_from(index)?)?;
-            return Ok(Cost { time, memory: 0 });
+            return Ok(time);
         }
         self.node
             .within(|| self.del_here(&sandbox.attachment(), added))
     }
 
     /// Calls DEL in the node that the calling thread is in.
-    pub(super) fn del_here(&self, attachment: &Attachment, added: &Added) -> Result<Cost> {
+    pub(super) fn del_here(&self, attachment: &Attachment, added: &Added) -> Result<Duration> {
         let mut config = self.config.clone();
         config["prevResult"] = added.result.clone();
         let reply = self
@@ -189,14 +181,39 @@ impl Arena {
             .attachment(attachment)
             .run_here()?;
         ensure!(reply.success()?.is_null(), "DEL wrote {}", reply.stdout);
-        Ok(Cost {
-            time: reply.duration,
-            memory: reply.peak_rss,
-        })
+        Ok(reply.duration)
     }
 
     fn call(&self, verb: Verb) -> Call {
         Call::new(self.config["type"].as_str().unwrap_or_default(), verb)
+    }
+
+    /// Attaches and detaches a sandbox; returns the most memory that a call had
+    /// resident, in bytes. The floor has none: it is no process.
+    pub(super) fn memory(&self, sandbox: &Sandbox) -> Result<Option<u64>> {
+        if self.contender == Contender::Floor {
+            return Ok(None);
+        }
+        self.node.within(|| {
+            let call = |verb: Verb, config: &Value| {
+                let plugin = config["type"].as_str().unwrap_or_default();
+                let attachment = sandbox.attachment();
+                let mut command = Command::new(Path::new(Node::CNI_PATH).join(plugin));
+                command.env("CNI_COMMAND", verb.as_str()).envs([
+                    ("CNI_PATH", Node::CNI_PATH),
+                    ("CNI_CONTAINERID", &attachment.container_id),
+                    ("CNI_NETNS", &attachment.netns),
+                    ("CNI_IFNAME", &attachment.ifname),
+                ]);
+                memory::peak(command, &config.to_string())
+                    .with_context(|| format!("{} {plugin}", verb.as_str()))
+            };
+            let (result, add) = call(Verb::Add, &self.config)?;
+            let mut config = self.config.clone();
+            config["prevResult"] = serde_json::from_str(&result)?;
+            let (_, del) = call(Verb::Del, &config)?;
+            Ok(Some(add.max(del)))
+        })
     }
 
     /// Attaches pods until there are `count`, each in a namespace of its own.

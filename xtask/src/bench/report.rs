@@ -24,9 +24,6 @@ pub(super) struct Report {
     pub(super) programs: Option<Programs>,
     /// The most memory that a call used, in bytes.
     pub(super) memory: Vec<(Contender, u64)>,
-    /// What the bench itself had resident, which the kernel counts as the memory
-    /// of whatever it executes.
-    pub(super) own_memory: Option<u64>,
     /// The size of the binaries that are called, in bytes.
     pub(super) sizes: Vec<(Contender, u64)>,
 }
@@ -64,30 +61,25 @@ impl Report {
                 }),
             );
         }
-        for (name, of, divisor, unit) in [
-            ("peak memory of a call", &self.memory, 1e6, "MB"),
-            ("size on disk", &self.sizes, 1e6, "MB"),
+        for (name, of) in [
+            ("peak memory of a call (MB)", &self.memory),
+            ("size on disk (MB)", &self.sizes),
         ] {
-            if of.is_empty() {
-                continue;
-            }
             let cell = |contender| {
                 of.iter()
                     .find(|(whose, _)| *whose == contender)
                     .map_or_else(String::new, |(_, bytes)| {
-                        let hidden = unit == "MB"
-                            && name.starts_with("peak")
-                            && self.own_memory.is_some_and(|own| *bytes <= own);
-                        let bound = if hidden { "at most " } else { "" };
-                        format!("{bound}{:.1}", *bytes as f64 / divisor)
+                        format!("{:.1}", *bytes as f64 / 1e6)
                     })
             };
-            let _ = writeln!(
-                text,
-                "| {name} ({unit}) | {} | {} | | | |",
-                cell(Contender::BpfBridge),
-                cell(Contender::Stock),
-            );
+            if !of.is_empty() {
+                let _ = writeln!(
+                    text,
+                    "| {name} | {} | {} | | | |",
+                    cell(Contender::BpfBridge),
+                    cell(Contender::Stock),
+                );
+            }
         }
         if let Some(programs) = &self.programs {
             for (traffic, time) in &programs.runs {
@@ -125,7 +117,6 @@ impl Report {
             "measurements": self.measurements.iter().map(Measurement::to_json).collect::<Vec<_>>(),
             "programs": self.programs.as_ref().map(Programs::to_json),
             "peakMemoryBytes": bytes(&self.memory),
-            "benchMemoryBytes": self.own_memory,
             "binaryBytes": bytes(&self.sizes),
         })
     }
