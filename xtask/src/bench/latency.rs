@@ -40,7 +40,9 @@ pub(super) fn estimate(settings: &Settings) -> u64 {
 /// The results of this part.
 pub(super) struct Latency {
     pub(super) measurements: Vec<Measurement>,
-    /// The most memory that a call used, in bytes.
+    /// The most memory that a call had resident, in bytes: of the first pod of a
+    /// node, whose ADD has more to do, and of a later one.
+    pub(super) first_memory: Vec<(Contender, u64)>,
     pub(super) memory: Vec<(Contender, u64)>,
 }
 
@@ -52,15 +54,15 @@ pub(super) fn measure(settings: &Settings, recipe: &Recipe, plan: &Plan) -> Resu
     }
     let mut found = Latency {
         measurements: Vec::new(),
+        first_memory: Vec::new(),
         memory: Vec::new(),
     };
     for arena in &arenas {
         let sandbox = arena.node.sandbox("memory")?;
-        // The first ADD of a node loads the programs.
-        let most = arena.memory(&sandbox)?.max(arena.memory(&sandbox)?);
-        found
-            .memory
-            .extend(most.map(|most| (arena.contender, most)));
+        for found in [&mut found.first_memory, &mut found.memory] {
+            let most = arena.memory(&sandbox)?;
+            found.extend(most.map(|most| (arena.contender, most)));
+        }
     }
     if settings.crowds > 0 {
         plan.say(format!("{AT_ONCE} calls at once"));

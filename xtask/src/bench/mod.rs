@@ -177,6 +177,7 @@ fn measure(arguments: &Arguments, settings: &Settings, recipe: &Recipe) -> Resul
         against: recipe.against.clone(),
         measurements: Vec::new(),
         programs: None,
+        first_memory: Vec::new(),
         memory: Vec::new(),
         sizes: settings
             .contenders
@@ -205,6 +206,7 @@ fn measure(arguments: &Arguments, settings: &Settings, recipe: &Recipe) -> Resul
     if wanted(Part::Calls) {
         let latency = latency::measure(settings, recipe, &plan)?;
         report.measurements.extend(latency.measurements);
+        report.first_memory = latency.first_memory;
         report.memory = latency.memory;
     }
     plan.bar.finish_and_clear();

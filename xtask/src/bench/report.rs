@@ -22,7 +22,9 @@ pub(super) struct Report {
     pub(super) against: Option<PathBuf>,
     pub(super) measurements: Vec<Measurement>,
     pub(super) programs: Option<Programs>,
-    /// The most memory that a call used, in bytes.
+    /// The most memory that a call had resident, in bytes: of the first pod of a
+    /// node, and of a later one.
+    pub(super) first_memory: Vec<(Contender, u64)>,
     pub(super) memory: Vec<(Contender, u64)>,
     /// The size of the binaries that are called, in bytes.
     pub(super) sizes: Vec<(Contender, u64)>,
@@ -62,7 +64,8 @@ impl Report {
             );
         }
         for (name, of) in [
-            ("peak memory of a call (MB)", &self.memory),
+            ("peak memory, first pod of a node (MB)", &self.first_memory),
+            ("peak memory, later pods (MB)", &self.memory),
             ("size on disk (MB)", &self.sizes),
         ] {
             let cell = |contender| {
@@ -116,6 +119,7 @@ impl Report {
             "against": self.against,
             "measurements": self.measurements.iter().map(Measurement::to_json).collect::<Vec<_>>(),
             "programs": self.programs.as_ref().map(Programs::to_json),
+            "peakMemoryOfFirstBytes": bytes(&self.first_memory),
             "peakMemoryBytes": bytes(&self.memory),
             "binaryBytes": bytes(&self.sizes),
         })
