@@ -24,6 +24,8 @@ pub(crate) enum Purpose {
     Demo,
     /// `cargo xtask test`.
     Test,
+    /// `cargo xtask bench`.
+    Bench,
 }
 
 /// A program that a command runs: its name on the PATH or its absolute path,
@@ -33,12 +35,13 @@ type Program = (&'static str, &'static str, &'static [Purpose]);
 /// Every program that tests and commands run, but Rust's and what every Debian
 /// has.
 const PROGRAMS: &[Program] = {
-    use Purpose::{Demo, Test};
+    use Purpose::{Bench, Demo, Test};
     &[
-        ("ip", "iproute2", &[Demo, Test]),
+        ("ip", "iproute2", &[Demo, Test, Bench]),
         ("ping", "iputils-ping", &[Demo, Test]),
         ("bpftool", "bpftool", &[Demo, Test]),
         ("iperf3", "iperf3", &[Demo]),
+        ("iptables", "iptables", &[Test]),
         ("busybox", "busybox-static", &[Test]),
         ("runc", "runc", &[Test]),
         ("containerd", "containerd", &[Test]),
@@ -46,7 +49,7 @@ const PROGRAMS: &[Program] = {
         (
             "/usr/lib/cni/bridge",
             "containernetworking-plugins",
-            &[Test],
+            &[Test, Bench],
         ),
     ]
 };
