@@ -7,8 +7,8 @@
 //!    its segment, and the program is attached.
 //! 4. The interface goes up, the routes are added: the pod can talk.
 //!
-//! If anything fails, [`del`] removes what was made, as it would
-//! for a pod that lived.
+//! If anything fails, [`del`] removes what was made, as it would for a pod that
+//! lived.
 
 use std::{
     net::IpAddr,

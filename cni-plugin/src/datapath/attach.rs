@@ -25,9 +25,19 @@ pub(super) fn is_loaded(level: LogLevel) -> bool {
     pins::variant(level).join("port").exists()
 }
 
+/// Whether a load ever came to its end, at whatever level.
+pub(super) fn is_any_loaded() -> bool {
+    is_loaded(LogLevel::Off) || LogLevel::LOGGING.into_iter().any(is_loaded)
+}
+
 impl Datapath {
     /// Attaches the program to the ingress of `device`, a name in the namespace
     /// of the calling thread.
+    ///
+    /// # Errors
+    ///
+    /// The programs for `level` are not pinned, or the kernel refuses the qdisc
+    /// or the filter.
     pub fn attach(&self, level: LogLevel, device: &str) -> Result<(), Error> {
         let error = |detail: &dyn std::fmt::Display| Error::Attach {
             device: device.to_owned(),
@@ -53,6 +63,10 @@ impl Datapath {
     }
 
     /// The kernel's id of the program that ports of `level` carry.
+    ///
+    /// # Errors
+    ///
+    /// The programs for `level` are not pinned.
     pub fn program_id(&self, level: LogLevel) -> Result<u32, Error> {
         open_program(level)?
             .info()
