@@ -753,7 +753,7 @@ fn a_device_of_that_name_that_is_not_ours_is_refused_and_left_alone() -> Result<
     let first = Network::new(&node, dual_stack_with(&node, json!({"bridge": "cni1"})));
     let pod = first.pod("first")?;
     first.del(pod.attachment())?;
-    for kind in ["bridge", "dummy", "veth"] {
+    for kind in ["bridge", "veth"] {
         node.ip(&format!(
             "link add cni0 type {kind}\nlink set cni0 up\naddr add 192.0.2.1/24 dev cni0"
         ))?;
