@@ -140,7 +140,8 @@ fn create_pair(
 /// What an ADD makes that later ones will use too, if it comes to its end.
 #[derive(Default)]
 struct Shared {
-    /// The programs and maps were loaded.
+    /// The programs for the network's log level were loaded, and the maps if they
+    /// were the first.
     loaded: bool,
     /// The gateway was made.
     gateway: Option<Gateway>,

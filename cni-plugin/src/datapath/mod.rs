@@ -305,7 +305,7 @@ impl Datapath {
         Ok(Some(sum))
     }
 
-    /// Every port, for those who must look at all: GC and people.
+    /// Every port, for people and tests: no verb looks at all of them.
     pub fn ports(&self) -> impl Iterator<Item = (u32, Port)> + '_ {
         self.ports.iter().filter_map(|entry| {
             entry
