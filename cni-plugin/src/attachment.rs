@@ -22,6 +22,7 @@ use thiserror::Error;
 use crate::{
     datapath::LogLevel,
     lock::{Lock, LockError, Mode},
+    mac::MacAddr,
 };
 
 /// Where records are.
@@ -66,6 +67,12 @@ impl<'a> Attachment<'a> {
     pub fn host_veth(&self) -> String {
         let hash = hash([self.network, self.container_id, self.ifname]);
         format!("veth{:011x}", hash >> 20)
+    }
+
+    /// The MAC address of a container's interface that has no IP address to make
+    /// one of.
+    pub fn mac(&self) -> MacAddr {
+        MacAddr::from_hash(hash([self.network, self.container_id, self.ifname]))
     }
 
     /// The host veth's alias, which tells people what it is for and proves whose

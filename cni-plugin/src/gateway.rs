@@ -195,7 +195,7 @@ fn create(
     for (key, value) in [("accept_ra", 0), ("accept_dad", 0)] {
         let _ = Sysctl::device(Family::Ipv6, bridge, key)?.set(value)?;
     }
-    datapath.attach(level, &port)?;
+    datapath.attach(level, host, pair.peer)?;
     datapath.create_segment(&PortSpec {
         ifindex: pair.peer,
         segment: pair.host,

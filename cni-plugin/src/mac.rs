@@ -1,11 +1,6 @@
 //! Ethernet addresses.
 
-use std::{
-    fmt,
-    hash::{BuildHasher as _, RandomState},
-    net::Ipv6Addr,
-    str::FromStr,
-};
+use std::{fmt, net::Ipv6Addr, str::FromStr};
 
 /// A 48-bit Ethernet (MAC) address, in the order of the wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -32,12 +27,6 @@ impl MacAddr {
     pub const fn from_hash(hash: u64) -> Self {
         let [_, _, first, b, c, d, e, f] = hash.to_be_bytes();
         Self([(first & !0x01) | 0x02, b, c, d, e, f])
-    }
-
-    /// A random locally administered unicast address.
-    pub fn random() -> Self {
-        // Its keys come from the operating system's random source.
-        Self::from_hash(RandomState::new().hash_one(()))
     }
 
     /// The IPv6 link-local address that the kernel makes of this address by
@@ -156,7 +145,6 @@ mod tests {
 
     #[test]
     fn made_addresses_are_local_and_unicast() {
-        assert_ne!(MacAddr::random(), MacAddr::random());
         for hash in [0, 1, u64::MAX, 0x0123_4567_89ab_cdef] {
             let mac = MacAddr::from_hash(hash);
             assert!(mac.is_unicast());

@@ -9,6 +9,7 @@
     reason = "a command that talks to the person who ran it"
 )]
 
+mod bench;
 mod build;
 mod debian;
 mod demo;
@@ -44,6 +45,8 @@ enum Command {
     },
     /// Show the plugin at work on a node with three pods.
     Demo,
+    /// Measure ADD, DEL and traffic beside the stock plugins (needs root).
+    Bench(bench::Arguments),
     /// Check format, lints and documentation.
     Lint,
 }
@@ -54,6 +57,7 @@ fn main() -> ExitCode {
         Command::Build => build::run(),
         Command::Test { arguments } => test::run_all(&arguments),
         Command::Demo => demo::run(),
+        Command::Bench(arguments) => bench::run(&arguments),
         Command::Lint => lint::run_all(),
     };
     match result {

@@ -24,6 +24,8 @@ pub(crate) enum Purpose {
     Demo,
     /// `cargo xtask test`.
     Test,
+    /// `cargo xtask bench`.
+    Bench,
 }
 
 /// A program that a command runs: its name on the PATH or its absolute path,
@@ -33,13 +35,14 @@ type Program = (&'static str, &'static str, &'static [Purpose]);
 /// Every program that tests and commands run, but Rust's and what every Debian
 /// has.
 const PROGRAMS: &[Program] = {
-    use Purpose::{Demo, Test};
+    use Purpose::{Bench, Demo, Test};
     &[
-        ("ip", "iproute2", &[Demo, Test]),
+        ("ip", "iproute2", &[Demo, Test, Bench]),
         ("ping", "iputils-ping", &[Demo, Test]),
         ("bpftool", "bpftool", &[Demo, Test]),
         ("iperf3", "iperf3", &[Demo]),
         ("strace", "strace", &[Test]),
+        ("iptables", "iptables", &[Test]),
         ("busybox", "busybox-static", &[Test]),
         ("runc", "runc", &[Test]),
         ("containerd", "containerd", &[Test]),
@@ -47,7 +50,7 @@ const PROGRAMS: &[Program] = {
         (
             "/usr/lib/cni/bridge",
             "containernetworking-plugins",
-            &[Test],
+            &[Test, Bench],
         ),
     ]
 };

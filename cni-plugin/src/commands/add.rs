@@ -22,7 +22,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use super::{ALREADY_ATTACHED, collect, del, is_alive, open_sandbox};
 use crate::{
-    attachment::{Attachment, Claim, Record},
+    attachment::{Attachment, Claim, Record, hash},
     cni::{
         Call, CniError, CniResult, ErrorCode, NetworkConfig,
         result::{Interface, IpConfig, Route},
@@ -66,7 +66,7 @@ pub(super) fn run(
         // The pod died without a DEL, or its ADD did.
         del::unplug(attachment, Some(record))?;
     }
-    let mac = call.config.mac.unwrap_or_else(MacAddr::random);
+    let mac = call.config.mac.unwrap_or_else(|| attachment.mac());
     let pair = match create_pair(&host, call.config, attachment, &sandbox, mac) {
         Ok(pair) => pair,
         Err(error) => {
@@ -75,7 +75,7 @@ pub(super) fn run(
             return Err(error);
         }
     };
-    let add = Add {
+    let mut add = Add {
         call,
         config: call.config,
         attachment,
@@ -182,17 +182,12 @@ struct Add<'a> {
 
 impl Add<'_> {
     /// Everything after the birth of the veth pair.
-    fn run(&self, claim: &mut Claim, shared: &mut Shared) -> Result<(CniResult, Record), CniError> {
-        let mut record = Record {
-            complete: false,
-            bridge: self.config.bridge.clone(),
-            segment: 0,
-            host_ifindex: self.pair.host,
-            mac: self.mac.octets(),
-            addresses: Vec::new(),
-            log_level: self.config.log_level,
-        };
-        claim.write(&record)?;
+    fn run(
+        &mut self,
+        claim: &mut Claim,
+        shared: &mut Shared,
+    ) -> Result<(CniResult, Record), CniError> {
+        claim.write(&self.record(&[]))?;
         // The alias is what proves to others that the attachment lives, so it
         // comes before there is an address to lose.
         self.host.configure(
@@ -206,9 +201,10 @@ impl Add<'_> {
 
         let given = self.addresses()?;
         let inside = Netlink::open(self.sandbox)?;
+        self.mac = self.choose_mac(&inside, &given)?;
         self.assign(&inside, &given)?;
 
-        record.addresses = given.ips.iter().map(|ip| ip.address.addr()).collect();
+        let mut record = self.record(&given.ips);
         let gateway = self.join(claim, shared, &mut record, &given)?;
 
         if !self.config.disable_container_interface {
@@ -226,6 +222,49 @@ impl Add<'_> {
         }
         let mtu = inside.link_by_index(self.pair.peer)?.map(|link| link.mtu);
         Ok((self.result(&gateway, given, mtu), record))
+    }
+
+    /// What is known of the attachment before it joins a segment.
+    fn record(&self, ips: &[IpConfig]) -> Record {
+        Record {
+            complete: false,
+            bridge: self.config.bridge.clone(),
+            segment: 0,
+            host_ifindex: self.pair.host,
+            mac: self.mac.octets(),
+            addresses: ips.iter().map(|ip| ip.address.addr()).collect(),
+            log_level: self.config.log_level,
+        }
+    }
+
+    /// Unless one was asked for, the MAC address follows from the first IP address:
+    /// who still knows the pod that had the one before, knows the other of this
+    /// pod too.
+    fn choose_mac(&self, inside: &Netlink, given: &CniResult) -> Result<MacAddr, CniError> {
+        let (None, Some(ip)) = (self.config.mac, given.ips.first()) else {
+            return Ok(self.mac);
+        };
+        let address = ip.address.addr().to_string();
+        let mac = MacAddr::from_hash(hash(["pod", &self.config.bridge, &address]));
+        inside.configure(
+            self.pair.peer,
+            &LinkSettings {
+                mac: Some(mac),
+                ..LinkSettings::default()
+            },
+        )?;
+        Ok(mac)
+    }
+
+    /// Whether neighbours may know one of the addresses with another MAC address,
+    /// and must be told: one was asked for, or the addresses do not come in the
+    /// fixed pairs in which the embedded store gives them. It is not done for
+    /// every pod because each announcement is flooded to all others, which was
+    /// most of what an ADD cost on a node of 1,000 pods.
+    fn must_announce(&self, given: &CniResult) -> bool {
+        let store = matches!(Ipam::of(self.call), Ipam::HostLocal(_));
+        let in_order = store && self.config.requested_ips.is_empty();
+        self.config.mac.is_some() || given.ips.len() > 1 && !in_order
     }
 
     /// Reserves addresses, and completes what IPAM left open.
@@ -262,8 +301,9 @@ impl Add<'_> {
     fn assign(&self, inside: &Netlink, given: &CniResult) -> Result<(), CniError> {
         let ipv6 = has_ipv6(given);
         let dad = self.config.enable_dad;
+        let announce = self.must_announce(given);
         self.sandbox
-            .run_in(|| settings(self.attachment.ifname, dad, ipv6))??;
+            .run_in(|| settings(self.attachment.ifname, dad, ipv6, announce))??;
         if ipv6 && !dad {
             // The kernel's own stays tentative until a work queue has run.
             inside.add_address(self.pair.peer, link_local(self.mac), false)?;
@@ -296,7 +336,7 @@ impl Add<'_> {
         }
         record.segment = gateway.segment;
         claim.write(record)?;
-        datapath.attach(level, &self.attachment.host_veth())?;
+        datapath.attach(level, self.host, record.host_ifindex)?;
         self.add_port(
             &mut datapath,
             &PortSpec {
@@ -479,7 +519,7 @@ fn link_local(mac: MacAddr) -> IpNet {
 }
 
 /// The sandbox's settings, in the order in which they must be made.
-fn settings(ifname: &str, dad: bool, ipv6: bool) -> Result<(), SysctlError> {
+fn settings(ifname: &str, dad: bool, ipv6: bool, announce: bool) -> Result<(), SysctlError> {
     let on_interface = |family, key, value| {
         // A kernel without the setting does without what it is for.
         Sysctl::device(family, ifname, key)?.set(value).map(drop)
@@ -493,9 +533,13 @@ fn settings(ifname: &str, dad: bool, ipv6: bool) -> Result<(), SysctlError> {
         on_interface(Family::Ipv6, "enhanced_dad", 1)?;
     }
     on_interface(Family::Ipv6, "accept_dad", u32::from(dad))?;
-    // Those who knew the addresses from a former pod hear of the new one.
-    on_interface(Family::Ipv4, "arp_notify", 1)?;
-    on_interface(Family::Ipv6, "ndisc_notify", 1)
+    if announce {
+        on_interface(Family::Ipv4, "arp_notify", 1)?;
+        on_interface(Family::Ipv6, "ndisc_notify", 1)?;
+    }
+    // Its routes come from this plugin, and every question for routers would be
+    // flooded. What a router announces by itself is still heard.
+    on_interface(Family::Ipv6, "router_solicitations", 0)
 }
 
 /// Waits until duplicate address detection has ended.

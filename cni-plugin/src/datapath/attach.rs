@@ -7,13 +7,15 @@
 //! costs 0.3 ms and nothing. It also dies with its device, so that nothing needs
 //! to be undone, and it exists on every kernel that the programs run on.
 
-use aya::programs::{
-    SchedClassifier, TcAttachType,
-    tc::{NlOptions, TcAttachOptions, TcHandle, qdisc_add_clsact},
-};
+use std::os::fd::AsFd as _;
+
+use aya::programs::SchedClassifier;
 
 use super::{Datapath, Error, LogLevel, pins};
+use crate::link::Netlink;
 
+/// The program of every port.
+const PROGRAM: &str = "port";
 /// The filter's priority. Others may run before it (lower) or after it (higher);
 /// a fixed one, so that it can be found again.
 pub const FILTER_PRIORITY: u16 = 100;
@@ -22,7 +24,7 @@ pub const FILTER_HANDLE: u32 = 1;
 
 /// Whether the programs for `level` are pinned.
 pub(super) fn is_loaded(level: LogLevel) -> bool {
-    pins::variant(level).join("port").exists()
+    pins::variant(level).join(PROGRAM).exists()
 }
 
 /// Whether a load ever came to its end, at whatever level.
@@ -31,34 +33,19 @@ pub(super) fn is_any_loaded() -> bool {
 }
 
 impl Datapath {
-    /// Attaches the program to the ingress of `device`, a name in the namespace
-    /// of the calling thread.
+    /// Attaches the program to the ingress of the device `index` of `host`.
     ///
     /// # Errors
     ///
-    /// The programs for `level` are not pinned, or the kernel refuses the qdisc
-    /// or the filter.
-    pub fn attach(&self, level: LogLevel, device: &str) -> Result<(), Error> {
-        let error = |detail: &dyn std::fmt::Display| Error::Attach {
-            device: device.to_owned(),
-            detail: detail.to_string(),
-        };
-        let mut program = open_program(level)?;
-        qdisc_add_clsact(device).map_err(|source| error(&source))?;
-        let link = program
-            .attach_with_options(
-                device,
-                TcAttachType::Ingress,
-                TcAttachOptions::Netlink(NlOptions {
-                    priority: FILTER_PRIORITY,
-                    handle: TcHandle::from(FILTER_HANDLE),
-                    classid: None,
-                }),
-            )
-            .and_then(|link| program.take_link(link))
-            .map_err(|source| error(&source))?;
-        // Dropping it would detach the program.
-        std::mem::forget(link);
+    /// [`Error::Program`] if it is not pinned, [`Error::Attach`] if the kernel
+    /// refused.
+    pub fn attach(&self, level: LogLevel, host: &Netlink, index: u32) -> Result<(), Error> {
+        let program = open_program(level)?;
+        let fd = program
+            .fd()
+            .map_err(|source| Error::program(PROGRAM, source))?;
+        host.add_clsact(index)?;
+        host.add_ingress_bpf(index, FILTER_PRIORITY, FILTER_HANDLE, fd.as_fd(), PROGRAM)?;
         Ok(())
     }
 
@@ -71,11 +58,11 @@ impl Datapath {
         open_program(level)?
             .info()
             .map(|info| info.id())
-            .map_err(|source| Error::program("port", source))
+            .map_err(|source| Error::program(PROGRAM, source))
     }
 }
 
 fn open_program(level: LogLevel) -> Result<SchedClassifier, Error> {
-    SchedClassifier::from_pin(pins::variant(level).join("port"))
-        .map_err(|source| Error::program("port", source))
+    SchedClassifier::from_pin(pins::variant(level).join(PROGRAM))
+        .map_err(|source| Error::program(PROGRAM, source))
 }

@@ -28,6 +28,7 @@ use bpf_bridge_common::layout::{
 use thiserror::Error;
 
 use crate::{
+    link::LinkError,
     lock::{Lock, LockError, Mode},
     mac::MacAddr,
 };
@@ -83,13 +84,8 @@ pub enum Error {
         source: Box<ProgramError>,
     },
     /// The program could not be attached.
-    #[error("attaching the program `port` to {device}: {detail}")]
-    Attach {
-        /// The device.
-        device: String,
-        /// What the kernel said.
-        detail: String,
-    },
+    #[error(transparent)]
+    Attach(#[from] LinkError),
     /// A table refused a change.
     #[error("{action} {map}[{key}]: {source}")]
     Map {

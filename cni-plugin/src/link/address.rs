@@ -289,7 +289,7 @@ mod tests {
         let made = netlink
             .create_veth(&VethSpec {
                 name: "one",
-                mac: Some(MacAddr::random()),
+                mac: Some(MacAddr::from_hash(0x5e_1234)),
                 peer_name: "two",
                 peer_mac: None,
                 peer_netns: None,

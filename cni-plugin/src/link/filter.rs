@@ -1,14 +1,89 @@
 //! Packet filters of a device (`tc filter`): whether a BPF classifier is where
 //! it was put.
 
+use std::os::fd::{AsRawFd as _, BorrowedFd};
+
 use netlink_packet_route::{
     RouteNetlinkMessage,
-    tc::{TcAttribute, TcFilterBpfOption, TcHandle, TcMessage, TcOption},
+    tc::{TcAttribute, TcBpfFlags, TcFilterBpf, TcFilterBpfOption, TcHandle, TcMessage, TcOption},
 };
+use rtnetlink::packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 
 use super::{LinkError, Netlink};
 
+/// `ETH_P_ALL` of `linux/if_ether.h`.
+const EVERY_PROTOCOL: u16 = 3;
+
 impl Netlink {
+    /// Gives device `index` a clsact qdisc: the place for classifiers that see what
+    /// the device receives and sends.
+    ///
+    /// # Errors
+    ///
+    /// [`LinkError::Refused`], with `EEXIST` if there is one, or an ingress qdisc.
+    pub fn add_clsact(&self, index: u32) -> Result<(), LinkError> {
+        let mut message = tc_message(index);
+        message.header.parent = TcHandle::CLSACT;
+        message.header.handle = TcHandle {
+            major: TcHandle::CLSACT.major,
+            minor: 0,
+        };
+        message
+            .attributes
+            .push(TcAttribute::Kind("clsact".to_owned()));
+        self.request(
+            RouteNetlinkMessage::NewQueueDiscipline(message),
+            NLM_F_CREATE | NLM_F_EXCL,
+            || format!("add a clsact qdisc to {}", self.interface(index)),
+        )?;
+        Ok(())
+    }
+
+    /// Lets a BPF program see, and decide about, what device `index` receives. The
+    /// device needs a [clsact](Self::add_clsact) qdisc. `name` is what `tc` shows.
+    ///
+    /// # Errors
+    ///
+    /// [`LinkError::Refused`], with `EEXIST` if the place is taken.
+    pub fn add_ingress_bpf(
+        &self,
+        index: u32,
+        pref: u16,
+        handle: u32,
+        program: BorrowedFd<'_>,
+        name: &str,
+    ) -> Result<(), LinkError> {
+        let mut message = tc_message(index);
+        message.header.parent = TcHandle {
+            major: TcHandle::CLSACT.major,
+            minor: TcHandle::MIN_INGRESS,
+        };
+        message.header.handle = handle.into();
+        message.header.info = u32::from(pref) << 16 | u32::from(EVERY_PROTOCOL.to_be());
+        message.attributes = vec![
+            TcAttribute::Kind(TcFilterBpf::KIND.to_owned()),
+            TcAttribute::Options(vec![
+                // A descriptor is never negative.
+                TcOption::Bpf(TcFilterBpfOption::ProgFd(
+                    program.as_raw_fd().unsigned_abs(),
+                )),
+                TcOption::Bpf(TcFilterBpfOption::ProgName(name.to_owned())),
+                TcOption::Bpf(TcFilterBpfOption::Flags(TcBpfFlags::DirectAction)),
+            ]),
+        ];
+        self.request(
+            RouteNetlinkMessage::NewTrafficFilter(message),
+            NLM_F_CREATE | NLM_F_EXCL,
+            || {
+                format!(
+                    "attach the classifier {name:?} to {}",
+                    self.interface(index)
+                )
+            },
+        )?;
+        Ok(())
+    }
+
     /// The id of the BPF program that the classifier of priority `pref` and
     /// handle `handle` at the clsact ingress of device `index` runs. `None` if
     /// there is no such device, no clsact, or no BPF classifier in that place.
@@ -68,16 +143,19 @@ impl Netlink {
     }
 }
 
+fn tc_message(index: u32) -> TcMessage {
+    // An index is a positive int inside the kernel.
+    TcMessage::with_index(index.cast_signed())
+}
+
 #[cfg(test)]
 mod tests {
     use std::{
         io,
-        os::fd::{AsRawFd, FromRawFd, OwnedFd},
+        os::fd::{AsFd as _, AsRawFd, FromRawFd, OwnedFd},
     };
 
-    use netlink_packet_route::tc::{TcBpfFlags, TcFilterBpf};
     use nix::libc;
-    use rtnetlink::packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 
     use super::*;
     use crate::link::testing::Pair;
@@ -134,34 +212,15 @@ mod tests {
             .unwrap()
     }
 
-    fn add_clsact(netlink: &Netlink, index: u32) {
-        let mut message = TcMessage::with_index(i32::try_from(index).unwrap());
-        message.header.parent = TcHandle::CLSACT;
-        message.header.handle = TcHandle {
-            major: u16::MAX,
-            minor: 0,
-        };
-        message
-            .attributes
-            .push(TcAttribute::Kind("clsact".to_owned()));
-        netlink
-            .request(
-                RouteNetlinkMessage::NewQueueDiscipline(message),
-                NLM_F_CREATE | NLM_F_EXCL,
-                || "add clsact".to_owned(),
-            )
-            .unwrap();
-    }
-
-    fn attach(netlink: &Netlink, index: u32, parent: u16, program: &OwnedFd) {
-        let mut message = TcMessage::with_index(i32::try_from(index).unwrap());
+    /// At egress: a place that is not ours.
+    fn attach_to_egress(netlink: &Netlink, index: u32, program: &OwnedFd) {
+        let mut message = tc_message(index);
         message.header.parent = TcHandle {
             major: u16::MAX,
-            minor: parent,
+            minor: TcHandle::MIN_EGRESS,
         };
         message.header.handle = HANDLE.into();
-        let every_protocol = u32::from(0x0003_u16.to_be());
-        message.header.info = u32::from(PREF) << 16 | every_protocol;
+        message.header.info = u32::from(PREF) << 16 | u32::from(EVERY_PROTOCOL.to_be());
         message.attributes = vec![
             TcAttribute::Kind(TcFilterBpf::KIND.to_owned()),
             TcAttribute::Options(vec![
@@ -187,12 +246,14 @@ mod tests {
         let (netlink, index) = (&pair.outside, pair.made.host);
         let found = |pref, handle| netlink.tc_ingress_bpf(index, pref, handle).unwrap();
         assert_eq!(found(PREF, HANDLE), None, "without clsact");
-        add_clsact(netlink, index);
+        netlink.add_clsact(index).unwrap();
         assert_eq!(found(PREF, HANDLE), None, "with clsact alone");
         let program = program();
-        attach(netlink, index, TcHandle::MIN_EGRESS, &program);
+        attach_to_egress(netlink, index, &program);
         assert_eq!(found(PREF, HANDLE), None, "with one at egress");
-        attach(netlink, index, TcHandle::MIN_INGRESS, &program);
+        netlink
+            .add_ingress_bpf(index, PREF, HANDLE, program.as_fd(), "test")
+            .unwrap();
         assert_eq!(found(PREF, HANDLE), Some(id_of(&program)));
         assert_eq!(found(PREF, HANDLE + 1), None, "another handle");
         assert_eq!(found(PREF + 1, HANDLE), None, "another priority");

@@ -196,7 +196,7 @@ mod tests {
             .unwrap()
             .create_veth(&VethSpec {
                 name: "eth0.100",
-                mac: Some(MacAddr::random()),
+                mac: Some(MacAddr::from_hash(0x5e_1234)),
                 peer_name: "eth0",
                 peer_mac: None,
                 peer_netns: None,

@@ -17,7 +17,7 @@ pub enum Destination {
     /// Every port.
     Group,
     /// The node itself and no port: the reserved group addresses of IEEE 802.1D
-    /// §7.12.6, such as LLDP's.
+    /// §7.12.6, such as LLDP's, and those that only multicast routers listen to.
     NodeOnly,
     /// Nobody: a pause frame.
     Nobody,
@@ -25,12 +25,19 @@ pub enum Destination {
 
 /// What to do with a frame to `mac`.
 ///
+/// Membership reports (to all IGMPv3 or MLDv2 routers, RFC 3376 §4.2.14 and RFC
+/// 3810 §5.2.14) go to the node only, as a Linux bridge sends them to router ports
+/// only (RFC 4541 §2.1.1): each pod writes several when it starts and when it ends,
+/// and they mean nothing to other pods.
+///
 /// Spanning tree's own address is flooded, as `br_handle_frame` does when the
 /// bridge does not take part in the protocol.
 pub const fn destination(mac: &Mac) -> Destination {
     match *mac {
         [0x01, 0x80, 0xc2, 0, 0, 0x01] => Destination::Nobody,
-        [0x01, 0x80, 0xc2, 0, 0, 0x02..=0x0f] => Destination::NodeOnly,
+        [0x01, 0x80, 0xc2, 0, 0, 0x02..=0x0f]
+        | [0x01, 0x00, 0x5e, 0, 0, 0x16]
+        | [0x33, 0x33, 0, 0, 0, 0x16] => Destination::NodeOnly,
         [first, ..] if first & 1 == 1 => Destination::Group,
         _ => Destination::Unicast,
     }
@@ -47,7 +54,7 @@ mod tests {
 
     #[test]
     fn destinations_are_told_apart() {
-        let cases: [(Mac, Destination); 8] = [
+        let cases: [(Mac, Destination); 12] = [
             ([0x02, 0, 0, 0, 0, 1], Destination::Unicast),
             ([0xff; 6], Destination::Group),
             ([0x33, 0x33, 0, 0, 0, 1], Destination::Group),
@@ -56,6 +63,10 @@ mod tests {
             ([0x01, 0x80, 0xc2, 0, 0, 0x01], Destination::Nobody),
             ([0x01, 0x80, 0xc2, 0, 0, 0x0e], Destination::NodeOnly),
             ([0x01, 0x80, 0xc2, 0, 0, 0x10], Destination::Group),
+            ([0x01, 0x00, 0x5e, 0, 0, 0x16], Destination::NodeOnly),
+            ([0x33, 0x33, 0, 0, 0, 0x16], Destination::NodeOnly),
+            ([0x33, 0x33, 0, 0, 0, 0x02], Destination::Group),
+            ([0x33, 0x33, 0, 0, 1, 0x16], Destination::Group),
         ];
         for (mac, expected) in cases {
             assert_eq!(destination(&mac), expected, "{mac:02x?}");

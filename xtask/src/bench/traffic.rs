@@ -1,0 +1,187 @@
+//! What a packet costs: pod to pod, and pod to host.
+
+use std::{net::IpAddr, time::Duration};
+
+use anyhow::{Context as _, Result};
+use bpf_bridge_tests::{Namespace, Sandbox};
+
+use super::{
+    Plan, Settings,
+    measurement::{Better, Contender, Measurement},
+    node::{Arena, Recipe},
+    peer::{Flow, Transport},
+};
+
+/// Datagrams that are under way at once: far fewer than a socket's buffer holds.
+const BURST: usize = 64;
+/// Bytes between two answers of a stream.
+const STRETCH: usize = 4 << 20;
+
+/// How a rate of transactions is told.
+#[derive(Clone, Copy)]
+enum Tell {
+    /// µs per transaction.
+    Time,
+    /// 10⁹ bits a second.
+    Gigabits,
+    /// 1000 packets a second.
+    Packets,
+}
+
+/// A flow first runs for this part of a slice, which does not count.
+const WARM_UP: u32 = 5;
+/// About how long it takes to connect one.
+const CONNECT: Duration = Duration::from_millis(8);
+
+/// What is measured: its name, the traffic, how it is told, and whether the host
+/// is the other end.
+type Test = (&'static str, Transport, Tell, bool);
+
+const TESTS: [Test; 6] = [
+    ("pod to pod, TCP_RR", TCP_RR, Tell::Time, false),
+    ("pod to pod, UDP_RR", UDP_RR, Tell::Time, false),
+    ("pod to pod, UDP, 64 bytes", UDP_FLOW, Tell::Packets, false),
+    ("pod to pod, TCP stream", TCP_STREAM, Tell::Gigabits, false),
+    ("pod to host, TCP_RR", TCP_RR, Tell::Time, true),
+    ("pod to host, UDP_RR", UDP_RR, Tell::Time, true),
+];
+const TCP_RR: Transport = Transport::Tcp { quota: 1 };
+const TCP_STREAM: Transport = Transport::Tcp { quota: STRETCH };
+pub(super) const UDP_RR: Transport = Transport::Udp { quota: 1, size: 1 };
+pub(super) const UDP_FLOW: Transport = Transport::Udp {
+    quota: BURST,
+    size: 64,
+};
+
+impl Tell {
+    fn of(self, transactions: f64) -> f64 {
+        match self {
+            Self::Time => 1e6 / transactions,
+            Self::Gigabits => transactions * STRETCH as f64 * 8.0 / 1e9,
+            Self::Packets => transactions * BURST as f64 / 1e3,
+        }
+    }
+
+    fn unit(self) -> &'static str {
+        match self {
+            Self::Time => "µs",
+            Self::Gigabits => "Gbit/s",
+            Self::Packets => "1000/s",
+        }
+    }
+
+    fn better(self) -> Better {
+        match self {
+            Self::Time => Better::Lower,
+            Self::Gigabits | Self::Packets => Better::Higher,
+        }
+    }
+}
+
+fn tests(settings: &Settings) -> impl Iterator<Item = &'static Test> {
+    TESTS
+        .iter()
+        .filter(|(name, ..)| name.contains(&settings.matching))
+}
+
+/// How long this part will take, in ms.
+pub(super) fn estimate(settings: &Settings) -> u64 {
+    (tests(settings).count() * settings.rounds) as u64 * step(settings)
+}
+
+fn step(settings: &Settings) -> u64 {
+    let slice = settings.slice + settings.slice / WARM_UP + CONNECT;
+    let slice = u64::try_from(slice.as_millis()).unwrap_or(u64::MAX);
+    slice * settings.contenders.len() as u64
+}
+
+/// Two pods, and the host, of one contender.
+pub(super) struct Pair {
+    pub(super) arena: Arena,
+    first: Sandbox,
+    second: Sandbox,
+    second_v4: IpAddr,
+    host_v4: IpAddr,
+}
+
+impl Pair {
+    pub(super) fn new(contender: Contender, recipe: &Recipe) -> Result<Self> {
+        let arena = Arena::new(contender, recipe)?;
+        let first = arena.node.sandbox("first")?;
+        let second = arena.node.sandbox("second")?;
+        let (second_v4, host_v4);
+        if contender == Contender::Floor {
+            // Each end of the pair is a pod; there is no host between.
+            arena
+                .node
+                .run("ip link add eth0 netns first type veth peer name eth0 netns second")?;
+            first.ip("addr add 10.77.0.2/16 dev eth0\nlink set eth0 up")?;
+            second.ip("addr add 10.77.0.3/16 dev eth0\nlink set eth0 up")?;
+            second_v4 = IpAddr::from([10, 77, 0, 3]);
+            host_v4 = second_v4;
+        } else {
+            arena.add(&first)?;
+            let added = arena.add(&second)?;
+            second_v4 = added.v4("address")?;
+            host_v4 = added.v4("gateway")?;
+        }
+        Ok(Self {
+            arena,
+            first,
+            second,
+            second_v4,
+            host_v4,
+        })
+    }
+
+    pub(super) fn flow(&self, transport: Transport, to_host: bool, cpu: usize) -> Result<Flow> {
+        let (to, address): (&Namespace, IpAddr) =
+            if to_host && self.arena.contender != Contender::Floor {
+                (&self.arena.node, self.host_v4)
+            } else {
+                (&self.second, self.second_v4)
+            };
+        Flow::start(&self.first, to, address, transport, cpu)
+            .with_context(|| format!("on the node of {}", self.arena.contender.name()))
+    }
+}
+
+/// Measures all kinds of traffic.
+pub(super) fn measure(
+    settings: &Settings,
+    pairs: &[Pair],
+    plan: &Plan,
+) -> Result<Vec<Measurement>> {
+    tests(settings)
+        .map(|&(name, transport, tell, to_host)| {
+            plan.say(name.to_owned());
+            let mut lanes: Vec<_> = pairs.iter().map(|pair| (pair, Vec::new())).collect();
+            let count = lanes.len();
+            for round in 0..settings.rounds {
+                for turn in 0..count {
+                    // Everyone goes first as often as the others.
+                    let (pair, values) = &mut lanes[(round + turn) % count];
+                    // Where the kernel puts a socket makes a difference of a
+                    // per cent for as long as it lives: so none lives long.
+                    let mut flow = pair.flow(transport, to_host, settings.cpu)?;
+                    flow.run(settings.slice / WARM_UP)?;
+                    let rate = flow
+                        .run(settings.slice)
+                        .with_context(|| format!("{name} of {}", pair.arena.contender.name()))?;
+                    values.push(tell.of(rate));
+                }
+                plan.advance(step(settings));
+            }
+            Ok(Measurement {
+                name: name.to_owned(),
+                unit: tell.unit(),
+                better: tell.better(),
+                additive: false,
+                values: lanes
+                    .into_iter()
+                    .map(|(pair, values)| (pair.arena.contender, values))
+                    .collect(),
+            })
+        })
+        .collect()
+}
