@@ -95,11 +95,19 @@ impl<'a> Attachment<'a> {
     }
 
     /// Takes the attachment to make it.
+    ///
+    /// # Errors
+    ///
+    /// [`RecordError`].
     pub fn claim(&self) -> Result<Claim, RecordError> {
         Claim::read(Lock::take(&self.path(), Mode::Exclusive)?, self.path())
     }
 
     /// Takes the attachment if anything of it was recorded.
+    ///
+    /// # Errors
+    ///
+    /// [`RecordError`].
     pub fn claim_existing(&self) -> Result<Option<Claim>, RecordError> {
         match Lock::take_existing(&self.path())? {
             Some(lock) => Claim::read(lock, self.path()).map(Some),
@@ -202,6 +210,10 @@ impl Claim {
     }
 
     /// Records what was made.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be written.
     pub fn write(&mut self, record: &Record) -> Result<(), RecordError> {
         let write = || -> io::Result<()> {
             let text = serde_json::to_vec(record)?;
@@ -221,6 +233,10 @@ impl Claim {
     }
 
     /// Forgets the attachment.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be removed.
     pub fn remove(self) -> Result<(), RecordError> {
         self.lock.remove().map_err(|source| RecordError::Io {
             action: "removing",

@@ -28,8 +28,8 @@ pub enum FollowError {
     Datapath(#[from] datapath::Error),
     /// No network logs.
     #[error(
-        "no programs that log are loaded: give a network a `logLevel` of error, warn, info, \
-         debug or trace, and attach a pod to it"
+        "no programs that log are loaded: give a network the `logLevel` debug (each drop) or \
+         trace (each frame), and attach a pod to it"
     )]
     NoLog,
     /// The log cannot be read.

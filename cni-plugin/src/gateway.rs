@@ -91,6 +91,10 @@ pub struct Gateway {
 }
 
 /// Takes the lock under which a segment's ports and gateway may be changed.
+///
+/// # Errors
+///
+/// [`LockError`].
 pub fn lock(bridge: &str) -> Result<Lock, LockError> {
     Lock::take(&Path::new(LOCKS).join(bridge), Mode::Exclusive)
 }
@@ -102,6 +106,10 @@ pub fn mac(bridge: &str) -> MacAddr {
 }
 
 /// Finds the gateway of `bridge`, or makes it; says which.
+///
+/// # Errors
+///
+/// [`GatewayError`]; then nothing is left of a gateway that was to be made.
 pub fn ensure(
     host: &Netlink,
     datapath: &mut Datapath,
@@ -110,7 +118,10 @@ pub fn ensure(
     mtu: u32,
 ) -> Result<(Gateway, bool), GatewayError> {
     if let Some(link) = host.link_by_name(bridge)? {
-        if link.alias == ALIAS && datapath.segment(link.index)?.is_some() {
+        let whole = datapath
+            .segment(link.index)?
+            .is_some_and(|segment| link.alias == ALIAS || segment.members > 1);
+        if whole {
             let gateway = Gateway {
                 segment: link.index,
                 mac: link.mac.unwrap_or_else(|| mac(bridge)),
@@ -118,20 +129,26 @@ pub fn ensure(
             };
             return Ok((gateway, false));
         }
-        remove_leftover(host, bridge, &link)?;
+        remove_leftover(host, datapath, bridge, &link)?;
     }
     let gateway = create(host, datapath, level, bridge, mtu);
     if gateway.is_err()
         && let Some(link) = host.link_by_name(bridge)?
     {
         host.delete(link.index)?;
+        datapath.remove_segment(link.index, mac(bridge).octets(), &[])?;
     }
     Ok((gateway?, true))
 }
 
 /// Removes what an ADD that was killed has left, and refuses to remove anything
 /// else.
-fn remove_leftover(host: &Netlink, bridge: &str, link: &Link) -> Result<(), GatewayError> {
+fn remove_leftover(
+    host: &Netlink,
+    datapath: &mut Datapath,
+    bridge: &str,
+    link: &Link,
+) -> Result<(), GatewayError> {
     // A pair that was just born has no alias yet, but a peer of our name.
     let peer = link.peer_index.map(|index| host.link_by_index(index));
     let peer = match peer {
@@ -144,13 +161,16 @@ fn remove_leftover(host: &Netlink, bridge: &str, link: &Link) -> Result<(), Gate
             kind: link.kind.clone(),
         });
     };
-    if host
-        .tc_ingress_bpf(peer.index, FILTER_PRIORITY, FILTER_HANDLE)?
-        .is_some()
+    // A gateway that became whole is known to the datapath that it became so with.
+    if link.alias == ALIAS
+        && host
+            .tc_ingress_bpf(peer.index, FILTER_PRIORITY, FILTER_HANDLE)?
+            .is_some()
     {
         return Err(GatewayError::Orphaned(bridge.to_owned()));
     }
     host.delete(link.index)?;
+    datapath.remove_segment(link.index, mac(bridge).octets(), &[])?;
     Ok(())
 }
 
@@ -210,6 +230,10 @@ fn create(
 }
 
 /// Removes a gateway that no port ever joined.
+///
+/// # Errors
+///
+/// The device or its entries cannot be removed.
 pub fn remove_unused(
     host: &Netlink,
     datapath: &mut Datapath,
@@ -229,6 +253,10 @@ pub fn remove_unused(
 
 /// Gives the gateway an address, as `ensureAddr` of the stock plugin does: IPv4
 /// has one, IPv6 one in each subnet; another is in the way, unless `force` is set.
+///
+/// # Errors
+///
+/// [`GatewayError::OtherAddress`], or the kernel refuses a change.
 pub fn ensure_address(
     host: &Netlink,
     datapath: &mut Datapath,
@@ -276,6 +304,10 @@ pub fn ensure_address(
 }
 
 /// Lets the host forward what pods send out and what is sent to them.
+///
+/// # Errors
+///
+/// [`SysctlError`].
 pub fn enable_forwarding(addresses: &[IpNet]) -> Result<(), GatewayError> {
     if addresses.iter().any(|net| net.addr().is_ipv4()) {
         let _ = Sysctl::ipv4_forwarding().set(1)?;

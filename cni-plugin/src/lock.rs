@@ -1,4 +1,8 @@
 //! File locks with a bounded wait, whose error says who holds them.
+//!
+//! Whoever needs several takes them in this order: the attachment's
+//! ([`crate::attachment`]), the bridge's ([`crate::gateway`]), that of the pins
+//! ([`crate::datapath`]).
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions},

@@ -497,6 +497,33 @@ fn networks_on_different_bridges_are_separate_segments() -> Result<()> {
 }
 
 #[test]
+fn separate_segments_may_have_the_same_addresses() -> Result<()> {
+    let node = Node::new()?;
+    let network = |name: &str, bridge: &str| {
+        let mut config = Network::dual_stack(&node);
+        config["name"] = json!(name);
+        config["bridge"] = json!(bridge);
+        // Two connected routes to one subnet could not both be right.
+        config["isDefaultGateway"] = json!(false);
+        Network::new(&node, config)
+    };
+    let (one, two) = (network("one", "cni0"), network("two", "cni1"));
+    let (a, b) = (one.pod("a")?, one.pod("b")?);
+    let (other_a, other_b) = (two.pod("other-a")?, two.pod("other-b")?);
+    ensure!(addresses(&b)? == addresses(&other_b)?);
+    for address in addresses(&b)? {
+        talks(&a, &b, address)?;
+        talks(&other_a, &other_b, address)?;
+    }
+    two.del(other_b.attachment())?;
+    for address in addresses(&b)? {
+        talks(&a, &b, address)?;
+        ensure!(other_a.ping(address, 1).is_err(), "{address} is answered");
+    }
+    Ok(())
+}
+
+#[test]
 fn networks_on_one_bridge_share_a_segment() -> Result<()> {
     let node = Node::new()?;
     let one = Network::new(&node, Network::dual_stack(&node));
@@ -697,6 +724,30 @@ fn duplicate_address_detection_finds_anothers_address_and_never_the_own() -> Res
         );
     }
     Ok(())
+}
+
+#[test]
+fn an_add_waits_for_duplicate_address_detection_and_fails_if_it_does() -> Result<()> {
+    let node = Node::new()?;
+    let network = network_with(&node, "enabledad", json!(true));
+    let a = network.pod("a")?;
+    let tentative = a.run("ip -6 addr show tentative")?;
+    ensure!(tentative.is_empty(), "{tentative}");
+    // What the next one would get, somebody has whom no store knows of.
+    let taken = "fd77::3";
+    a.ip(&format!("addr add {taken}/64 dev eth0 nodad"))?;
+    let sandbox = node.sandbox("b")?;
+    let error = network.add(&sandbox.attachment());
+    let error = format!("{:#}", error.err().context("a duplicate was assigned")?);
+    ensure!(
+        error.contains("duplicate") && error.contains(taken),
+        "{error}"
+    );
+    ensure!(sandbox.device_names()? == ["lo"]);
+    // The addresses go round, so the next attempt has better luck.
+    let attachment = sandbox.attachment();
+    let b = network.pod_with(sandbox, attachment)?;
+    talks(&a, &b, b.v6()?.into())
 }
 
 #[test]

@@ -4,6 +4,7 @@
 use std::{
     collections::BTreeSet,
     net::{IpAddr, Ipv4Addr},
+    process::Command,
     thread,
     time::Duration,
 };
@@ -1035,5 +1036,95 @@ fn connections_outlive_the_coming_and_going_of_neighbours() -> Result<()> {
         Ok(())
     })?;
     a.udp_echo(server.address(), b"still there", Duration::from_secs(1))?;
+    Ok(())
+}
+
+// Crashes that a kill hits too seldom to be tried by killing.
+
+fn clear_alias(node: &Node, device: &str) -> Result<()> {
+    let mut ip = Command::new("ip");
+    let output = node.output(ip.args(["link", "set", "dev", device, "alias", ""]))?;
+    ensure!(output.status.success(), "{output:?}");
+    Ok(())
+}
+
+#[test]
+fn a_gateway_whose_making_was_killed_is_made_anew() -> Result<()> {
+    let node = Node::new()?;
+    let network = Network::new(&node, config(&node));
+    let before = warm(&network)?;
+    // The alias comes last.
+    clear_alias(&node, "cni0")?;
+    let pod = network.pod("pod")?;
+    alive(&pod, &node)?;
+    network.check(pod.attachment())?;
+    // One that pods have joined is whole, whatever its alias says.
+    clear_alias(&node, "cni0")?;
+    let other = network.pod("other")?;
+    for pod in [&pod, &other] {
+        alive(pod, &node)?;
+    }
+    for pod in [&pod, &other] {
+        network.del(pod.attachment())?;
+    }
+    // Of the first gateway nothing is left: as many entries, one device. But of its
+    // addresses, which one that was killed at this point would not have had.
+    let after = Snapshot::take(&node)?;
+    let count = |snapshot: &Snapshot| -> Vec<String> {
+        let pins = snapshot.matching("pin ");
+        pins.iter()
+            .filter(|pin| !pin.contains("NEIGHBORS"))
+            .filter_map(|pin| Some(pin.split_once(" keys: ")?.0.to_owned()))
+            .collect()
+    };
+    ensure!(
+        count(&before) == count(&after),
+        "{before:?}\nthen {after:?}"
+    );
+    Ok(())
+}
+
+#[test]
+fn del_works_when_the_load_of_the_programs_was_killed() -> Result<()> {
+    let node = Node::new()?;
+    let network = Network::new(&node, config(&node));
+    let pod = network.pod("pod")?;
+    for pin in node.run("find /sys/fs/bpf/bpf-bridge -type f")?.lines() {
+        if !pin.ends_with("/PORTS") {
+            node.run(&format!("rm {pin}"))?;
+        }
+    }
+    network.del(pod.attachment())?;
+    ensure!(pod.device_names()? == ["lo"]);
+    Ok(())
+}
+
+#[test]
+fn a_del_that_waits_for_its_bridge_stands_in_nobodys_way() -> Result<()> {
+    let node = Node::new()?;
+    let network = Network::new(&node, config(&node));
+    let pod = network.pod("pod")?;
+    // An ADD holds the lock of the bridge, and may then want the pins alone.
+    node.install_script(
+        "hold",
+        "#!/bin/sh\n\
+         exec 9>/run/bpf-bridge/bridges/cni0\n\
+         flock 9\n\
+         : >/run/held\n\
+         until [ -e /run/waits ]; do sleep 0.05; done\n\
+         sleep 0.3\n\
+         flock -w 5 /run/bpf-bridge/datapath.lock true && : >/run/had\n",
+    )?;
+    thread::scope(|scope| -> Result<()> {
+        let held = scope.spawn(|| node.run(&format!("{}/hold", Node::CNI_PATH)));
+        wait_for("lock", Duration::from_secs(5), || {
+            Ok(node.run("test -e /run/held").is_ok())
+        })?;
+        node.run("touch /run/waits")?;
+        network.del(pod.attachment())?;
+        held.join().map_err(|_| anyhow::anyhow!("a panic"))??;
+        Ok(())
+    })?;
+    node.run("test -e /run/had")?;
     Ok(())
 }

@@ -571,7 +571,8 @@ fn routes_have_all_that_1_1_lets_them_have() -> Result<()> {
     });
     let linked = json!({"dst": "192.0.2.0/24", "gw": "10.77.0.8"});
     let mut config = dual_stack_with(&node, json!({"cniVersion": "1.1.0"}));
-    config["ipam"]["routes"] = json!([route, linked]);
+    let on_link = json!({"dst": "198.18.0.0/15", "scope": 253});
+    config["ipam"]["routes"] = json!([route, linked, on_link]);
     let pod = attached(&node, "pod", config)?;
     let routes = pod.result()["routes"].as_array().context("no routes")?;
     ensure!(
@@ -589,6 +590,12 @@ fn routes_have_all_that_1_1_lets_them_have() -> Result<()> {
     }
     let shown = pod.run("ip route")?;
     ensure!(shown.contains("192.0.2.0/24 via 10.77.0.8"), "{shown}");
+    // No next hop: who is there is on the link.
+    let shown = pod.run("ip route show 198.18.0.0/15")?;
+    ensure!(
+        shown.contains("scope link") && !shown.contains("via"),
+        "{shown}"
+    );
     Ok(())
 }
 
@@ -701,6 +708,69 @@ fn values_out_of_range_are_refused_and_the_key_named() -> Result<()> {
         let error = refused(&node, dual_stack_with(&node, json!({key: value})))?;
         ensure!([2, 6, 7].contains(&error.code), "{key} {value}: {error:?}");
         ensure!(error.text().contains(key), "{key} {value}: {error:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn an_mtu_too_small_for_ipv6_is_refused_where_there_is_ipv6() -> Result<()> {
+    let node = Node::new()?;
+    let error = refused(&node, dual_stack_with(&node, json!({"mtu": 1279})))?;
+    for word in ["mtu", "1279", "1280"] {
+        ensure!(error.text().contains(word), "{error:?}");
+    }
+    let ranges = json!([[{"subnet": Network::V4_SUBNET}]]);
+    let mut config = dual_stack_with(&node, json!({"mtu": 1279}));
+    config["ipam"]["ranges"] = ranges;
+    let pod = attached(&node, "pod", config)?;
+    ensure!(pod.device("eth0")?["mtu"] == 1279);
+    node.ping(pod.v4()?.into(), 1)
+}
+
+#[test]
+fn a_network_can_have_ipv6_alone() -> Result<()> {
+    let node = Node::new()?;
+    let mut config = Network::dual_stack(&node);
+    config["ipam"]["ranges"] = json!([[{"subnet": Network::V6_SUBNET}]]);
+    let network = Network::new(&node, config);
+    let (a, b) = (network.pod("a")?, network.pod("b")?);
+    ensure!(a.addresses() == [IpAddr::from(a.v6()?)], "{}", a.result());
+    node.ping(a.v6()?.into(), 1)?;
+    a.ping(b.v6()?.into(), 1)?;
+    a.ping("fd77::1".parse()?, 1)?;
+    ensure!(a.run("ip -4 addr show dev eth0")?.is_empty());
+    ensure!(a.run("ip -4 route")?.is_empty());
+    ensure!(node.sysctl("net.ipv4.ip_forward")? == "0");
+    ensure!(node.sysctl("net.ipv6.conf.all.forwarding")? == "1");
+    network.check(a.attachment())?;
+    network.del(a.attachment())
+}
+
+#[test]
+fn a_device_of_that_name_that_is_not_ours_is_refused_and_left_alone() -> Result<()> {
+    let node = Node::new()?;
+    // The programs, and the locks.
+    let first = Network::new(&node, dual_stack_with(&node, json!({"bridge": "cni1"})));
+    let pod = first.pod("first")?;
+    first.del(pod.attachment())?;
+    for kind in ["bridge", "veth"] {
+        node.ip(&format!(
+            "link add cni0 type {kind}\nlink set cni0 up\naddr add 192.0.2.1/24 dev cni0"
+        ))?;
+        let before = Snapshot::take(&node)?;
+        let error = refused(&node, Network::dual_stack(&node))?;
+        for word in ["bridge", "cni0", kind] {
+            ensure!(error.text().contains(word), "{kind}: {error:?}");
+        }
+        let after = Snapshot::take(&node)?;
+        let changes: Vec<_> = before
+            .changes(&after)
+            .into_iter()
+            // The lock of the bridge stays.
+            .filter(|change| change != "+file /run/bpf-bridge/bridges/cni0")
+            .collect();
+        ensure!(changes.is_empty(), "{kind}: {changes:#?}");
+        node.ip("link del cni0")?;
     }
     Ok(())
 }
@@ -1063,6 +1133,58 @@ echo '{"cniVersion": "1.1.0", "ips": [{"address": "10.83.0.5/24"}]}'
         ensure!(reply.failure()?.text().contains("out of luck"), "{reply:?}");
     }
     ensure!(network.gc(&[]).is_err());
+    Ok(())
+}
+
+#[test]
+fn an_ipam_plugin_gets_the_variables_and_the_configuration() -> Result<()> {
+    let node = Node::new()?;
+    node.install_script(
+        "recording",
+        r#"#!/bin/sh
+echo "$CNI_COMMAND $CNI_CONTAINERID $CNI_NETNS $CNI_IFNAME $CNI_ARGS $CNI_PATH" >>/run/variables
+cat >/run/stdin.$CNI_COMMAND
+[ "$CNI_COMMAND" = ADD ] || exit 0
+echo '{"cniVersion": "1.1.0", "ips": [{"address": "10.83.0.5/24"}]}'
+"#,
+    )?;
+    let config = dual_stack_with(
+        &node,
+        json!({"cniVersion": "1.1.0", "ipam": {"type": "recording"}}),
+    );
+    let network = Network::new(&node, config);
+    let sandbox = node.sandbox("pod")?;
+    let attachment = sandbox.attachment().args("IgnoreUnknown=1;KEY=value");
+    let pod = network.pod_with(sandbox, attachment)?;
+    network.check(pod.attachment())?;
+    network.gc(&[pod.attachment()])?;
+    network.status()?.first().context("no reply")?.success()?;
+    network.del(pod.attachment())?;
+    let of_pod = format!(
+        "pod /run/netns/pod eth0 IgnoreUnknown=1;KEY=value {}",
+        Node::CNI_PATH
+    );
+    let of_none = format!("    {}", Node::CNI_PATH);
+    let expected = [
+        format!("ADD {of_pod}"),
+        format!("CHECK {of_pod}"),
+        format!("GC {of_none}"),
+        format!("STATUS {of_none}"),
+        format!("DEL {of_pod}"),
+    ];
+    let seen = node.read("/run/variables")?;
+    ensure!(seen.lines().eq(&expected), "{seen}");
+    for (verb, key) in [
+        ("ADD", "name"),
+        ("CHECK", "prevResult"),
+        ("GC", "cni.dev/valid-attachments"),
+        ("STATUS", "ipam"),
+        ("DEL", "prevResult"),
+    ] {
+        let config = node.json(&format!("cat /run/stdin.{verb}"))?;
+        ensure!(!config[key].is_null(), "{verb}: no {key} in {config}");
+        ensure!(config["cniVersion"] == "1.1.0", "{verb}: {config}");
+    }
     Ok(())
 }
 

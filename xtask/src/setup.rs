@@ -41,6 +41,7 @@ const PROGRAMS: &[Program] = {
         ("ping", "iputils-ping", &[Demo, Test]),
         ("bpftool", "bpftool", &[Demo, Test]),
         ("iperf3", "iperf3", &[Demo]),
+        ("strace", "strace", &[Test]),
         ("iptables", "iptables", &[Test]),
         ("busybox", "busybox-static", &[Test]),
         ("runc", "runc", &[Test]),

@@ -7,8 +7,8 @@
 //!    its segment, and the program is attached.
 //! 4. The interface goes up, the routes are added: the pod can talk.
 //!
-//! If anything fails, [`del`] removes what was made, as it would
-//! for a pod that lived.
+//! If anything fails, [`del`] removes what was made, as it would for a pod that
+//! lived.
 
 use std::{
     net::IpAddr,
@@ -140,7 +140,8 @@ fn create_pair(
 /// What an ADD makes that later ones will use too, if it comes to its end.
 #[derive(Default)]
 struct Shared {
-    /// The programs and maps were loaded.
+    /// The programs for the network's log level were loaded, and the maps if they
+    /// were the first.
     loaded: bool,
     /// The gateway was made.
     gateway: Option<Gateway>,

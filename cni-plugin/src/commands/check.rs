@@ -6,10 +6,7 @@ use std::{net::IpAddr, path::Path};
 
 use crate::{
     attachment::{Attachment, Record},
-    cni::{
-        Call, CniError, CniResult, ErrorCode,
-        result::{Interface, IpConfig},
-    },
+    cni::{Call, CniError, CniResult, ErrorCode, result::IpConfig},
     datapath::{Datapath, FILTER_HANDLE, FILTER_PRIORITY},
     ipam::Ipam,
     link::Netlink,
@@ -31,7 +28,7 @@ pub(super) fn run(
             "prevResult is missing: CHECK compares with it",
         )
     })?;
-    let (number, _) = own_interface(expected, attachment, &sandbox).ok_or_else(|| {
+    let number = own_interface(expected, attachment, &sandbox).ok_or_else(|| {
         fault(format!(
             "prevResult has no interface {:?} in sandbox {}",
             attachment.ifname,
@@ -177,23 +174,23 @@ fn check_inside(
         // A next hop that is not in one of our subnets belongs to another plugin
         // of the chain.
         let ours = |gateway| ips.iter().any(|ip| ip.address.contains(&gateway));
-        if route.gw.is_some_and(ours)
-            && !inside.has_route(link.index, &add::as_link_route(route))?
-        {
-            let lost = add::as_link_route(route);
-            return Err(fault(format!("the container has lost its {lost}")));
+        if route.gw.is_some_and(ours) {
+            let route = add::as_link_route(route);
+            if !inside.has_route(link.index, &route)? {
+                return Err(fault(format!("the container has lost its {route}")));
+            }
         }
     }
     Ok(())
 }
 
-/// The container's interface in a result, and its number.
-fn own_interface<'a>(
-    result: &'a CniResult,
+/// The number of the container's interface in a result.
+fn own_interface(
+    result: &CniResult,
     attachment: &Attachment<'_>,
     sandbox: &Netns,
-) -> Option<(usize, &'a Interface)> {
-    result.interfaces.iter().enumerate().find(|(_, interface)| {
+) -> Option<usize> {
+    result.interfaces.iter().position(|interface| {
         interface.name == attachment.ifname
             && interface
                 .sandbox

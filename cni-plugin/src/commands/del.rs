@@ -60,20 +60,23 @@ pub(super) fn unplug(attachment: &Attachment<'_>, record: Option<&Record>) -> Re
         // Without an alias it is one whose ADD was killed at once: the name is
         // proof enough.
         .filter(|link| link.alias.is_empty() || link.alias == attachment.alias());
-    if let Some(link) = &link {
+    if let Some(link) = link {
         host.delete(link.index)?;
     }
-    let ifindex = match (record, &link) {
-        (Some(record), _) => record.host_ifindex,
-        (None, Some(link)) => link.index,
-        (None, None) => return Ok(()),
-    };
-    let Some(mut datapath) = Datapath::open()? else {
+    // The record is written before the datapath is told anything.
+    let Some(record) = record else {
         return Ok(());
     };
-    if let Some(record) = record {
-        let _lock = gateway::lock(&record.bridge)?;
-        datapath.remove_port(ifindex, record.segment, record.mac, &record.addresses)?;
+    // In the order of ADD, which may load programs under the lock of the bridge:
+    // the other way round, the two would wait for each other.
+    let _lock = gateway::lock(&record.bridge)?;
+    if let Some(mut datapath) = Datapath::open()? {
+        datapath.remove_port(
+            record.host_ifindex,
+            record.segment,
+            record.mac,
+            &record.addresses,
+        )?;
     }
     Ok(())
 }

@@ -32,8 +32,7 @@ fn ready() -> Result<(), CniError> {
 
 /// Every pod of the network has its program and its entries.
 fn attached(call: &Call<'_>, host: &Netlink) -> Result<(), CniError> {
-    let degraded = |what: String| Err(CniError::new(ErrorCode::LimitedConnectivity, what));
-    let mut datapath = None;
+    let mut opened = None;
     for (container_id, ifname) in attachment::recorded(&call.config.name)? {
         let attachment = Attachment {
             network: &call.config.name,
@@ -47,21 +46,12 @@ fn attached(call: &Call<'_>, host: &Netlink) -> Result<(), CniError> {
         if !is_alive(host, &attachment)? {
             continue;
         }
-        if datapath.is_none() {
-            datapath = match Datapath::open() {
-                Ok(Some(open)) => Some(open),
-                Ok(None) => {
-                    return degraded(format!(
-                        "pods are attached, but the maps that were pinned for them below {} are gone",
-                        datapath::BPFFS
-                    ));
-                }
-                Err(error) => return degraded(error.to_string()),
-            };
-        }
-        let Some(datapath) = &datapath else { continue };
+        let datapath = match &mut opened {
+            Some(datapath) => datapath,
+            none => none.insert(open()?),
+        };
         if let Some(fault) = super::check::port(host, datapath, &attachment, &record)? {
-            return degraded(fault);
+            return Err(degraded(fault));
         }
         let gateway = datapath.segment(record.segment)?;
         let carried = match gateway {
@@ -71,11 +61,27 @@ fn attached(call: &Call<'_>, host: &Netlink) -> Result<(), CniError> {
             None => None,
         };
         if carried.is_none() {
-            return degraded(format!(
+            return Err(degraded(format!(
                 "the gateway port of bridge {:?} has lost its program or was deleted",
                 record.bridge
-            ));
+            )));
         }
     }
     Ok(())
+}
+
+/// The maps that the attached pods need.
+fn open() -> Result<Datapath, CniError> {
+    match Datapath::open() {
+        Ok(Some(datapath)) => Ok(datapath),
+        Ok(None) => Err(degraded(format!(
+            "pods are attached, but the maps that were pinned for them below {} are gone",
+            datapath::BPFFS
+        ))),
+        Err(error) => Err(degraded(error.to_string())),
+    }
+}
+
+fn degraded(what: String) -> CniError {
+    CniError::new(ErrorCode::LimitedConnectivity, what)
 }

@@ -27,6 +27,11 @@ pub(super) fn is_loaded(level: LogLevel) -> bool {
     pins::variant(level).join(PROGRAM).exists()
 }
 
+/// Whether a load ever came to its end, at whatever level.
+pub(super) fn is_any_loaded() -> bool {
+    is_loaded(LogLevel::Off) || LogLevel::LOGGING.into_iter().any(is_loaded)
+}
+
 impl Datapath {
     /// Attaches the program to the ingress of the device `index` of `host`.
     ///
@@ -45,6 +50,10 @@ impl Datapath {
     }
 
     /// The kernel's id of the program that ports of `level` carry.
+    ///
+    /// # Errors
+    ///
+    /// The programs for `level` are not pinned.
     pub fn program_id(&self, level: LogLevel) -> Result<u32, Error> {
         open_program(level)?
             .info()

@@ -139,7 +139,7 @@ impl From<aya::EbpfError> for Error {
     }
 }
 
-/// A port that is to be added, or was.
+/// A port that is to be added.
 #[derive(Clone, Copy, Debug)]
 pub struct PortSpec<'a> {
     /// The ifindex of the host veth.
@@ -168,6 +168,10 @@ pub struct Datapath {
 impl Datapath {
     /// Opens the datapath, and loads it first if nobody did since the boot. Says
     /// also whether this call loaded it.
+    ///
+    /// # Errors
+    ///
+    /// bpffs is not mounted, the kernel refuses the programs, or the pins cannot be used.
     pub fn open_or_load(level: LogLevel) -> Result<(Self, bool), Error> {
         require_bpffs()?;
         let mut fresh = false;
@@ -182,13 +186,20 @@ impl Datapath {
             drop(lock);
             let _alone = pins::lock(Mode::Exclusive)?;
             if !attach::is_loaded(level) {
-                object::load(level)?;
+                if let Err(error) = object::load(level) {
+                    let _ = remove_unused_pins();
+                    return Err(error);
+                }
                 fresh = true;
             }
         }
     }
 
     /// Opens the datapath if it was loaded.
+    ///
+    /// # Errors
+    ///
+    /// A pin cannot be opened, or is not what this version pins there.
     pub fn open() -> Result<Option<Self>, Error> {
         if !pins::map("PORTS").exists() {
             return Ok(None);
@@ -197,23 +208,23 @@ impl Datapath {
         if !pins::map("PORTS").exists() {
             return Ok(None);
         }
-        Self::open_pins(lock).map(Some)
+        match Self::open_pins(lock) {
+            // Its load was killed: nothing was ever attached.
+            Err(_) if !attach::is_any_loaded() => Ok(None),
+            opened => opened.map(Some),
+        }
     }
 
     /// Removes the pins again if there is no port: what a failed first ADD does.
+    ///
+    /// # Errors
+    ///
+    /// The lock cannot be taken, or a pin not be opened or removed.
     pub fn unload_if_unused(self) -> Result<(), Error> {
+        // The pins cannot be locked alone while this shares them.
         drop(self);
-        let lock = pins::lock(Mode::Exclusive)?;
-        let unused = match Self::open_pins(lock) {
-            Ok(datapath) if datapath.ports.keys().next().is_none() => true,
-            Ok(_) => false,
-            // Half made: useless to everybody.
-            Err(_) => true,
-        };
-        if unused {
-            pins::remove_all()?;
-        }
-        Ok(())
+        let _alone = pins::lock(Mode::Exclusive)?;
+        remove_unused_pins()
     }
 
     fn open_pins(lock: Lock) -> Result<Self, Error> {
@@ -230,27 +241,47 @@ impl Datapath {
     }
 
     /// The segment whose gateway device has this ifindex.
+    ///
+    /// # Errors
+    ///
+    /// The table cannot be read.
     pub fn segment(&self, segment: u32) -> Result<Option<Segment>, Error> {
         get(&self.segments, "SEGMENTS", segment)
     }
 
     /// The port of this ifindex.
+    ///
+    /// # Errors
+    ///
+    /// The table cannot be read.
     pub fn port(&self, ifindex: u32) -> Result<Option<Port>, Error> {
         get(&self.ports, "PORTS", ifindex)
     }
 
     /// Whom a MAC address was assigned to.
+    ///
+    /// # Errors
+    ///
+    /// The table cannot be read.
     pub fn endpoint(&self, segment: u32, mac: Mac) -> Result<Option<Endpoint>, Error> {
         get(&self.endpoints, "ENDPOINTS", MacKey::new(segment, mac))
     }
 
     /// Whom an IP address was assigned to.
+    ///
+    /// # Errors
+    ///
+    /// The table cannot be read.
     pub fn neighbor(&self, segment: u32, address: IpAddr) -> Result<Option<Neighbor>, Error> {
         get(&self.neighbors, "NEIGHBORS", ip_key(segment, address))
     }
 
     /// What the port received and dropped, over all CPUs; `None` if there is no
     /// such port. Port 0 has what came from devices that are no ports.
+    ///
+    /// # Errors
+    ///
+    /// The table cannot be read.
     pub fn stats(&self, ifindex: u32) -> Result<Option<PortStats>, Error> {
         let values = match self.stats.get(&ifindex, 0) {
             Ok(values) => values,
@@ -270,7 +301,7 @@ impl Datapath {
         Ok(Some(sum))
     }
 
-    /// Every port, for those who must look at all: GC and people.
+    /// Every port, for people and tests: no verb looks at all of them.
     pub fn ports(&self) -> impl Iterator<Item = (u32, Port)> + '_ {
         self.ports.iter().filter_map(|entry| {
             entry
@@ -280,6 +311,10 @@ impl Datapath {
     }
 
     /// Whether the port gets what is flooded to its segment.
+    ///
+    /// # Errors
+    ///
+    /// A table cannot be read.
     pub fn has_joined(&self, ifindex: u32) -> Result<bool, Error> {
         let Some(port) = self.port(ifindex)? else {
             return Ok(false);
@@ -300,6 +335,10 @@ impl Datapath {
     /// `gateway.segment` is the gateway device, `gateway.ifindex` its far end,
     /// where the program is attached. Entries that a device of the same number
     /// left are overwritten: the kernel gave the number anew.
+    ///
+    /// # Errors
+    ///
+    /// A table cannot be written.
     pub fn create_segment(&mut self, gateway: &PortSpec<'_>) -> Result<(), Error> {
         let segment = gateway.segment;
         self.set_port(gateway, PORT_GATEWAY | gateway.flags, 0)?;
@@ -316,6 +355,10 @@ impl Datapath {
     }
 
     /// Lets the responder answer for an address of the gateway.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoSegment`], or a table cannot be written.
     pub fn add_gateway_address(
         &mut self,
         segment: u32,
@@ -336,6 +379,10 @@ impl Datapath {
     }
 
     /// The responder no longer answers for an address of the gateway.
+    ///
+    /// # Errors
+    ///
+    /// The table cannot be read or written.
     pub fn remove_gateway_address(&mut self, segment: u32, address: IpAddr) -> Result<(), Error> {
         let owned = self
             .neighbor(segment, address)?
@@ -347,6 +394,10 @@ impl Datapath {
     }
 
     /// Removes a segment of which only the gateway port is left.
+    ///
+    /// # Errors
+    ///
+    /// A table cannot be read or written.
     pub fn remove_segment(
         &mut self,
         segment: u32,
@@ -365,8 +416,9 @@ impl Datapath {
     ///
     /// # Errors
     ///
-    /// [`Error::Assigned`] if another port has one of the addresses, before
-    /// anything is changed.
+    /// [`Error::Assigned`] if another port has one of the addresses,
+    /// [`Error::SegmentFull`] and [`Error::NoSegment`], all before anything is
+    /// changed; or a table cannot be read or written.
     pub fn add_port(&mut self, port: &PortSpec<'_>) -> Result<(), Error> {
         let mut segment = self
             .segment(port.segment)?
@@ -430,6 +482,10 @@ impl Datapath {
 
     /// Removes a port whose device is gone and of which nobody has a record at
     /// hand. The entries of its IP addresses stay, and count for nothing.
+    ///
+    /// # Errors
+    ///
+    /// A table cannot be read or written.
     pub fn remove_dead_port(&mut self, ifindex: u32) -> Result<(), Error> {
         match self.port(ifindex)? {
             Some(port) => self.remove_port(ifindex, port.segment, port.mac, &[]),
@@ -438,6 +494,10 @@ impl Datapath {
     }
 
     /// Removes a port and everything that is its own; what is missing is no error.
+    ///
+    /// # Errors
+    ///
+    /// A table cannot be read or written.
     pub fn remove_port(
         &mut self,
         ifindex: u32,
@@ -559,6 +619,13 @@ impl Datapath {
         }
         remove(&mut self.ports, "PORTS", ifindex)
     }
+}
+
+/// Removes the pins if there is no port. Their lock is held alone.
+fn remove_unused_pins() -> Result<(), Error> {
+    let in_use =
+        pins::map("PORTS").exists() && table::<u32, Port>("PORTS")?.keys().next().is_some();
+    if in_use { Ok(()) } else { pins::remove_all() }
 }
 
 fn ip_key(segment: u32, address: IpAddr) -> IpKey {

@@ -36,6 +36,10 @@ pub(super) const PROGRAMS: [(&str, Option<u32>); 3] = [
 
 /// Lets the kernel verify the programs without pinning anything: what STATUS
 /// asks before the first ADD.
+///
+/// # Errors
+///
+/// [`Error::Load`] or [`Error::Program`], with what the kernel refused.
 pub fn verify() -> Result<(), Error> {
     let mut ebpf = EbpfLoader::new()
         .override_global("AYA_LOG_LEVEL", &LogLevel::Off.number(), false)

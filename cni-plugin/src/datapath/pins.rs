@@ -44,6 +44,10 @@ pub(super) fn variant(level: LogLevel) -> PathBuf {
 }
 
 /// Refuses to go on without bpffs.
+///
+/// # Errors
+///
+/// [`Error::NoBpffs`].
 pub fn require_bpffs() -> Result<(), Error> {
     let mounted = statfs(BPFFS).is_ok_and(|stat| stat.filesystem_type() == BPF_FS_MAGIC);
     if mounted { Ok(()) } else { Err(Error::NoBpffs) }
