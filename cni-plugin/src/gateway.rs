@@ -110,7 +110,15 @@ pub fn ensure(
     mtu: u32,
 ) -> Result<(Gateway, bool), GatewayError> {
     if let Some(link) = host.link_by_name(bridge)? {
-        if link.alias == ALIAS && datapath.segment(link.index)?.is_some() {
+        if let Some(segment) = datapath.segment(link.index)?
+            && link.alias == ALIAS
+        {
+            if !(link.up && link.running) {
+                // As the stock plugin sets its bridge up in every ADD.
+                host.set_up(segment.gateway_port)?;
+                host.set_up(link.index)?;
+                host.wait_running(link.index, READY)?;
+            }
             let gateway = Gateway {
                 segment: link.index,
                 mac: link.mac.unwrap_or_else(|| mac(bridge)),
@@ -129,9 +137,34 @@ pub fn ensure(
     Ok((gateway?, true))
 }
 
+/// Tells whether [`ensure`] would find or could make the gateway.
+pub fn check(
+    host: &Netlink,
+    datapath: Option<&Datapath>,
+    bridge: &str,
+) -> Result<(), GatewayError> {
+    let Some(link) = host.link_by_name(bridge)? else {
+        return Ok(());
+    };
+    let segment = match datapath {
+        Some(datapath) => datapath.segment(link.index)?,
+        None => None,
+    };
+    if link.alias == ALIAS && segment.is_some() {
+        return Ok(());
+    }
+    require_leftover(host, bridge, &link)
+}
+
 /// Removes what an ADD that was killed has left, and refuses to remove anything
 /// else.
 fn remove_leftover(host: &Netlink, bridge: &str, link: &Link) -> Result<(), GatewayError> {
+    require_leftover(host, bridge, link)?;
+    host.delete(link.index)?;
+    Ok(())
+}
+
+fn require_leftover(host: &Netlink, bridge: &str, link: &Link) -> Result<(), GatewayError> {
     // A pair that was just born has no alias yet, but a peer of our name.
     let peer = link.peer_index.map(|index| host.link_by_index(index));
     let peer = match peer {
@@ -150,7 +183,26 @@ fn remove_leftover(host: &Netlink, bridge: &str, link: &Link) -> Result<(), Gate
     {
         return Err(GatewayError::Orphaned(bridge.to_owned()));
     }
-    host.delete(link.index)?;
+    Ok(())
+}
+
+/// Removes what the datapath has of gateways that somebody deleted, as container
+/// engines do when a network is removed.
+pub fn forget_deleted(host: &Netlink) -> Result<(), GatewayError> {
+    let all = match Datapath::open()? {
+        Some(datapath) => datapath.has_all_gateways(|segment| {
+            Ok::<_, GatewayError>(host.link_by_index(segment)?.is_some())
+        })?,
+        None => true,
+    };
+    if all { Ok(()) } else { sweep(host) }
+}
+
+/// Removes what the datapath has of devices that are gone, of whatever network.
+pub fn sweep(host: &Netlink) -> Result<(), GatewayError> {
+    if let Some(mut datapath) = Datapath::open_alone()? {
+        datapath.sweep(|ifindex| Ok::<_, GatewayError>(host.link_by_index(ifindex)?.is_some()))?;
+    }
     Ok(())
 }
 

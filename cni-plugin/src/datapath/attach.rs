@@ -25,6 +25,11 @@ pub(super) fn is_loaded(level: LogLevel) -> bool {
     pins::variant(level).join("port").exists()
 }
 
+/// Whether the programs are pinned, for whatever level.
+pub(super) fn is_loaded_at_any_level() -> bool {
+    is_loaded(LogLevel::Off) || LogLevel::LOGGING.into_iter().any(is_loaded)
+}
+
 impl Datapath {
     /// Attaches the program to the ingress of `device`, a name in the namespace
     /// of the calling thread.
