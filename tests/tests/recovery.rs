@@ -529,7 +529,8 @@ fn a_name_that_somebody_else_has_is_status_50_and_harms_nobody() -> Result<()> {
     ensure!(network.pod("second").is_err());
     node.ip("link del cni0")?;
     ensure!(status(&network)?.success()?.is_null());
-    both_ways(&network.pod("third")?, &node)?;
+    let third = network.pod("third")?;
+    both_ways(&third, &node)?;
     consistent(&node)
 }
 
