@@ -500,7 +500,7 @@ impl Datapath {
         let own = get(&self.members, "MEMBERS", at(port.slot))?.map(|own| own.port);
         let tail = get(&self.members, "MEMBERS", at(last))?;
         // A DEL that was killed in here left the last one in both places.
-        let half_done = port.slot < last && own == tail.map(|tail| tail.port);
+        let half_done = port.slot < last && own.is_some() && own == tail.map(|tail| tail.port);
         if port.slot > last || own != Some(ifindex) && !half_done {
             // Never joined: the ADD died before it did.
             return Ok(());
