@@ -184,37 +184,26 @@ fn first_adds_that_fail_do_no_harm_to_those_that_do_not() -> Result<()> {
         let bad = Network::new(&node, failing(config(&node)));
         let elsewhere = Network::new(&node, failing(other(&node, "cni1")));
         let started = Instant::now();
-        let pods: Vec<Option<Result<Pod>>> = at_once(60, |number| {
+        let pods: Vec<Result<Option<Pod>>> = at_once(60, |number| {
             let name = format!("pod-{number}");
-            match number % 4 {
+            let network = match number % 4 {
                 // In the last round all fail.
-                0 if round < 2 => Some(good.pod(&name)),
-                1 => {
-                    let _ = status(&good);
-                    elsewhere
-                        .pod(&name)
-                        .err()
-                        .map(|_| ())
-                        .map_or_else(|| Some(Err(anyhow::anyhow!("{name} succeeded"))), |()| None)
-                }
-                _ => bad
-                    .pod(&name)
-                    .err()
-                    .map(|error| format!("{error:#}"))
-                    .map_or_else(
-                        || Some(Err(anyhow::anyhow!("{name} succeeded"))),
-                        |error| {
-                            // For the reason that it was given, and no other.
-                            let words = ["203.0.113.0/24"];
-                            let other = !words.iter().all(|word| error.contains(word))
-                                || error.contains("cleaning up");
-                            other.then(|| Err(anyhow::anyhow!(error)))
-                        },
-                    ),
-            }
+                0 if round < 2 => return good.pod(&name).map(Some),
+                1 => &elsewhere,
+                _ => &bad,
+            };
+            let error = network.pod(&name).err().context("it succeeded")?;
+            let error = format!("{error:#}");
+            // For the reason that it was given, and no other.
+            let clean = error.contains("203.0.113.0/24") && !error.contains("cleaning up");
+            ensure!(clean, "{error}");
+            Ok(None)
         });
         let took = started.elapsed();
-        let pods: Vec<Pod> = pods.into_iter().flatten().collect::<Result<_>>()?;
+        let pods: Vec<Pod> = pods
+            .into_iter()
+            .filter_map(Result::transpose)
+            .collect::<Result<_>>()?;
         ensure!(took < Duration::from_secs(15), "took {took:?}");
         for pod in &pods {
             good.check(pod.attachment())?;
@@ -247,7 +236,7 @@ fn networks_that_share_a_bridge_come_and_go_at_once() -> Result<()> {
     let valid: Vec<&Attachment> = stayers.iter().map(Pod::attachment).collect();
     at_once(24, |number| {
         let network = &networks[number % 3];
-        for step in 0..3 {
+        for (step, stayer) in stayers.iter().enumerate() {
             let pod = network.pod(&format!("pod-{number}-{step}"));
             ensure!(
                 pod.is_ok() == (number % 3 != 2),
@@ -257,7 +246,7 @@ fn networks_that_share_a_bridge_come_and_go_at_once() -> Result<()> {
             if number == 1 {
                 // Of a network whose pods do not change meanwhile.
                 status(&networks[0])?.success()?;
-                networks[0].check(stayers[step].attachment())?;
+                networks[0].check(stayer.attachment())?;
             }
             if let Ok(pod) = pod {
                 network.del(pod.attachment())?;
