@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::{
+    cni::names::check_ifname,
     datapath::LogLevel,
     lock::{Lock, LockError, Mode},
     mac::MacAddr,
@@ -121,7 +122,7 @@ impl<'a> Attachment<'a> {
         File::open(self.path())
             .and_then(|file| file.take(RECORD_MAX).read_to_string(&mut text))
             .ok()?;
-        serde_json::from_str(&text).ok()
+        parse(&text)
     }
 }
 
@@ -150,6 +151,23 @@ pub fn recorded(network: &str) -> Result<Vec<(String, String)>, RecordError> {
         }
     }
     Ok(all)
+}
+
+/// Whether an alias is one of an attachment of `network`.
+pub fn is_alias_in(network: &str, alias: &str) -> bool {
+    alias
+        .strip_prefix("bpf-bridge ")
+        .and_then(|alias| alias.strip_prefix(network))
+        .is_some_and(|alias| alias.starts_with(' '))
+}
+
+/// Reads a record; `None` if the text is none, as an ADD that was killed may leave
+/// it, or one that no ADD has written.
+fn parse(text: &str) -> Option<Record> {
+    serde_json::from_str(text)
+        .ok()
+        // The name becomes part of a path.
+        .filter(|record: &Record| check_ifname(&record.bridge).is_ok())
 }
 
 fn directory(network: &str) -> PathBuf {
@@ -200,7 +218,7 @@ impl Claim {
             path,
             // A torn record is one of an ADD that was killed: what it made is
             // found by name.
-            record: serde_json::from_str(&text).ok(),
+            record: parse(&text),
         })
     }
 

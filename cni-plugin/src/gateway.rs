@@ -118,10 +118,15 @@ pub fn ensure(
     mtu: u32,
 ) -> Result<(Gateway, bool), GatewayError> {
     if let Some(link) = host.link_by_name(bridge)? {
-        let whole = datapath
-            .segment(link.index)?
-            .is_some_and(|segment| link.alias == ALIAS || segment.members > 1);
-        if whole {
+        if let Some(segment) = datapath.segment(link.index)?
+            && (link.alias == ALIAS || segment.members > 1)
+        {
+            if !(link.up && link.running) {
+                // As the stock plugin sets its bridge up in every ADD.
+                host.set_up(segment.gateway_port)?;
+                host.set_up(link.index)?;
+                host.wait_running(link.index, READY)?;
+            }
             let gateway = Gateway {
                 segment: link.index,
                 mac: link.mac.unwrap_or_else(|| mac(bridge)),
@@ -141,6 +146,25 @@ pub fn ensure(
     Ok((gateway?, true))
 }
 
+/// Tells whether [`ensure`] would find or could make the gateway.
+pub fn check(
+    host: &Netlink,
+    datapath: Option<&Datapath>,
+    bridge: &str,
+) -> Result<(), GatewayError> {
+    let Some(link) = host.link_by_name(bridge)? else {
+        return Ok(());
+    };
+    let segment = match datapath {
+        Some(datapath) => datapath.segment(link.index)?,
+        None => None,
+    };
+    if segment.is_some_and(|segment| link.alias == ALIAS || segment.members > 1) {
+        return Ok(());
+    }
+    require_leftover(host, bridge, &link)
+}
+
 /// Removes what an ADD that was killed has left, and refuses to remove anything
 /// else.
 fn remove_leftover(
@@ -149,6 +173,13 @@ fn remove_leftover(
     bridge: &str,
     link: &Link,
 ) -> Result<(), GatewayError> {
+    require_leftover(host, bridge, link)?;
+    host.delete(link.index)?;
+    datapath.remove_segment(link.index, mac(bridge).octets(), &[])?;
+    Ok(())
+}
+
+fn require_leftover(host: &Netlink, bridge: &str, link: &Link) -> Result<(), GatewayError> {
     // A pair that was just born has no alias yet, but a peer of our name.
     let peer = link.peer_index.map(|index| host.link_by_index(index));
     let peer = match peer {
@@ -169,8 +200,26 @@ fn remove_leftover(
     {
         return Err(GatewayError::Orphaned(bridge.to_owned()));
     }
-    host.delete(link.index)?;
-    datapath.remove_segment(link.index, mac(bridge).octets(), &[])?;
+    Ok(())
+}
+
+/// Removes what the datapath has of gateways that somebody deleted, as container
+/// engines do when a network is removed.
+pub fn forget_deleted(host: &Netlink) -> Result<(), GatewayError> {
+    let all = match Datapath::open()? {
+        Some(datapath) => datapath.has_all_gateways(|segment| {
+            Ok::<_, GatewayError>(host.link_by_index(segment)?.is_some())
+        })?,
+        None => true,
+    };
+    if all { Ok(()) } else { sweep(host) }
+}
+
+/// Removes what the datapath has of devices that are gone, of whatever network.
+pub fn sweep(host: &Netlink) -> Result<(), GatewayError> {
+    if let Some(mut datapath) = Datapath::open_alone()? {
+        datapath.sweep(|ifindex| Ok::<_, GatewayError>(host.link_by_index(ifindex)?.is_some()))?;
+    }
     Ok(())
 }
 

@@ -90,6 +90,12 @@ fn answer(ctx: &TcContext, ifindex: u32) -> Option<Result<i32, DropReason>> {
 fn owner(ifindex: u32, port: &Port, key: IpKey) -> Option<&'static Neighbor> {
     // SAFETY: the plugin replaces entries of this map whole.
     let neighbor = unsafe { NEIGHBORS.get(key) }?;
+    // An entry that outlived its port counts for nothing.
+    // SAFETY: as above.
+    let there = unsafe { PORTS.get(neighbor.port) }?;
+    if there.segment != port.segment || there.mac != neighbor.mac {
+        return None;
+    }
     let reachable = neighbor.port != ifindex && neighbor.flags & port.flags & PORT_ISOLATED == 0;
     reachable.then_some(neighbor)
 }

@@ -11,7 +11,7 @@
 //! lived.
 
 use std::{
-    net::IpAddr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::Path,
     thread,
     time::{Duration, Instant},
@@ -206,6 +206,10 @@ impl Add<'_> {
 
         let mut record = self.record(&given.ips);
         let gateway = self.join(claim, shared, &mut record, &given)?;
+        if shared.gateway.is_some() {
+            // As often as gateways are made, those that were deleted are forgotten.
+            gateway::forget_deleted(self.host)?;
+        }
 
         if !self.config.disable_container_interface {
             inside.set_up(self.pair.peer)?;
@@ -464,6 +468,22 @@ fn gateway_address(ip: &IpConfig) -> Option<IpNet> {
     IpNet::new(ip.gateway?, ip.address.prefix_len()).ok()
 }
 
+/// The address after that of the subnet, as `calcGatewayIP` of the stock plugin
+/// has it: an IPv6 subnet's own address is its routers' anycast address (RFC 4291
+/// 2.6.1), and so it is of the two in a /31.
+fn first_host(address: IpNet) -> Option<IpAddr> {
+    match address.network() {
+        IpAddr::V4(subnet) => subnet
+            .to_bits()
+            .checked_add(1)
+            .map(|bits| Ipv4Addr::from_bits(bits).into()),
+        IpAddr::V6(subnet) => subnet
+            .to_bits()
+            .checked_add(1)
+            .map(|bits| Ipv6Addr::from_bits(bits).into()),
+    }
+}
+
 /// `isGateway` without a gateway from IPAM makes it the first host of the subnet;
 /// `isDefaultGateway` adds the default routes that IPAM did not; and a route
 /// without a next hop goes through the gateway of its family, but for one that is
@@ -471,7 +491,7 @@ fn gateway_address(ip: &IpConfig) -> Option<IpNet> {
 fn complete_gateways(config: &NetworkConfig, given: &mut CniResult) {
     if config.is_gateway {
         for ip in &mut given.ips {
-            ip.gateway = ip.gateway.or_else(|| ip.address.hosts().next());
+            ip.gateway = ip.gateway.or_else(|| first_host(ip.address));
         }
     }
     let gateway = |dst: IpNet| {

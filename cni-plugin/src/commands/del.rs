@@ -10,7 +10,7 @@ use crate::{
     datapath::Datapath,
     gateway,
     ipam::Ipam,
-    link::Netlink,
+    link::{Link, LinkError, Netlink},
 };
 
 use super::collect;
@@ -55,28 +55,54 @@ pub(super) fn remove(
 /// Removes the devices and what the datapath knows of them.
 pub(super) fn unplug(attachment: &Attachment<'_>, record: Option<&Record>) -> Result<(), CniError> {
     let host = Netlink::host()?;
-    let link = host
+    let link = host_veth(&host, attachment, record)?;
+    if let Some(link) = &link {
+        host.delete(link.index)?;
+    }
+    match (record, link) {
+        // It never came to join a segment, nor perhaps to load the programs.
+        (Some(Record { segment: 0, .. }), _) | (None, None) => Ok(()),
+        (Some(record), _) => {
+            // The locks in the order in which an ADD takes them.
+            let _lock = gateway::lock(&record.bridge)?;
+            match Datapath::open()? {
+                Some(mut datapath) => Ok(datapath.remove_port(
+                    record.host_ifindex,
+                    record.segment,
+                    record.mac,
+                    &record.addresses,
+                )?),
+                None => Ok(()),
+            }
+        }
+        // The record was lost: the tables alone tell which segment it was in.
+        (None, Some(link)) => match Datapath::open_alone()? {
+            Some(mut datapath) => Ok(datapath.remove_dead_port(link.index)?),
+            None => Ok(()),
+        },
+    }
+}
+
+/// The host veth: by its name, or under another name by its record.
+fn host_veth(
+    host: &Netlink,
+    attachment: &Attachment<'_>,
+    record: Option<&Record>,
+) -> Result<Option<Link>, LinkError> {
+    let recorded = record.map(|record| record.host_ifindex);
+    let named = host
         .link_by_name(&attachment.host_veth())?
         // Without an alias it is one whose ADD was killed at once: the name is
         // proof enough.
-        .filter(|link| link.alias.is_empty() || link.alias == attachment.alias());
-    if let Some(link) = link {
-        host.delete(link.index)?;
+        .filter(|link| {
+            link.alias.is_empty()
+                || link.alias == attachment.alias()
+                || Some(link.index) == recorded
+        });
+    match (named, recorded) {
+        (None, Some(index)) => Ok(host
+            .link_by_index(index)?
+            .filter(|link| link.alias == attachment.alias())),
+        (named, _) => Ok(named),
     }
-    // The record is written before the datapath is told anything.
-    let Some(record) = record else {
-        return Ok(());
-    };
-    // In the order of ADD, which may load programs under the lock of the bridge:
-    // the other way round, the two would wait for each other.
-    let _lock = gateway::lock(&record.bridge)?;
-    if let Some(mut datapath) = Datapath::open()? {
-        datapath.remove_port(
-            record.host_ifindex,
-            record.segment,
-            record.mac,
-            &record.addresses,
-        )?;
-    }
-    Ok(())
 }

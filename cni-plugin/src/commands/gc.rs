@@ -5,7 +5,9 @@ use std::collections::HashSet;
 use crate::{
     attachment::{self, Attachment},
     cni::{AttachmentId, Call, CniError},
+    gateway,
     ipam::Ipam,
+    link::Netlink,
 };
 
 use super::{collect, del};
@@ -34,8 +36,26 @@ pub(super) fn run(call: &Call<'_>, valid: &[AttachmentId]) -> Result<(), CniErro
         }
         Err(error) => errors.push(error.into()),
     }
+    errors.extend(remove_strays(call, valid).err());
     errors.extend(Ipam::of(call).gc(call, valid).err());
     collect(errors)
+}
+
+/// Removes what nobody has a record of: host veths by their alias, and then
+/// everything that the datapath has of devices that are gone.
+fn remove_strays(call: &Call<'_>, valid: &[AttachmentId]) -> Result<(), CniError> {
+    let network = &call.config.name;
+    let valid: HashSet<String> = valid
+        .iter()
+        .map(|id| super::attachment(call, id).alias())
+        .collect();
+    let host = Netlink::host()?;
+    for link in host.links()? {
+        if attachment::is_alias_in(network, &link.alias) && !valid.contains(&link.alias) {
+            host.delete(link.index)?;
+        }
+    }
+    Ok(gateway::sweep(&host)?)
 }
 
 /// Removes one attachment but for its addresses, which are given back together.

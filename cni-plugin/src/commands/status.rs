@@ -4,6 +4,7 @@ use crate::{
     attachment::{self, Attachment},
     cni::{Call, CniError, ErrorCode},
     datapath::{self, Datapath, FILTER_HANDLE, FILTER_PRIORITY},
+    gateway,
     ipam::Ipam,
     link::Netlink,
 };
@@ -15,19 +16,21 @@ use super::is_alive;
 pub(super) fn run(call: &Call<'_>) -> Result<(), CniError> {
     let host = Netlink::host()?;
     attached(call, &host)?;
-    ready()?;
+    ready(call, &host)?;
     Ipam::of(call).status(call, &|other| is_alive(&host, other).unwrap_or(true))
 }
 
-/// The programs can be used, or could be loaded.
-fn ready() -> Result<(), CniError> {
+/// The programs can be used, or could be loaded, and nobody has the bridge's name.
+fn ready(call: &Call<'_>, host: &Netlink) -> Result<(), CniError> {
     let unavailable =
         |error: datapath::Error| CniError::new(ErrorCode::NotAvailable, error.to_string());
     datapath::require_bpffs().map_err(unavailable)?;
-    match Datapath::open().map_err(unavailable)? {
-        Some(_) => Ok(()),
-        None => datapath::verify().map_err(unavailable),
+    let datapath = Datapath::open().map_err(unavailable)?;
+    if datapath.is_none() {
+        datapath::verify().map_err(unavailable)?;
     }
+    gateway::check(host, datapath.as_ref(), &call.config.bridge)
+        .map_err(|error| CniError::new(ErrorCode::NotAvailable, error.to_string()))
 }
 
 /// Every pod of the network has its program and its entries.

@@ -27,8 +27,8 @@ pub(super) fn is_loaded(level: LogLevel) -> bool {
     pins::variant(level).join(PROGRAM).exists()
 }
 
-/// Whether a load ever came to its end, at whatever level.
-pub(super) fn is_any_loaded() -> bool {
+/// Whether a load ever came to its end, for whatever level.
+pub(super) fn is_loaded_at_any_level() -> bool {
     is_loaded(LogLevel::Off) || LogLevel::LOGGING.into_iter().any(is_loaded)
 }
 

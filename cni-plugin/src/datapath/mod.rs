@@ -14,7 +14,12 @@ mod pins;
 #[cfg(test)]
 mod tests;
 
-use std::{io, net::IpAddr, path::PathBuf};
+use std::{
+    collections::{HashMap as StdHashMap, HashSet},
+    io,
+    net::IpAddr,
+    path::PathBuf,
+};
 
 use aya::{
     maps::{HashMap, Map, MapData, MapError, PerCpuHashMap, PerCpuValues},
@@ -201,18 +206,27 @@ impl Datapath {
     ///
     /// A pin cannot be opened, or is not what this version pins there.
     pub fn open() -> Result<Option<Self>, Error> {
-        if !pins::map("PORTS").exists() {
+        Self::open_loaded(Mode::Shared)
+    }
+
+    /// Opens the datapath if it was loaded, while nobody else has it open: for
+    /// those who change segments whose bridge they cannot lock.
+    pub fn open_alone() -> Result<Option<Self>, Error> {
+        Self::open_loaded(Mode::Exclusive)
+    }
+
+    fn open_loaded(mode: Mode) -> Result<Option<Self>, Error> {
+        // What a load that was killed has left is used by nobody yet, and the
+        // next load completes it.
+        let is_loaded = || pins::map("PORTS").exists() && attach::is_loaded_at_any_level();
+        if !is_loaded() {
             return Ok(None);
         }
-        let lock = pins::lock(Mode::Shared)?;
-        if !pins::map("PORTS").exists() {
+        let lock = pins::lock(mode)?;
+        if !is_loaded() {
             return Ok(None);
         }
-        match Self::open_pins(lock) {
-            // Its load was killed: nothing was ever attached.
-            Err(_) if !attach::is_any_loaded() => Ok(None),
-            opened => opened.map(Some),
-        }
+        Self::open_pins(lock).map(Some)
     }
 
     /// Removes the pins again if there is no port: what a failed first ADD does.
@@ -301,7 +315,20 @@ impl Datapath {
         Ok(Some(sum))
     }
 
-    /// Every port, for people and tests: no verb looks at all of them.
+    /// Whether `device` says of every segment that its gateway device exists.
+    pub fn has_all_gateways<E: From<Error>>(
+        &self,
+        mut device: impl FnMut(u32) -> Result<bool, E>,
+    ) -> Result<bool, E> {
+        for (segment, _) in entries(&self.segments, "SEGMENTS")? {
+            if !device(segment)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Every port, for those who must look at all: GC and people.
     pub fn ports(&self) -> impl Iterator<Item = (u32, Port)> + '_ {
         self.ports.iter().filter_map(|entry| {
             entry
@@ -519,24 +546,141 @@ impl Datapath {
             segment: number,
             slot,
         };
-        let own = get(&self.members, "MEMBERS", at(port.slot))?;
-        if own.is_none_or(|own| own.port != ifindex) || port.slot >= segment.members {
+        let Some(last) = segment.members.checked_sub(1) else {
+            return Ok(());
+        };
+        let own = get(&self.members, "MEMBERS", at(port.slot))?.map(|own| own.port);
+        let tail = get(&self.members, "MEMBERS", at(last))?;
+        // A DEL that was killed in here left the last one in both places.
+        let half_done = port.slot < last && own.is_some() && own == tail.map(|tail| tail.port);
+        if port.slot > last || own != Some(ifindex) && !half_done {
             // Never joined: the ADD died before it did.
             return Ok(());
         }
-        let last = segment.members - 1;
-        if last != port.slot
-            && let Some(mover) = get(&self.members, "MEMBERS", at(last))?
+        if port.slot != last
+            && let Some(mover) = tail
         {
+            set(&mut self.members, "MEMBERS", at(port.slot), mover, ANY)?;
             if let Some(mut moved) = self.port(mover.port)? {
                 moved.slot = port.slot;
                 set(&mut self.ports, "PORTS", mover.port, moved, EXIST)?;
             }
-            set(&mut self.members, "MEMBERS", at(port.slot), mover, ANY)?;
         }
         segment.members = last;
         set(&mut self.segments, "SEGMENTS", number, segment, EXIST)?;
         remove(&mut self.members, "MEMBERS", at(last))
+    }
+
+    /// Removes what is left of devices of which `exists` says that they are gone,
+    /// and puts the lists of ports in order: what DELs that were killed or had no
+    /// record could not do, and what became of gateways that were deleted. It
+    /// looks at every entry, so it is for GC.
+    ///
+    /// The datapath was opened [alone](Self::open_alone): an ADD makes its device
+    /// before the entries.
+    pub fn sweep<E: From<Error>>(
+        &mut self,
+        mut exists: impl FnMut(u32) -> Result<bool, E>,
+    ) -> Result<(), E> {
+        let (gateways, pods): (Vec<_>, Vec<_>) = entries(&self.ports, "PORTS")?
+            .into_iter()
+            .partition(|(_, port)| port.flags & PORT_GATEWAY != 0);
+        let mut left = Vec::new();
+        for (ifindex, port) in pods {
+            if exists(ifindex)? {
+                left.push((ifindex, port));
+            } else {
+                remove(&mut self.ports, "PORTS", ifindex)?;
+            }
+        }
+        // A gateway goes after the last of its pods, which can still talk to each
+        // other.
+        let inhabited: HashSet<u32> = left.iter().map(|(_, port)| port.segment).collect();
+        for (ifindex, port) in gateways {
+            if inhabited.contains(&port.segment) || exists(port.segment)? {
+                left.push((ifindex, port));
+            } else {
+                remove(&mut self.ports, "PORTS", ifindex)?;
+            }
+        }
+        self.tidy_lists(&mut left)?;
+        Ok(self.forget_all_but(&left.into_iter().collect())?)
+    }
+
+    /// Removes all that belongs to other ports than these.
+    fn forget_all_but(&mut self, ports: &StdHashMap<u32, Port>) -> Result<(), Error> {
+        let is_there = |ifindex: u32, segment: u32, mac: Mac| {
+            ports
+                .get(&ifindex)
+                .is_some_and(|port| port.segment == segment && port.mac == mac)
+        };
+        for (key, endpoint) in entries(&self.endpoints, "ENDPOINTS")? {
+            if !is_there(endpoint.port, key.segment, key.mac) {
+                remove(&mut self.endpoints, "ENDPOINTS", key)?;
+            }
+        }
+        for (key, neighbor) in entries(&self.neighbors, "NEIGHBORS")? {
+            if !is_there(neighbor.port, key.segment, neighbor.mac) {
+                remove(&mut self.neighbors, "NEIGHBORS", key)?;
+            }
+        }
+        let counted: Vec<u32> = self
+            .stats
+            .keys()
+            .collect::<Result<_, _>>()
+            .map_err(|source| failed("listing", "STATS", &"", source))?;
+        for ifindex in counted {
+            if ifindex != 0 && !ports.contains_key(&ifindex) {
+                self.forget_stats(ifindex)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes each segment's list what its ports are, in the order that they have,
+    /// and removes the segments without any.
+    fn tidy_lists(&mut self, ports: &mut [(u32, Port)]) -> Result<(), Error> {
+        ports.sort_by_key(|(_, port)| (port.segment, port.slot));
+        let mut lengths = StdHashMap::new();
+        for (ifindex, port) in ports {
+            let length = lengths.entry(port.segment).or_insert(0);
+            let slot = *length;
+            *length += 1;
+            let key = MemberKey {
+                segment: port.segment,
+                slot,
+            };
+            let member = Member {
+                port: *ifindex,
+                flags: port.flags,
+            };
+            if get(&self.members, "MEMBERS", key)? != Some(member) {
+                set(&mut self.members, "MEMBERS", key, member, ANY)?;
+            }
+            if port.slot != slot {
+                port.slot = slot;
+                set(&mut self.ports, "PORTS", *ifindex, *port, EXIST)?;
+            }
+        }
+        for (number, segment) in entries(&self.segments, "SEGMENTS")? {
+            match lengths.get(&number) {
+                None => remove(&mut self.segments, "SEGMENTS", number)?,
+                Some(&members) if members != segment.members => {
+                    let segment = Segment { members, ..segment };
+                    set(&mut self.segments, "SEGMENTS", number, segment, EXIST)?;
+                }
+                Some(_) => {}
+            }
+        }
+        for (key, _) in entries(&self.members, "MEMBERS")? {
+            if lengths
+                .get(&key.segment)
+                .is_none_or(|&length| key.slot >= length)
+            {
+                remove(&mut self.members, "MEMBERS", key)?;
+            }
+        }
+        Ok(())
     }
 
     /// Writes the entries that every port has; they take effect with the list's
@@ -612,12 +756,16 @@ impl Datapath {
         {
             remove(&mut self.endpoints, "ENDPOINTS", MacKey::new(segment, mac))?;
         }
-        match self.stats.remove(&ifindex) {
-            Ok(()) | Err(MapError::KeyNotFound) => {}
-            Err(error) if is_missing(&error) => {}
-            Err(source) => return Err(failed("removing", "STATS", &ifindex, source)),
-        }
+        self.forget_stats(ifindex)?;
         remove(&mut self.ports, "PORTS", ifindex)
+    }
+
+    fn forget_stats(&mut self, ifindex: u32) -> Result<(), Error> {
+        match self.stats.remove(&ifindex) {
+            Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
+            Err(error) if is_missing(&error) => Ok(()),
+            Err(source) => Err(failed("removing", "STATS", &ifindex, source)),
+        }
     }
 }
 
@@ -693,6 +841,18 @@ fn get<K: bytemuck::Pod + std::fmt::Debug, V: bytemuck::Pod>(
         Err(error) if is_missing(&error) => Ok(None),
         Err(source) => Err(failed("reading", name, &key, source)),
     }
+}
+
+/// All of a table, so that it can be changed on the way.
+fn entries<K: bytemuck::Pod, V: bytemuck::Pod>(
+    table: &Table<K, V>,
+    name: &'static str,
+) -> Result<Vec<(K, V)>, Error> {
+    table
+        .iter()
+        .map(|entry| entry.map(|(Wire(key), Wire(value))| (key, value)))
+        .collect::<Result<_, _>>()
+        .map_err(|source| failed("listing", name, &"", source))
 }
 
 fn set<K: bytemuck::Pod + std::fmt::Debug, V: bytemuck::Pod>(

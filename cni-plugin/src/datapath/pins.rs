@@ -68,6 +68,10 @@ pub(super) fn create_directories(level: LogLevel) -> Result<(), Error> {
 /// Removes every pin of this version.
 pub(super) fn remove_all() -> Result<(), Error> {
     let path = root();
+    // The pins that say that all is there go first, in case this is killed.
+    for level in LogLevel::LOGGING.into_iter().chain([LogLevel::Off]) {
+        let _ = fs::remove_file(variant(level).join("port"));
+    }
     match fs::remove_dir_all(&path) {
         Err(source) if source.kind() != io::ErrorKind::NotFound => Err(Error::Pin { path, source }),
         _ => Ok(()),

@@ -222,6 +222,22 @@ impl Netlink {
         self.link(query, || format!("look up interface number {index}"))
     }
 
+    /// Every device of the namespace.
+    ///
+    /// # Errors
+    ///
+    /// [`LinkError::Refused`].
+    pub fn links(&self) -> Result<Vec<Link>, LinkError> {
+        let mut query = LinkMessage::default();
+        query
+            .attributes
+            .push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
+        let all = self.dump(&RouteNetlinkMessage::GetLink(query), || {
+            "list interfaces".to_owned()
+        })?;
+        Ok(links(all).collect())
+    }
+
     fn link(
         &self,
         mut query: LinkMessage,
@@ -423,7 +439,11 @@ fn ipv4_conf(settings: &[(Ipv4Conf, u32)]) -> AfSpecInet {
 }
 
 fn find_link(messages: Vec<RouteNetlinkMessage>) -> Option<Link> {
-    messages.into_iter().find_map(|message| match message {
+    links(messages).next()
+}
+
+fn links(messages: Vec<RouteNetlinkMessage>) -> impl Iterator<Item = Link> {
+    messages.into_iter().filter_map(|message| match message {
         RouteNetlinkMessage::NewLink(link) => Some(link.into()),
         _ => None,
     })

@@ -11,7 +11,7 @@ use bpf_bridge_common::{
 };
 
 use super::{
-    super::{ANY, LogLevel, remove, set},
+    super::{ANY, LogLevel, get, remove, set},
     bench::{Bench, SHOT, STOLEN, mac, one, v4, with_bench},
     frames::{BROADCAST, plain, who_has},
 };
@@ -327,4 +327,42 @@ fn the_list_follows_the_ports() {
         let run = bench.run("port", "a", &plain(mac("b"), mac("a")));
         assert_eq!(run.verdict, STOLEN, "its address is unknown");
     });
+}
+
+#[test]
+fn a_departure_that_was_killed_is_finished_by_the_next() {
+    let frame = plain(BROADCAST, mac("a"));
+    let left = ["gate", "b", "hair", "iso2", "spoof", "promisc"].map(|name| (name, 1));
+    // Each map that was not written any more, and those after it.
+    for unwritten in ["PORTS", "SEGMENTS"] {
+        with_bench(LogLevel::Off, |bench| {
+            let segment = bench.segment;
+            let gone = bench.index("iso");
+            let slot = bench.datapath.port(gone).unwrap().unwrap().slot;
+            let last = bench.datapath.segment(segment).unwrap().unwrap().members - 1;
+            let at = |slot| MemberKey { segment, slot };
+            let mover = get(&bench.datapath.members, "MEMBERS", at(last))
+                .unwrap()
+                .unwrap();
+            assert!(slot < last && mover.port != gone);
+            set(&mut bench.datapath.members, "MEMBERS", at(slot), mover, ANY).unwrap();
+            if unwritten == "SEGMENTS" {
+                let name = bench.name(mover.port);
+                bench.set_port(name, |port| port.slot = slot);
+            }
+            bench
+                .datapath
+                .remove_port(gone, segment, mac("iso"), &[])
+                .unwrap();
+            flood(bench, unwritten, &frame, &left);
+            let moved = bench.datapath.port(mover.port).unwrap().unwrap();
+            assert_eq!(moved.slot, slot, "{unwritten}");
+            assert!(
+                bench.datapath.has_joined(mover.port).unwrap(),
+                "{unwritten}"
+            );
+            let segment = bench.datapath.segment(segment).unwrap().unwrap();
+            assert_eq!(segment.members, last, "{unwritten}");
+        });
+    }
 }

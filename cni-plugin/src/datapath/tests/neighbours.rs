@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use bpf_bridge_common::layout::{Mac, PortStats};
+use bpf_bridge_common::layout::{Mac, Port, PortStats};
 
 use super::{
     super::LogLevel,
@@ -189,6 +189,37 @@ fn other_arp_frames_are_flooded() {
         for (row, device, frame, copies) in rows {
             check(bench, row, device, &frame, Flood(copies));
             bench.reset();
+        }
+    });
+}
+
+#[test]
+fn questions_for_addresses_that_outlived_their_port_are_flooded() {
+    let rows = [
+        ("ARP", asks("a", v4("b"))),
+        (
+            "a solicitation",
+            solicitation(mac("a"), v6("a"), v6("b"), &[]),
+        ),
+    ];
+    type Change = fn(&mut Port);
+    // The kernel gave the port's number to another device since.
+    let changes: [(&str, Change); 2] = [
+        ("another segment", |port| port.segment += 1),
+        ("another pod", |port| port.mac[5] ^= 0xff),
+    ];
+    with_bench(LogLevel::Off, |bench| {
+        for (row, frame) in &rows {
+            for (what, change) in changes {
+                let mut before = None;
+                bench.set_port("b", |port| {
+                    before = Some(*port);
+                    change(port);
+                });
+                check(bench, &format!("{row}, {what}"), "a", frame, Flood(NOT_A));
+                bench.set_port("b", |port| *port = before.unwrap());
+                bench.reset();
+            }
         }
     });
 }
