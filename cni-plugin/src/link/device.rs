@@ -400,9 +400,13 @@ impl Netlink {
     ///
     /// As [`link_by_index`](Self::link_by_index).
     pub fn wait_running(&self, index: u32, limit: Duration) -> Result<bool, LinkError> {
-        poll(limit, || {
-            Ok(self.link_by_index(index)?.is_some_and(|link| link.running))
-        })
+        let mut gone = false;
+        let answered = poll(limit, || {
+            let link = self.link_by_index(index)?;
+            gone = link.is_none();
+            Ok(link.is_none_or(|link| link.running))
+        })?;
+        Ok(answered && !gone)
     }
 
     /// Deletes a device; a veth takes its peer with it. `false` if there was
