@@ -7,6 +7,7 @@ use aya::{
     util::nr_cpus,
 };
 use bpf_bridge_common::layout::{PROGRAM_FLOOD, PROGRAM_RESPONDER, PortStats};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use super::{Error, LogLevel, Wire, failed, pins};
 
@@ -41,7 +42,7 @@ pub(super) const PROGRAMS: [(&str, Option<u32>); 3] = [
 ///
 /// [`Error::Load`] or [`Error::Program`], with what the kernel refused.
 pub fn verify() -> Result<(), Error> {
-    let mut ebpf = EbpfLoader::new()
+    let mut ebpf = loader()
         .override_global("AYA_LOG_LEVEL", &LogLevel::Off.number(), false)
         .load(OBJECT)?;
     for (name, _) in PROGRAMS {
@@ -50,13 +51,30 @@ pub fn verify() -> Result<(), Error> {
     Ok(())
 }
 
+/// A loader that has not read the type information of the whole kernel.
+///
+/// The programs need none of it, but aya 0.14 reads it when a loader is made,
+/// before it can be told not to: memory and time for nothing. While no file can be
+/// opened it goes on without. No other thread runs that could want to.
+fn loader<'a>() -> EbpfLoader<'a> {
+    let limit = Resource::RLIMIT_NOFILE;
+    let Ok((soft, hard)) = getrlimit(limit) else {
+        return EbpfLoader::new();
+    };
+    // A process may always lower its soft limit, and raise it up to the hard one.
+    let _ = setrlimit(limit, 0, hard);
+    let loader = EbpfLoader::new();
+    let _ = setrlimit(limit, soft, hard);
+    loader
+}
+
 /// Loads the programs for `level` and pins everything. The lock of the pins is
 /// held alone.
 pub(super) fn load(level: LogLevel) -> Result<(), Error> {
     pins::create_directories(level)?;
     let variant = pins::variant(level);
     let number = level.number();
-    let mut loader = EbpfLoader::new();
+    let mut loader = loader();
     loader.override_global("AYA_LOG_LEVEL", &number, false);
     for name in SHARED {
         loader.map_pin_path(name, pins::map(name));
