@@ -8,10 +8,7 @@ use serde_json::Value;
 
 use crate::{
     attachment::Attachment,
-    cni::{
-        AttachmentId, Call, CniError, CniResult, Command, ErrorCode,
-        result::{Dns, IpConfig, Route},
-    },
+    cni::{AttachmentId, Call, CniError, CniResult, Command, ErrorCode, result::IpConfig},
 };
 
 use host_local::{Config, ConfigError, Owner, Requests, Store, StoreError};
@@ -79,13 +76,8 @@ impl<'a> Ipam<'a> {
                             ..IpConfig::new(allocation.address)
                         })
                         .collect(),
-                    routes: config.routes.iter().map(route).collect(),
-                    dns: Dns {
-                        nameservers: dns.nameservers,
-                        domain: Some(dns.domain).filter(|domain| !domain.is_empty()),
-                        search: dns.search,
-                        options: dns.options,
-                    },
+                    routes: config.routes,
+                    dns,
                     ..CniResult::default()
                 })
             }
@@ -223,17 +215,6 @@ fn owner<'a>(attachment: &Attachment<'a>) -> Owner<'a> {
     Owner {
         container_id: attachment.container_id,
         ifname: attachment.ifname,
-    }
-}
-
-fn route(route: &host_local::Route) -> Route {
-    Route {
-        mtu: route.mtu,
-        advmss: route.advmss,
-        priority: route.priority,
-        table: route.table,
-        scope: route.scope,
-        ..Route::new(route.dst, route.gw)
     }
 }
 

@@ -14,6 +14,7 @@ use serde_json::{Map, Value};
 use thiserror::Error;
 
 use super::range::{Range, RangeError, RangeSet};
+use crate::cni::result::{Dns, Route};
 
 /// Where leases are kept when `ipam.dataDir` says nothing.
 pub const DEFAULT_DATA_DIR: &str = "/var/lib/cni/networks";
@@ -90,38 +91,6 @@ impl<'a> Requests<'a> {
             ip_ranges: runtime.and_then(|runtime| field(runtime, "ipRanges")),
         }
     }
-}
-
-/// A route to hand on in the result.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Route {
-    /// Destination; host bits are clear.
-    pub dst: IpNet,
-    /// Next hop, of the destination's family; without one the subnet's gateway is meant.
-    pub gw: Option<IpAddr>,
-    /// Path MTU in bytes.
-    pub mtu: Option<u32>,
-    /// TCP maximum segment size to advertise, in bytes.
-    pub advmss: Option<u32>,
-    /// Metric; lower is preferred.
-    pub priority: Option<u32>,
-    /// Routing table; 0 is not the same as none.
-    pub table: Option<u32>,
-    /// Scope as in rtnetlink; 0 (universe) is not the same as none.
-    pub scope: Option<u8>,
-}
-
-/// What a resolver configuration says.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Dns {
-    /// Of each `nameserver` line the address, as written.
-    pub nameservers: Vec<String>,
-    /// Of the last `domain` line; empty without one.
-    pub domain: String,
-    /// Of all `search` lines.
-    pub search: Vec<String>,
-    /// Of all `options` lines.
-    pub options: Vec<String>,
 }
 
 /// A configuration that was checked.
@@ -371,13 +340,12 @@ fn route(key: &Key, value: &Value) -> Result<Route, ConfigError> {
         }
     };
     Ok(Route {
-        dst,
-        gw,
         mtu: positive("mtu")?,
         advmss: positive("advmss")?,
         priority: positive("priority")?,
         table: number("table")?,
         scope,
+        ..Route::new(dst, gw)
     })
 }
 
@@ -394,7 +362,7 @@ fn parse_resolv_conf(text: &str) -> Dns {
         let all = || std::iter::once(first).chain(words).map(str::to_owned);
         match keyword {
             "nameserver" => dns.nameservers.push(first.into()),
-            "domain" => dns.domain = first.into(),
+            "domain" => dns.domain = Some(first.into()),
             "search" => dns.search.extend(all()),
             "options" => dns.options.extend(all()),
             _ => {}

@@ -280,25 +280,19 @@ fn routes() {
     assert_eq!(
         config.routes,
         [Route {
-            dst: "192.168.0.0/16".parse().unwrap(),
-            gw: Some("10.0.0.9".parse().unwrap()),
             mtu: Some(1400),
             advmss: Some(1360),
             priority: Some(5),
             table: Some(0),
             scope: Some(253),
+            ..Route::new(
+                "192.168.0.0/16".parse().unwrap(),
+                Some("10.0.0.9".parse().unwrap())
+            )
         }]
     );
     let default = route(json!({"dst": "::/0", "mtu": 0, "gw": "", "scope": null})).unwrap();
-    let bare = Route {
-        dst: "::/0".parse().unwrap(),
-        gw: None,
-        mtu: None,
-        advmss: None,
-        priority: None,
-        table: None,
-        scope: None,
-    };
+    let bare = Route::new("::/0".parse().unwrap(), None);
     assert_eq!(default.routes, [bare]);
 
     for (value, expected) in [
@@ -356,7 +350,7 @@ fn resolv_conf() {
     let config = parse(json!({"subnet": "10.0.0.0/8", "resolvConf": path})).unwrap();
     let dns = config.dns().unwrap();
     assert_eq!(dns.nameservers, ["192.0.2.53", "2001:db8::53%eth0"]);
-    assert_eq!(dns.domain, "example.com");
+    assert_eq!(dns.domain.as_deref(), Some("example.com"));
     assert_eq!(
         dns.search,
         ["a.example.com", "b.example.com", "c.example.com"]

@@ -53,6 +53,6 @@ mod store;
 #[cfg(test)]
 mod tests;
 
-pub use config::{Config, ConfigError, DEFAULT_DATA_DIR, Dns, Requests, Route, data_dir};
+pub use config::{Config, ConfigError, DEFAULT_DATA_DIR, Requests, data_dir};
 pub use range::{Range, RangeError, RangeSet};
 pub use store::{Allocation, Lease, Owner, Store, StoreError};
