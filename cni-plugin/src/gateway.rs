@@ -17,7 +17,7 @@ use crate::{
     attachment::hash,
     datapath::{self, Datapath, FILTER_HANDLE, FILTER_PRIORITY, LogLevel, PortSpec},
     link::{
-        Link, LinkError, LinkSettings, Netlink, VethSpec,
+        Ipv4Conf, Link, LinkError, LinkSettings, Netlink, VethSpec,
         sysctl::{Family, Sysctl, SysctlError},
     },
     lock::{Lock, LockError, Mode},
@@ -31,6 +31,11 @@ const LOCKS: &str = "/run/bpf-bridge/bridges";
 /// How long the kernel may take to make a device's carrier and local routes, which
 /// it does by work queues; mostly it takes microseconds.
 const READY: Duration = Duration::from_secs(2);
+
+/// What every port is set to. The host has no address on it, so the reverse path
+/// filter would drop whatever another classifier hands to the host's stack here;
+/// and what is not set, systemd sets.
+pub const PORT_SETTINGS: &[(Ipv4Conf, u32)] = &[(Ipv4Conf::RpFilter, 0)];
 
 /// Why the gateway could not be set up.
 #[derive(Debug, Error)]
@@ -258,6 +263,7 @@ fn create(
             up: Some(true),
             alias: Some(ALIAS),
             no_link_local: true,
+            ipv4: PORT_SETTINGS,
             ..LinkSettings::default()
         },
     )?;

@@ -157,6 +157,28 @@ fn jumbo_frames_pass_whole() -> Result<()> {
 }
 
 #[test]
+fn no_reverse_path_filter_waits_on_a_port() -> Result<()> {
+    let node = Node::new()?;
+    node.set_sysctl("net/ipv4/conf/default/rp_filter", "1")?;
+    let network = Network::new(&node, Network::dual_stack(&node));
+    let pod = network.pod("pod")?;
+    let mut ports = vec![pod.host_veth()?.to_owned()];
+    ports.extend(
+        node.device_names()?
+            .into_iter()
+            .filter(|name| name.starts_with("port")),
+    );
+    ensure!(ports.len() == 2, "{ports:?}");
+    for port in ports {
+        let setting = format!("net/ipv4/conf/{port}/rp_filter");
+        ensure!(node.sysctl(&setting)? == "0", "{setting}");
+    }
+    // Nor does a strict one on the gateway device stand in the way.
+    ensure!(node.sysctl("net/ipv4/conf/cni0/rp_filter")? == "1");
+    node.ping(pod.v4()?.into(), 1)
+}
+
+#[test]
 fn ipv6_works_the_moment_add_returns() -> Result<()> {
     ipv6_works_at_once(3)
 }

@@ -195,6 +195,7 @@ impl Add<'_> {
             &LinkSettings {
                 alias: Some(&self.attachment.alias()),
                 no_link_local: true,
+                ipv4: gateway::PORT_SETTINGS,
                 ..LinkSettings::default()
             },
         )?;
