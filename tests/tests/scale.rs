@@ -45,7 +45,15 @@ fn fill(node: &Node) -> Result<()> {
         }
     }
     let script = format!(
-        r#"cat >/run/batch && bpftool batch file /run/batch >/dev/null
+        r#"cat >/run/batch
+# The kernel makes memory for entries in the background, and so many at once may
+# overtake it: the same again is no harm.
+tries=0
+until bpftool batch file /run/batch >/dev/null; do
+    tries=$((tries + 1))
+    [ $tries -lt 20 ]
+    sleep 0.2
+done
 records=/run/bpf-bridge/attachments/net leases=/var/lib/cni/networks/net
 mkdir -p $records
 i=0

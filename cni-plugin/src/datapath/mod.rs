@@ -19,6 +19,8 @@ use std::{
     io,
     net::IpAddr,
     path::PathBuf,
+    thread,
+    time::Duration,
 };
 
 use aya::{
@@ -47,6 +49,10 @@ pub use pins::{BPFFS, require_bpffs};
 /// `BPF_ANY` and `BPF_EXIST` of `linux/bpf.h`.
 const ANY: u64 = 0;
 const EXIST: u64 = 2;
+/// How often, and after what pause, a write is tried again for which the kernel had
+/// no memory at hand.
+const REFILLS: u32 = 20;
+const REFILL: Duration = Duration::from_millis(2);
 
 /// Why the datapath could not be used.
 #[derive(Debug, Error)]
@@ -694,10 +700,12 @@ impl Datapath {
                 MapError::IoError(source),
             )
         })?;
-        PerCpuValues::try_from(vec![Wire(PortStats::default()); cpus])
-            .map_err(MapError::IoError)
-            .and_then(|zero| self.stats.insert(port.ifindex, zero, ANY))
-            .map_err(|source| failed("writing", "STATS", &port.ifindex, source))?;
+        refilled(|| {
+            PerCpuValues::try_from(vec![Wire(PortStats::default()); cpus])
+                .map_err(MapError::IoError)
+                .and_then(|zero| self.stats.insert(port.ifindex, zero, ANY))
+        })
+        .map_err(|source| failed("writing", "STATS", &port.ifindex, source))?;
         let entry = Port {
             segment: port.segment,
             flags,
@@ -855,6 +863,23 @@ fn entries<K: bytemuck::Pod, V: bytemuck::Pod>(
         .map_err(|source| failed("listing", name, &"", source))
 }
 
+/// Writes to a map whose entries are made on demand. The kernel takes their memory
+/// from a small store that it refills in the background (`bpf_mem_alloc`), so that
+/// many writes at once may find it empty for a moment.
+fn refilled(mut write: impl FnMut() -> Result<(), MapError>) -> Result<(), MapError> {
+    for _ in 0..REFILLS {
+        match write() {
+            Err(MapError::SyscallError(error))
+                if error.io_error.kind() == io::ErrorKind::OutOfMemory =>
+            {
+                thread::sleep(REFILL);
+            }
+            written => return written,
+        }
+    }
+    write()
+}
+
 fn set<K: bytemuck::Pod + std::fmt::Debug, V: bytemuck::Pod>(
     table: &mut Table<K, V>,
     name: &'static str,
@@ -862,8 +887,7 @@ fn set<K: bytemuck::Pod + std::fmt::Debug, V: bytemuck::Pod>(
     value: V,
     flags: u64,
 ) -> Result<(), Error> {
-    table
-        .insert(Wire(key), Wire(value), flags)
+    refilled(|| table.insert(Wire(key), Wire(value), flags))
         .map_err(|source| failed("writing", name, &key, source))
 }
 
