@@ -1,8 +1,9 @@
 //! The programs and their tables, from the side of the plugin: loaded and pinned
 //! once a boot, opened by every later call, and told of each port.
 //!
-//! Nothing here scans a table on the way of an ADD or a DEL: each entry is
-//! addressed by its key, whatever else is in the map.
+//! Nothing here scans a table on the way of an ADD or a DEL that finds its gateway
+//! and its record: each entry is addressed by its key, whatever else is in the map.
+//! Only an ADD that makes a gateway looks whether others were deleted, and GC sweeps.
 //!
 //! A change to a segment's ports ([`Datapath::add_port`], [`Datapath::remove_port`],
 //! [`Datapath::create_segment`]) must be made under the lock of its bridge: the
