@@ -12,8 +12,9 @@ use bpf_bridge_common::{
 };
 
 use crate::{
-    maps::{MEMBERS, PORTS, PROGRAMS, SEGMENTS, STATS},
-    port::{HANDED_OVER, count_drop, ifindex, skb},
+    maps::{MEMBERS, PROGRAMS, SEGMENTS},
+    port::HANDED_OVER,
+    shared::{PORTS, STATS, count_drop, ifindex, skb},
 };
 
 /// Hands the frame to [`flood()`]. Comes back only if that could not be called.

@@ -15,6 +15,7 @@ mod flood;
 mod maps;
 mod port;
 mod responder;
+mod shared;
 
 /// The kernel gives its GPL-only helpers to programs that say this.
 #[unsafe(link_section = "license")]

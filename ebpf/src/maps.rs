@@ -2,25 +2,15 @@
 //! that they outlive the process that made them. See [`bpf_bridge_common::layout`].
 
 use aya_ebpf::{
-    bindings::BPF_F_NO_PREALLOC,
-    btf_maps::{HashMap, LruHashMap, PerCpuHashMap, ProgramArray},
+    btf_maps::{HashMap, LruHashMap, ProgramArray},
     macros::btf_map,
 };
 use bpf_bridge_common::layout::{
     Endpoint, IpKey, Learned, MAX_ENDPOINTS, MAX_LEARNED, MAX_MEMBERS, MAX_NEIGHBORS, MAX_PORTS,
-    MAX_SEGMENTS, MacKey, Member, MemberKey, Neighbor, PROGRAM_COUNT, Port, PortStats, Segment,
+    MAX_SEGMENTS, MacKey, Member, MemberKey, Neighbor, PROGRAM_COUNT, Segment,
 };
 
-/// Memory is taken when an entry is made: most nodes have far fewer than the
-/// limits allow.
-const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
-
-#[btf_map]
-pub(crate) static PORTS: HashMap<u32, Port, { MAX_PORTS as usize }, ON_DEMAND> = HashMap::new();
-
-#[btf_map]
-pub(crate) static STATS: PerCpuHashMap<u32, PortStats, { MAX_PORTS as usize + 1 }, ON_DEMAND> =
-    PerCpuHashMap::new();
+use crate::shared::ON_DEMAND;
 
 #[btf_map]
 pub(crate) static ENDPOINTS: HashMap<MacKey, Endpoint, { MAX_ENDPOINTS as usize }, ON_DEMAND> =

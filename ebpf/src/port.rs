@@ -14,8 +14,7 @@
 //! still hold is not copied.
 
 use aya_ebpf::{
-    EbpfContext as _,
-    bindings::{__sk_buff, BPF_ANY, BPF_F_INGRESS, TC_ACT_SHOT, TC_ACT_STOLEN},
+    bindings::{BPF_ANY, BPF_F_INGRESS, TC_ACT_SHOT, TC_ACT_STOLEN},
     helpers::{bpf_ktime_get_ns, bpf_redirect, bpf_redirect_peer},
     macros::classifier,
     programs::TcContext,
@@ -26,18 +25,16 @@ use bpf_bridge_common::{
     frame::{self, Destination, ETH_HLEN, ETH_P_ARP, ETH_P_IPV6},
     layout::{
         AGEING_NS, Learned, Mac, MacKey, PORT_GATEWAY, PORT_HAIRPIN, PORT_ISOLATED,
-        PORT_MACSPOOFCHK, PORT_PROMISC, Port, REFRESH_NS,
+        PORT_MACSPOOFCHK, PORT_PROMISC, PORT_PUBLISHED, PROGRAM_FROM_HOST, PROGRAM_FROM_POD, Port, REFRESH_NS,
     },
 };
 
 use crate::{
     flood,
-    maps::{ENDPOINTS, LEARNED, PORTS, STATS},
+    maps::{ENDPOINTS, LEARNED, PROGRAMS},
     responder,
+    shared::{PACKET_HOST, PORTS, STATS, count_drop, ifindex, skb, to_host},
 };
-
-/// `PACKET_HOST` of `linux/if_packet.h`.
-const PACKET_HOST: u32 = 0;
 
 /// The program of every port.
 #[classifier]
@@ -54,19 +51,6 @@ pub(crate) fn port(ctx: TcContext) -> i32 {
             TC_ACT_SHOT
         }
     }
-}
-
-/// The device that the frame arrived on.
-#[inline(always)]
-pub(crate) fn ifindex(ctx: &TcContext) -> u32 {
-    // SAFETY: the context is valid for as long as the program runs.
-    unsafe { (*skb(ctx)).ifindex }
-}
-
-/// The context as the helpers take it.
-#[inline(always)]
-pub(crate) fn skb(ctx: &TcContext) -> *mut __sk_buff {
-    ctx.as_ptr().cast()
 }
 
 #[inline(always)]
@@ -170,10 +154,20 @@ fn unicast(ctx: &TcContext, ifindex: u32, port: &Port, to: Mac) -> Result<i32, D
             return same_port(port, ifindex);
         }
         if endpoint.flags & PORT_GATEWAY != 0 {
+            // Comes back only if no port is published on the node.
+            // SAFETY: the program that is called takes the same context.
+            unsafe { PROGRAMS.tail_call(ctx, PROGRAM_FROM_POD) };
             return Ok(to_host(port.segment));
         }
         if endpoint.flags & port.flags & PORT_ISOLATED != 0 {
             return Err(DropReason::Isolated);
+        }
+        if endpoint.flags & PORT_PUBLISHED != 0 && port.flags & PORT_GATEWAY != 0 {
+            // SAFETY: as above; the context is valid for as long as the program runs.
+            unsafe {
+                (*skb(ctx)).cb[0] = endpoint.port;
+                PROGRAMS.tail_call(ctx, PROGRAM_FROM_HOST);
+            }
         }
         show_to_host(ctx, port);
         // A mark of the host's stack means nothing inside the pod, and would mean
@@ -227,32 +221,11 @@ fn same_port(port: &Port, ifindex: u32) -> Result<i32, DropReason> {
     Ok(unsafe { bpf_redirect(ifindex, 0) } as i32)
 }
 
-/// Into the host's stack, as if received on the gateway device.
-#[inline(always)]
-fn to_host(segment: u32) -> i32 {
-    // SAFETY: a helper that takes numbers.
-    unsafe { bpf_redirect(segment, u64::from(BPF_F_INGRESS)) as i32 }
-}
-
 /// `promiscMode`: the gateway device gets a copy.
 #[inline(always)]
 fn show_to_host(ctx: &TcContext, port: &Port) {
     if port.flags & PORT_PROMISC != 0 {
         let _ = ctx.clone_redirect(port.segment, u64::from(BPF_F_INGRESS));
-    }
-}
-
-/// Counts a drop against the port, or against number 0 if it is none.
-#[inline(always)]
-pub(crate) fn count_drop(ifindex: u32, reason: DropReason) {
-    let number = if reason as u32 == DropReason::NotAPort as u32 {
-        0
-    } else {
-        ifindex
-    };
-    if let Some(stats) = STATS.get_ptr_mut(number) {
-        // SAFETY: the value is this CPU's own.
-        unsafe { (*stats).drops[reason as usize] += 1 };
     }
 }
 

@@ -24,11 +24,16 @@ pub enum DropReason {
     Pause = 6,
     /// The frame could not be rewritten or handed over: a helper returned an error.
     Helper = 7,
+    /// No source port is left under which the pod could tell a client of a
+    /// published port from others.
+    NoSourcePort = 8,
+    /// There is no route back to the client of a published port.
+    NoRoute = 9,
 }
 
 impl DropReason {
     /// How many reasons there are.
-    pub const COUNT: usize = 8;
+    pub const COUNT: usize = 10;
 
     /// Every reason, in the order of its number.
     pub const ALL: [Self; Self::COUNT] = [
@@ -40,6 +45,8 @@ impl DropReason {
         Self::SamePort,
         Self::Pause,
         Self::Helper,
+        Self::NoSourcePort,
+        Self::NoRoute,
     ];
 
     /// The name that is shown to people.
@@ -53,6 +60,8 @@ impl DropReason {
             Self::SamePort => "destination on the same port",
             Self::Pause => "pause frame",
             Self::Helper => "helper failed",
+            Self::NoSourcePort => "no source port left",
+            Self::NoRoute => "no route to the client",
         }
     }
 }

@@ -14,6 +14,16 @@
 //! | `SEGMENTS` | hash | segment | [`Segment`] |
 //! | `MEMBERS` | hash | [`MemberKey`] | [`Member`] |
 //! | `PROGRAMS` | program array | `PROGRAM_*` | the programs that others call |
+//! | `PUBLISHED` | hash | [`PublishedKey`] | [`Published`] |
+//! | `FLOWS` | LRU hash | [`FlowKey`] | [`Flow`] |
+//! | `FRAGMENTS` | LRU hash | [`FragmentKey`] | [`Fragments`] |
+//! | `ADDRESSES` | hash | an address of the node, 16 bytes | one byte, 1 |
+//! | `PEERS` | LRU hash | [`PeerKey`] | [`Socket`] |
+//! | `NODE` | array of one | 0 | [`Node`] |
+//!
+//! The last six belong to the second object, which is loaded with the first
+//! published port. IPv4 addresses are mapped into IPv6 (RFC 4291 §2.5.5.2) in all of
+//! them, and ports are in host byte order.
 //!
 //! A *segment* is one L2 network of the node. Its number is the ifindex of its
 //! gateway device (the one that carries the configured `bridge` name), which the
@@ -46,6 +56,20 @@ pub const FLOOD_BATCH: u32 = 256;
 /// How many ports a segment can have: the kernel allows 33 tail calls in a row
 /// (`MAX_TAIL_CALL_CNT`), of which one may go to the responder.
 pub const MAX_MEMBERS: u32 = 32 * FLOOD_BATCH;
+/// How many ports can be published, each once for every address that it is
+/// published on.
+pub const MAX_PUBLISHED: u32 = 65_536;
+/// How many flows of pods with published ports are remembered.
+pub const MAX_FLOWS: u32 = 131_072;
+/// How many datagrams can arrive in fragments at once.
+pub const MAX_FRAGMENTS: u32 = 4096;
+/// How many addresses the node can have.
+pub const MAX_ADDRESSES: u32 = 4096;
+/// How many sockets of the node can talk to published ports without a connection,
+/// or ask for their peer's name.
+pub const MAX_PEERS: u32 = 32_768;
+/// How long fragments of one datagram may follow each other, in ns.
+pub const FRAGMENT_NS: u64 = 5_000_000_000;
 /// How long a learned address is believed without being seen, in ns: what
 /// `ageing_time` of a Linux bridge is by default, 300 s.
 pub const AGEING_NS: u64 = 300_000_000_000;
@@ -57,8 +81,13 @@ pub const REFRESH_NS: u64 = 1_000_000_000;
 pub const PROGRAM_FLOOD: u32 = 0;
 /// The slot of the program that answers neighbour requests.
 pub const PROGRAM_RESPONDER: u32 = 1;
+/// The slot of the program for what pods send to the gateway. Empty until a port
+/// is published.
+pub const PROGRAM_FROM_POD: u32 = 2;
+/// The slot of the program for what the host sends to pods with published ports.
+pub const PROGRAM_FROM_HOST: u32 = 3;
 /// How many slots there are.
-pub const PROGRAM_COUNT: u32 = 2;
+pub const PROGRAM_COUNT: u32 = 4;
 
 /// The port is the gateway port of its segment.
 pub const PORT_GATEWAY: u32 = 1 << 0;
@@ -70,6 +99,9 @@ pub const PORT_MACSPOOFCHK: u32 = 1 << 2;
 pub const PORT_ISOLATED: u32 = 1 << 3;
 /// `promiscMode`: the gateway device sees every frame that the port sends.
 pub const PORT_PROMISC: u32 = 1 << 4;
+
+/// The attachment has published ports.
+pub const PORT_PUBLISHED: u32 = 1 << 5;
 
 /// A port of the switch: the host-side veth of an attachment, or the far end of
 /// a gateway device.
@@ -219,4 +251,155 @@ pub struct Member {
     pub port: u32,
     /// Its `PORT_*` bits.
     pub flags: u32,
+}
+
+/// What clients address: a port of an address of the node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
+#[repr(C)]
+pub struct PublishedKey {
+    /// The address; the unspecified one of a family stands for all of the node's.
+    pub address: [u8; 16],
+    /// The port.
+    pub port: u16,
+    /// The protocol (`IPPROTO_TCP`, `_UDP`, `_SCTP`).
+    pub protocol: u8,
+    /// Zero.
+    pub reserved: u8,
+}
+
+/// Who serves a published port: everything that a packet for it needs, in one
+/// look-up.
+///
+/// A number is published either on all addresses of a family, or on some of them.
+/// In the second case the entry of the unspecified address has `specific` set, and
+/// nothing else: a look-up asks for it first, and for the address itself only then.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Published {
+    /// The pod's address.
+    pub address: [u8; 16],
+    /// The gateway's address of this family, unspecified if it has none: what
+    /// clients appear as whom the pod could not answer by way of the gateway.
+    pub gateway: [u8; 16],
+    /// The ifindex of the pod's host veth: the entry's owner.
+    pub port: u32,
+    /// The pod's segment.
+    pub segment: u32,
+    /// How many addresses the number is published on, each with an entry of its
+    /// own; 0 if this entry is itself one of a pod.
+    pub specific: u32,
+    /// The port that the pod listens on.
+    pub pod_port: u16,
+    /// The pod's MAC address.
+    pub mac: Mac,
+    /// The gateway's.
+    pub gateway_mac: Mac,
+    /// Zero.
+    pub reserved: [u8; 2],
+}
+
+/// A flow as the pod sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
+#[repr(C)]
+pub struct FlowKey {
+    /// The pod's address.
+    pub pod: [u8; 16],
+    /// The client's address.
+    pub client: [u8; 16],
+    /// The ifindex of the pod's host veth: flows end with their pod.
+    pub port: u32,
+    /// The pod's port.
+    pub pod_port: u16,
+    /// The client's port.
+    pub client_port: u16,
+    /// The protocol.
+    pub protocol: u8,
+    /// Zero.
+    pub reserved: [u8; 3],
+}
+
+/// A flow as its client sees it: what a reply is made to be again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Flow {
+    /// What the client addressed.
+    pub original: [u8; 16],
+    /// The client.
+    pub client: [u8; 16],
+    /// The port that the client addressed.
+    pub original_port: u16,
+    /// The client's port.
+    pub client_port: u16,
+    /// The ifindex of where requests come in: an uplink, or the host veth of
+    /// another pod; 0 if the host's stack brings them, to which replies then go.
+    pub from: u32,
+    /// Where a client on the same link is: the request's source.
+    pub client_mac: Mac,
+    /// And its destination.
+    pub gateway_mac: Mac,
+}
+
+/// A datagram that arrives in fragments.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
+#[repr(C)]
+pub struct FragmentKey {
+    /// Its source.
+    pub source: [u8; 16],
+    /// Its destination.
+    pub destination: [u8; 16],
+    /// Its identification: 16 bits in IPv4, 32 in IPv6.
+    pub id: u32,
+    /// The ifindex of the port that it comes from, 0 for uplinks.
+    pub port: u32,
+    /// The protocol.
+    pub protocol: u8,
+    /// Zero.
+    pub reserved: [u8; 3],
+}
+
+/// What the first fragment said.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Fragments {
+    /// When, in ns of `CLOCK_MONOTONIC`.
+    pub seen: u64,
+    /// The source port.
+    pub source_port: u16,
+    /// The destination port.
+    pub destination_port: u16,
+    /// How many fragments came before the first one and wait for it.
+    pub held: u16,
+    /// Zero until the first one has come.
+    pub known: u16,
+}
+
+/// A socket of the node, and whom it talks to in truth.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
+#[repr(C)]
+pub struct PeerKey {
+    /// The socket's cookie (`SO_COOKIE`).
+    pub cookie: u64,
+    /// The pod.
+    pub peer: Socket,
+    /// Zero.
+    pub reserved: [u8; 6],
+}
+
+/// An address and a port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
+#[repr(C)]
+pub struct Socket {
+    /// The address.
+    pub address: [u8; 16],
+    /// The port.
+    pub port: u16,
+}
+
+/// What the programs must know of the node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Node {
+    /// The cookie of the node's network namespace (`SO_NETNS_COOKIE`): sockets of
+    /// other namespaces are left alone.
+    pub netns: u64,
 }

@@ -1,0 +1,180 @@
+//! Questions to the host's routing tables.
+
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::{
+        BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NO_NEIGH,
+        BPF_FIB_LKUP_RET_NOT_FWDED, BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LOOKUP_OUTPUT,
+        bpf_fib_lookup as Lookup, bpf_redir_neigh,
+    },
+    helpers::{bpf_fib_lookup, bpf_redirect_neigh},
+    programs::TcContext,
+};
+use bpf_bridge_common::packet::Tuple;
+
+use crate::maps::{ADDRESSES, is_loopback, is_v4};
+
+/// `AF_INET` and `AF_INET6` of `linux/socket.h`.
+const AF_INET: u8 = 2;
+const AF_INET6: u8 = 10;
+
+/// Where a packet of the node leaves it.
+pub(crate) enum Way {
+    /// Out of a device, to a neighbour.
+    Out(i32),
+    /// It is longer than the way allows.
+    TooBig,
+    /// There is none.
+    None,
+}
+
+#[inline(always)]
+fn zeroed() -> Lookup {
+    // SAFETY: the structure is made of numbers.
+    unsafe { core::mem::zeroed() }
+}
+
+#[inline(always)]
+fn words(address: &[u8; 16]) -> [u32; 4] {
+    let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = *address;
+    [
+        u32::from_ne_bytes([a, b, c, d]),
+        u32::from_ne_bytes([e, f, g, h]),
+        u32::from_ne_bytes([i, j, k, l]),
+        u32::from_ne_bytes([m, n, o, p]),
+    ]
+}
+
+#[inline(always)]
+fn ask(ctx: &TcContext, lookup: &mut Lookup, flags: u32) -> u32 {
+    // SAFETY: the structure is of the length that is given with it.
+    unsafe {
+        bpf_fib_lookup(
+            ctx.as_ptr(),
+            lookup,
+            size_of::<Lookup>() as i32,
+            flags,
+        ) as u32
+    }
+}
+
+/// What would become of a packet from `source` to `destination`, if `via` (a device
+/// that forwards) received it.
+#[inline(always)]
+fn fate(ctx: &TcContext, via: u32, source: &[u8; 16], destination: &[u8; 16]) -> u32 {
+    let mut lookup = zeroed();
+    lookup.ifindex = via;
+    set_addresses(&mut lookup, source, destination);
+    ask(ctx, &mut lookup, 0)
+}
+
+#[inline(always)]
+fn set_addresses(lookup: &mut Lookup, source: &[u8; 16], destination: &[u8; 16]) {
+    let from = words(source);
+    let to = words(destination);
+    if is_v4(destination) {
+        lookup.family = AF_INET;
+        lookup.__bindgen_anon_3.ipv4_src = from[3];
+        lookup.__bindgen_anon_4.ipv4_dst = to[3];
+    } else {
+        lookup.family = AF_INET6;
+        lookup.__bindgen_anon_3.ipv6_src = from;
+        lookup.__bindgen_anon_4.ipv6_dst = to;
+    }
+}
+
+/// Whether `address` is the node's, right now. `via` is the gateway device of a
+/// segment: it forwards.
+///
+/// The kernel says of an address that is the node's that it does not forward to it;
+/// of one without a route it says the same. So where it says that, either the
+/// plugin has seen the address on a device of the node, or there must be a default
+/// route: then no address is without one.
+#[inline(always)]
+pub(crate) fn is_local(
+    ctx: &TcContext,
+    via: u32,
+    source: &[u8; 16],
+    address: &[u8; 16],
+) -> bool {
+    if is_loopback(address) || is_group(address) {
+        return false;
+    }
+    match fate(ctx, via, source, address) {
+        BPF_FIB_LKUP_RET_NOT_FWDED => {
+            ADDRESSES.get_ptr(address).is_some()
+                || fate(ctx, via, source, &elsewhere(address)) != BPF_FIB_LKUP_RET_NOT_FWDED
+        }
+        BPF_FIB_LKUP_RET_FWD_DISABLED => ADDRESSES.get_ptr(address).is_some(),
+        _ => false,
+    }
+}
+
+/// Whether it is no single station's: multicast, or IPv4's reserved class E and
+/// broadcast.
+#[inline(always)]
+fn is_group(address: &[u8; 16]) -> bool {
+    if is_v4(address) {
+        address[12] >= 224
+    } else {
+        address[0] == 0xff
+    }
+}
+
+/// An address of the same family that no machine has: only a default route leads
+/// there (RFC 5737, RFC 6666).
+#[inline(always)]
+fn elsewhere(address: &[u8; 16]) -> [u8; 16] {
+    if is_v4(address) {
+        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 192, 0, 2, 254]
+    } else {
+        [0x01, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xfe]
+    }
+}
+
+/// Sends a packet that the node's own address is the source of to its destination.
+/// `length` is that of the longest packet on the wire, without the link's header.
+#[inline(always)]
+pub(crate) fn send(
+    ctx: &TcContext,
+    via: u32,
+    tuple: &Tuple,
+    protocol: u8,
+    length: u32,
+    link: u32,
+) -> Way {
+    let mut lookup = zeroed();
+    lookup.l4_protocol = protocol;
+    lookup.sport = tuple.source_port.to_be();
+    lookup.dport = tuple.destination_port.to_be();
+    lookup.__bindgen_anon_1.tot_len = length as u16;
+    set_addresses(&mut lookup, &tuple.source, &tuple.destination);
+    let flags = if link == 0 {
+        lookup.ifindex = via;
+        0
+    } else {
+        // A link-local address means something on its own link only.
+        lookup.ifindex = link;
+        BPF_FIB_LOOKUP_OUTPUT
+    };
+    match ask(ctx, &mut lookup, flags) {
+        BPF_FIB_LKUP_RET_SUCCESS | BPF_FIB_LKUP_RET_NO_NEIGH => {}
+        BPF_FIB_LKUP_RET_FRAG_NEEDED => return Way::TooBig,
+        _ => return Way::None,
+    }
+    // SAFETY: the structure is made of numbers.
+    let mut neighbor: bpf_redir_neigh = unsafe { core::mem::zeroed() };
+    neighbor.nh_family = u32::from(lookup.family);
+    // SAFETY: the kernel has written the next hop there, of the family that it says;
+    // an IPv4 one is the first word.
+    neighbor.__bindgen_anon_1.ipv6_nh = unsafe { lookup.__bindgen_anon_4.ipv6_dst };
+    // SAFETY: the structure is of the length that is given with it.
+    Way::Out(unsafe {
+        bpf_redirect_neigh(
+            lookup.ifindex,
+            &mut neighbor,
+            size_of::<bpf_redir_neigh>() as i32,
+            0,
+        ) as i32
+    })
+}

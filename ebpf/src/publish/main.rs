@@ -1,0 +1,44 @@
+//! The programs that publish ports: what iptables' DNAT does elsewhere.
+//!
+//! | file | hook |
+//! |---|---|
+//! | [`uplink`] | tc ingress of the node's other devices: requests from outside |
+//! | [`from_pod`] | called by `port` for what pods send to the gateway: replies, and requests of pods |
+//! | [`from_host`] | called by `port` for what the host sends to a pod with published ports |
+//! | [`sockets`] | connect, sendmsg, recvmsg and getpeername of the node's own processes |
+//!
+//! A [`request`] is led by the static table of published ports, packet by packet, and
+//! remembered as the pod sees it; a [`reply`] finds that memory and is undone.
+//! Neither passes the host's stack. What the stack itself brings to such a pod is
+//! remembered too, so that its replies go back to the stack.
+//!
+//! This object is loaded with the first published port; [`shared`] has what it has in
+//! common with the one that switches.
+#![no_std]
+#![no_main]
+
+mod fib;
+mod flow;
+mod fragments;
+mod from_host;
+mod from_pod;
+mod maps;
+mod reply;
+mod request;
+#[path = "../shared.rs"]
+mod shared;
+mod skb;
+mod sockets;
+mod uplink;
+
+/// The kernel gives its GPL-only helpers to programs that say this.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 4] = *b"GPL\0";
+
+#[cfg(not(test))]
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
+    // Never reached: the verifier refuses a program that could loop here.
+    loop {}
+}

@@ -1,0 +1,62 @@
+//! What both objects have: the ports, their counters, and the context.
+
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::{__sk_buff, BPF_F_INGRESS, BPF_F_NO_PREALLOC},
+    btf_maps::{HashMap, PerCpuHashMap},
+    helpers::bpf_redirect,
+    macros::btf_map,
+    programs::TcContext,
+};
+use bpf_bridge_common::{
+    drops::DropReason,
+    layout::{MAX_PORTS, Port, PortStats},
+};
+
+/// Memory is taken when an entry is made: most nodes have far fewer than the
+/// limits allow.
+pub(crate) const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
+
+/// `PACKET_HOST` of `linux/if_packet.h`.
+pub(crate) const PACKET_HOST: u32 = 0;
+
+#[btf_map]
+pub(crate) static PORTS: HashMap<u32, Port, { MAX_PORTS as usize }, ON_DEMAND> = HashMap::new();
+
+#[btf_map]
+pub(crate) static STATS: PerCpuHashMap<u32, PortStats, { MAX_PORTS as usize + 1 }, ON_DEMAND> =
+    PerCpuHashMap::new();
+
+/// The device that the frame arrived on.
+#[inline(always)]
+pub(crate) fn ifindex(ctx: &TcContext) -> u32 {
+    // SAFETY: the context is valid for as long as the program runs.
+    unsafe { (*skb(ctx)).ifindex }
+}
+
+/// The context as the helpers take it.
+#[inline(always)]
+pub(crate) fn skb(ctx: &TcContext) -> *mut __sk_buff {
+    ctx.as_ptr().cast()
+}
+
+/// Into the host's stack, as if received on the gateway device.
+#[inline(always)]
+pub(crate) fn to_host(segment: u32) -> i32 {
+    // SAFETY: a helper that takes numbers.
+    unsafe { bpf_redirect(segment, u64::from(BPF_F_INGRESS)) as i32 }
+}
+
+/// Counts a drop against the port, or against number 0 if it is none.
+#[inline(always)]
+pub(crate) fn count_drop(ifindex: u32, reason: DropReason) {
+    let number = if reason as u32 == DropReason::NotAPort as u32 {
+        0
+    } else {
+        ifindex
+    };
+    if let Some(stats) = STATS.get_ptr_mut(number) {
+        // SAFETY: the value is this CPU's own.
+        unsafe { (*stats).drops[reason as usize] += 1 };
+    }
+}
