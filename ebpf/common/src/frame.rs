@@ -4,6 +4,8 @@ use crate::layout::Mac;
 
 /// The length of an Ethernet header without a VLAN tag, in bytes.
 pub const ETH_HLEN: usize = 14;
+/// IPv4, RFC 894.
+pub const ETH_P_IP: u16 = 0x0800;
 /// ARP, RFC 826.
 pub const ETH_P_ARP: u16 = 0x0806;
 /// IPv6, RFC 2464.

@@ -8,7 +8,10 @@
 #[cfg(test)]
 extern crate std;
 
+pub mod checksum;
 pub mod drops;
 pub mod frame;
 pub mod layout;
+pub mod packet;
 pub mod responder;
+pub mod translate;

@@ -1,0 +1,429 @@
+//! IPv4 and IPv6 packets: from whom to whom they are, and what an ICMP error is
+//! about.
+//!
+//! Everything in a packet is hostile. Nothing here panics, each loop has a small
+//! bound, and a transport header is at most [`MAX_HEADERS`] bytes behind its IP
+//! header: the kernel's verifier must see all of that.
+
+use bytemuck::{Pod, Zeroable};
+
+use crate::{
+    checksum,
+    frame::{ETH_P_IP, ETH_P_IPV6},
+    responder::IPPROTO_ICMPV6,
+};
+
+/// ICMP, RFC 792.
+pub const IPPROTO_ICMP: u8 = 1;
+/// TCP, RFC 9293.
+pub const IPPROTO_TCP: u8 = 6;
+/// UDP, RFC 768.
+pub const IPPROTO_UDP: u8 = 17;
+/// SCTP, RFC 9260.
+pub const IPPROTO_SCTP: u8 = 132;
+
+/// How many IPv6 extension headers are skipped at most.
+pub const MAX_EXTENSION_HEADERS: usize = 6;
+/// How far behind the start of its IP header a transport header may be.
+pub const MAX_HEADERS: usize = 255;
+/// The furthest start of an IP header; no frame that is parsed comes near it.
+const MAX_L3: usize = 1023;
+
+const IPV4_HEADER_LEN: usize = 20;
+const IPV6_HEADER_LEN: usize = 40;
+/// The part of an ICMP error that comes before the packet it is about.
+const ICMP_ERROR_LEN: usize = 8;
+/// Where the checksum is in an ICMP or ICMPv6 message.
+pub(crate) const ICMP_CHECKSUM: usize = 2;
+
+// RFC 8200 §4, RFC 4302 and the registry of IPv6 extension header types.
+const HOP_BY_HOP: u8 = 0;
+const ROUTING: u8 = 43;
+const FRAGMENT: u8 = 44;
+const ENCAPSULATING_SECURITY: u8 = 50;
+const AUTHENTICATION: u8 = 51;
+const DESTINATION_OPTIONS: u8 = 60;
+const MOBILITY: u8 = 135;
+const HOST_IDENTITY: u8 = 139;
+const SHIM6: u8 = 140;
+
+/// A frame that can be read and written: what a program was given, or a slice.
+pub trait Packet {
+    /// `N` bytes from offset `at` on; `None` if the frame ends before.
+    fn load<const N: usize>(&self, at: usize) -> Option<[u8; N]>;
+
+    /// Writes `bytes` at offset `at`; `None` if the frame ends before.
+    ///
+    /// A checksum in the packet covers the bytes and is changed as well, so that
+    /// a sum over the whole packet (`CHECKSUM_COMPLETE`) stays what it was.
+    fn store<const N: usize>(&mut self, at: usize, bytes: [u8; N]) -> Option<()>;
+
+    /// [`store`](Self::store) for bytes that no checksum in the packet makes up
+    /// for: a sum over the whole packet, where there is one, changes with them
+    /// (`BPF_F_RECOMPUTE_CSUM`).
+    #[inline(always)]
+    fn store_uncovered<const N: usize>(&mut self, at: usize, bytes: [u8; N]) -> Option<()> {
+        self.store(at, bytes)
+    }
+
+    /// Corrects the IPv4 header checksum at offset `at` after the header changed by
+    /// `diff` (see [`checksum::diff`]).
+    #[inline(always)]
+    fn fix_header_checksum(&mut self, at: usize, diff: u32) -> Option<()> {
+        let old = self.load(at)?;
+        self.store(at, checksum::adjust(old, diff))
+    }
+
+    /// Corrects the TCP, UDP, ICMP or ICMPv6 checksum at offset `at` after
+    /// something that it covers changed by `diff`.
+    #[inline(always)]
+    fn fix_transport_checksum(&mut self, at: usize, diff: u32, field: Covered) -> Option<()> {
+        let old = self.load(at)?;
+        let new = if field.udp {
+            checksum::adjust_udp(old, diff)
+        } else {
+            checksum::adjust(old, diff)
+        };
+        self.store(at, new)
+    }
+}
+
+/// What changed under a transport checksum: the kernel's helper treats a checksum
+/// that the device is still to complete by it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Covered {
+    /// Addresses, which are in the pseudo-header only; else bytes of the transport
+    /// header or what follows it.
+    pub pseudo_header: bool,
+    /// The checksum is UDP's: zero says that there is none.
+    pub udp: bool,
+    /// The packet is an IPv6 one.
+    pub ipv6: bool,
+}
+
+/// The version of an IP header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Version {
+    /// IPv4.
+    V4,
+    /// IPv6.
+    V6,
+}
+
+/// Which part of a datagram a packet is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Fragment {
+    /// All of it.
+    Whole,
+    /// The first of several: it has the transport header.
+    First,
+    /// Another: it has no transport header.
+    Later,
+}
+
+/// From whom to whom.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
+// Aligned, so that addresses are compared and summed by words, not by bytes.
+#[repr(C, align(4))]
+pub struct Tuple {
+    /// The source address; IPv4 is mapped into IPv6 (RFC 4291 §2.5.5.2).
+    pub source: [u8; 16],
+    /// The destination address, likewise.
+    pub destination: [u8; 16],
+    /// The source port.
+    pub source_port: u16,
+    /// The destination port.
+    pub destination_port: u16,
+}
+
+/// What the headers of a packet say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Parsed {
+    /// Addresses and ports; ports are 0 where the protocol has none, and in a
+    /// [`Later`](Fragment::Later) fragment.
+    pub tuple: Tuple,
+    /// The identification that fragments of one datagram share; 16 bits in IPv4, 0 in
+    /// an IPv6 packet without a fragment header.
+    pub fragment_id: u32,
+    /// Where in the datagram this fragment's data belongs, in bytes.
+    pub fragment_offset: u16,
+    /// Bytes from the first of the IP header to the last of the packet, as the header
+    /// says (65535 if it says more); 0 if it leaves that open (jumbograms, BIG TCP).
+    pub length: u16,
+    /// Where in the frame the IP header is.
+    pub l3: u16,
+    /// Where in the frame that is which follows the IP header and its extensions.
+    pub l4: u16,
+    /// Where in the frame the transport checksum is that covers the addresses. `None`
+    /// if the protocol has no such checksum, if this is a [`Later`](Fragment::Later)
+    /// fragment or a UDP packet without one, or if a quoted packet ends before it.
+    pub checksum: Option<u16>,
+    /// The version of the IP header.
+    pub version: Version,
+    /// The protocol of what is at `l4`, as the header says. In a
+    /// [`Later`](Fragment::Later) IPv6 fragment this is the first header of the
+    /// fragmented part, which may be another extension header.
+    pub protocol: u8,
+    /// Which part of a datagram this is.
+    pub fragment: Fragment,
+    /// Whether other fragments follow this one.
+    pub more_fragments: bool,
+}
+
+impl Parsed {
+    /// Whether the protocol has ports and they are in this packet.
+    #[inline(always)]
+    pub const fn has_ports(&self) -> bool {
+        matches!(self.protocol, IPPROTO_TCP | IPPROTO_UDP | IPPROTO_SCTP)
+            && !matches!(self.fragment, Fragment::Later)
+    }
+}
+
+/// Reads the packet whose IP header is at offset `l3` of the frame.
+///
+/// `None` if it is not IP, truncated or malformed; if its IPv6 extension headers are
+/// too many, too long or cannot be skipped (ESP), or name a next destination that
+/// the packet is still to visit; or if a first fragment is too short for its ports and
+/// its checksum.
+#[inline(always)]
+pub fn parse(packet: &impl Packet, l3: usize, ethertype: u16) -> Option<Parsed> {
+    let mut parsed = network(packet, l3, ethertype)?;
+    let end = match parsed.length {
+        0 => usize::MAX,
+        length => l3.wrapping_add(length as usize),
+    };
+    transport(packet, &mut parsed, end, false)?;
+    Some(parsed)
+}
+
+/// Reads the packet that an ICMP or ICMPv6 error is about.
+///
+/// `None` if `outer` is no error or is fragmented, or if the quoted packet is not one
+/// that [`parse`] would read, has no ports although its protocol has some, or is a
+/// [`Later`](Fragment::Later) fragment.
+#[inline(always)]
+pub fn quoted(packet: &impl Packet, outer: &Parsed) -> Option<Parsed> {
+    if outer.fragment != Fragment::Whole || outer.length == 0 {
+        return None;
+    }
+    let [kind] = packet.load(outer.l4 as usize)?;
+    let ethertype = match (outer.version, outer.protocol, kind) {
+        // Destination unreachable, source quench, redirect, time exceeded, parameter
+        // problem (RFC 792).
+        (Version::V4, IPPROTO_ICMP, 3 | 4 | 5 | 11 | 12) => ETH_P_IP,
+        // Destination unreachable, packet too big, time exceeded, parameter problem
+        // (RFC 4443 §3).
+        (Version::V6, IPPROTO_ICMPV6, 1..=4) => ETH_P_IPV6,
+        _ => return None,
+    };
+    let l3 = (outer.l4 as usize).wrapping_add(ICMP_ERROR_LEN);
+    let mut inner = network(packet, l3, ethertype)?;
+    if inner.fragment == Fragment::Later {
+        return None;
+    }
+    // What comes after the end is the frame's padding, whatever it looks like.
+    let mut end = (outer.l3 as usize).wrapping_add(outer.length as usize);
+    let own_end = l3.wrapping_add(inner.length as usize);
+    if inner.length != 0 && own_end < end {
+        end = own_end;
+    }
+    transport(packet, &mut inner, end, true)?;
+    Some(inner)
+}
+
+/// Reads the IP header and its extensions.
+#[inline(always)]
+fn network(packet: &impl Packet, l3: usize, ethertype: u16) -> Option<Parsed> {
+    if l3 > MAX_L3 {
+        return None;
+    }
+    match ethertype {
+        ETH_P_IP => ipv4(packet, l3),
+        ETH_P_IPV6 => ipv6(packet, l3),
+        _ => None,
+    }
+}
+
+#[inline(always)]
+fn ipv4(packet: &impl Packet, l3: usize) -> Option<Parsed> {
+    let header: [u8; IPV4_HEADER_LEN] = packet.load(l3)?;
+    #[rustfmt::skip]
+    let [
+        version_and_words, _, length_high, length_low,
+        id_high, id_low, offset_high, offset_low,
+        _, protocol, _, _,
+        s0, s1, s2, s3,
+        d0, d1, d2, d3,
+    ] = header;
+    let header_len = (version_and_words & 0xf) as u16 * 4;
+    let length = u16::from_be_bytes([length_high, length_low]);
+    if version_and_words >> 4 != 4
+        || header_len < IPV4_HEADER_LEN as u16
+        || (length != 0 && length < header_len)
+    {
+        return None;
+    }
+    let flags_and_offset = u16::from_be_bytes([offset_high, offset_low]);
+    let more_fragments = flags_and_offset & 0x2000 != 0;
+    let fragment_offset = (flags_and_offset & 0x1fff) << 3;
+    Some(Parsed {
+        tuple: Tuple {
+            source: mapped([s0, s1, s2, s3]),
+            destination: mapped([d0, d1, d2, d3]),
+            source_port: 0,
+            destination_port: 0,
+        },
+        fragment_id: u16::from_be_bytes([id_high, id_low]) as u32,
+        fragment_offset,
+        length,
+        l3: l3 as u16,
+        l4: (l3 as u16).wrapping_add(header_len),
+        checksum: None,
+        version: Version::V4,
+        protocol,
+        fragment: part(fragment_offset, more_fragments),
+        more_fragments,
+    })
+}
+
+#[inline(always)]
+fn ipv6(packet: &impl Packet, l3: usize) -> Option<Parsed> {
+    let [version, _, _, _, length_high, length_low, next, _] = packet.load(l3)?;
+    if version >> 4 != 6 {
+        return None;
+    }
+    let payload = u16::from_be_bytes([length_high, length_low]);
+    let mut parsed = Parsed {
+        tuple: Tuple {
+            source: packet.load(l3.wrapping_add(8))?,
+            destination: packet.load(l3.wrapping_add(24))?,
+            source_port: 0,
+            destination_port: 0,
+        },
+        fragment_id: 0,
+        fragment_offset: 0,
+        length: match payload {
+            0 => 0,
+            _ => payload.saturating_add(IPV6_HEADER_LEN as u16),
+        },
+        l3: l3 as u16,
+        l4: 0,
+        checksum: None,
+        version: Version::V6,
+        protocol: next,
+        fragment: Fragment::Whole,
+        more_fragments: false,
+    };
+    skip_extensions(packet, &mut parsed)?;
+    Some(parsed)
+}
+
+/// Finds what follows the extension headers of an IPv6 packet.
+#[inline(always)]
+fn skip_extensions(packet: &impl Packet, parsed: &mut Parsed) -> Option<()> {
+    let mut skipped = IPV6_HEADER_LEN;
+    let mut fragmented = false;
+    for _ in 0..=MAX_EXTENSION_HEADERS {
+        let this = parsed.protocol;
+        let at = (parsed.l3 as usize).wrapping_add(skipped);
+        match this {
+            HOP_BY_HOP | ROUTING | FRAGMENT | AUTHENTICATION | DESTINATION_OPTIONS
+                if parsed.fragment != Fragment::Later => {}
+            ENCAPSULATING_SECURITY | MOBILITY | HOST_IDENTITY | SHIM6
+                if parsed.fragment != Fragment::Later =>
+            {
+                return None;
+            }
+            _ => {
+                if parsed.length != 0 && skipped > parsed.length as usize {
+                    return None;
+                }
+                parsed.l4 = at as u16;
+                return Some(());
+            }
+        }
+        let [next, words, a, b, id @ ..]: [u8; 8] = packet.load(at)?;
+        let words = words as usize;
+        let len = match this {
+            FRAGMENT => {
+                if fragmented {
+                    return None;
+                }
+                fragmented = true;
+                let offset_and_more = u16::from_be_bytes([a, b]);
+                parsed.fragment_offset = offset_and_more & !7;
+                parsed.more_fragments = offset_and_more & 1 != 0;
+                parsed.fragment = part(parsed.fragment_offset, parsed.more_fragments);
+                parsed.fragment_id = u32::from_be_bytes(id);
+                8
+            }
+            AUTHENTICATION => (words + 2) * 4,
+            // The header's destination is not the one that checksums are made with.
+            ROUTING if b != 0 => return None,
+            _ => (words + 1) * 8,
+        };
+        skipped = skipped.wrapping_add(len);
+        if skipped > MAX_HEADERS {
+            return None;
+        }
+        parsed.protocol = next;
+    }
+    None
+}
+
+/// Reads ports, and finds the checksum; `end` is where in the frame the packet ends.
+/// Only a quoted one may end before its checksum.
+#[inline(always)]
+fn transport(packet: &impl Packet, parsed: &mut Parsed, end: usize, quoted: bool) -> Option<()> {
+    if parsed.fragment == Fragment::Later {
+        return Some(());
+    }
+    let l4 = parsed.l4 as usize;
+    if parsed.has_ports() {
+        if l4.wrapping_add(4) > end {
+            return None;
+        }
+        let [a, b, c, d] = packet.load(l4)?;
+        parsed.tuple.source_port = u16::from_be_bytes([a, b]);
+        parsed.tuple.destination_port = u16::from_be_bytes([c, d]);
+    }
+    let offset = match (parsed.version, parsed.protocol) {
+        (_, IPPROTO_TCP) => 16,
+        (_, IPPROTO_UDP) => 6,
+        (Version::V6, IPPROTO_ICMPV6) => ICMP_CHECKSUM,
+        // SCTP's covers no addresses, and ICMP's neither.
+        _ => return Some(()),
+    };
+    let at = l4.wrapping_add(offset);
+    if at.wrapping_add(2) > end {
+        return if quoted { Some(()) } else { None };
+    }
+    let checksum: [u8; 2] = packet.load(at)?;
+    if parsed.protocol != IPPROTO_UDP || checksum != [0, 0] {
+        parsed.checksum = Some(at as u16);
+    }
+    Some(())
+}
+
+#[inline(always)]
+const fn part(offset: u16, more: bool) -> Fragment {
+    match (offset, more) {
+        (0, false) => Fragment::Whole,
+        (0, true) => Fragment::First,
+        _ => Fragment::Later,
+    }
+}
+
+/// An IPv4 address as an IPv6 one (RFC 4291 §2.5.5.2).
+#[inline(always)]
+pub const fn mapped(address: [u8; 4]) -> [u8; 16] {
+    let [a, b, c, d] = address;
+    [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d]
+}
+
+/// The IPv4 address in a mapped one.
+#[inline(always)]
+pub const fn unmapped(address: &[u8; 16]) -> [u8; 4] {
+    let [.., a, b, c, d] = *address;
+    [a, b, c, d]
+}

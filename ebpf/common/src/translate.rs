@@ -1,0 +1,162 @@
+//! Packets get other addresses and ports, and every checksum stays as right as it
+//! was.
+
+use crate::{
+    checksum::{adjust, adjust_udp, diff},
+    packet::{
+        Covered, ICMP_CHECKSUM, IPPROTO_SCTP, IPPROTO_UDP, Packet, Parsed, Tuple, Version, unmapped,
+    },
+};
+
+/// Makes addresses and ports of the packet those of `to`, which is of the same IP
+/// version; checksums follow.
+///
+/// Ports are left where there are none: in a fragment that is not the first, and in
+/// protocols other than TCP, UDP and SCTP. `None` if a store fails, or if SCTP's ports
+/// were to change: its checksum would have to be made anew, over all of the packet.
+#[inline(always)]
+pub fn rewrite(packet: &mut impl Packet, parsed: &Parsed, to: &Tuple) -> Option<()> {
+    let new_ports = ports_to_write(parsed, to)?;
+    let covered = parsed.version == Version::V4 || parsed.checksum.is_some();
+    let addresses = write_addresses(packet, parsed, &to.source, &to.destination, covered)?;
+    if new_ports {
+        let ports = ports(to);
+        match parsed.checksum {
+            Some(_) => packet.store(parsed.l4 as usize, ports)?,
+            None => packet.store_uncovered(parsed.l4 as usize, ports)?,
+        }
+    }
+    let Some(at) = parsed.checksum else {
+        return Some(());
+    };
+    let at = at as usize;
+    let mut field = Covered {
+        pseudo_header: true,
+        udp: parsed.protocol == IPPROTO_UDP,
+        ipv6: parsed.version == Version::V6,
+    };
+    packet.fix_transport_checksum(at, addresses, field)?;
+    if new_ports {
+        field.pseudo_header = false;
+        packet.fix_transport_checksum(at, diff(ports(&parsed.tuple), ports(to)), field)?;
+    }
+    Some(())
+}
+
+/// Makes the tuple of the packet that an error is about `inner_to`, and the error's own
+/// addresses `source` and `destination`; all checksums follow, as far as they are there.
+///
+/// `outer` and `inner` are what [`parse`](crate::packet::parse) and
+/// [`quoted`](crate::packet::quoted) say of the packet. `None` as in [`rewrite`].
+#[inline(always)]
+pub fn rewrite_quoted(
+    packet: &mut impl Packet,
+    outer: &Parsed,
+    inner: &Parsed,
+    source: &[u8; 16],
+    destination: &[u8; 16],
+    inner_to: &Tuple,
+) -> Option<()> {
+    // The sum of what changes under the ICMP checksum.
+    let mut message = 0;
+    let new_ports = ports_to_write(inner, inner_to)?;
+    let addresses = write_addresses(packet, inner, &inner_to.source, &inner_to.destination, true)?;
+    if inner.version == Version::V6 {
+        // In IPv4 the header's own checksum has made up for them.
+        message = addresses;
+    }
+    let mut transport = addresses;
+    if new_ports {
+        packet.store(inner.l4 as usize, ports(inner_to))?;
+        let ports = diff(ports(&inner.tuple), ports(inner_to));
+        message = ports.wrapping_add(message);
+        transport = ports.wrapping_add(transport);
+    }
+    if let Some(at) = inner.checksum {
+        // Data of this packet: never a checksum that a device is still to complete.
+        let old = packet.load(at as usize)?;
+        let new = if inner.protocol == IPPROTO_UDP {
+            adjust_udp(old, transport)
+        } else {
+            adjust(old, transport)
+        };
+        packet.store(at as usize, new)?;
+        message = diff(old, new).wrapping_add(message);
+    }
+
+    let addresses = write_addresses(packet, outer, source, destination, true)?;
+    let at = (outer.l4 as usize).wrapping_add(ICMP_CHECKSUM);
+    let ipv6 = outer.version == Version::V6;
+    let mut field = Covered {
+        pseudo_header: false,
+        udp: false,
+        ipv6,
+    };
+    packet.fix_transport_checksum(at, message, field)?;
+    if ipv6 {
+        field.pseudo_header = true;
+        packet.fix_transport_checksum(at, addresses, field)?;
+    }
+    Some(())
+}
+
+/// Whether the packet's ports are to be written; `None` if they cannot be.
+#[inline(always)]
+fn ports_to_write(parsed: &Parsed, to: &Tuple) -> Option<bool> {
+    let from = &parsed.tuple;
+    let change = parsed.has_ports()
+        && (from.source_port != to.source_port || from.destination_port != to.destination_port);
+    if change && parsed.protocol == IPPROTO_SCTP {
+        return None;
+    }
+    Some(change)
+}
+
+/// Writes both addresses, and corrects the header's checksum if it has one; the
+/// difference is what other checksums with a pseudo-header change by.
+///
+/// `covered`: a checksum in the packet makes up for the change.
+#[inline(always)]
+fn write_addresses(
+    packet: &mut impl Packet,
+    parsed: &Parsed,
+    source: &[u8; 16],
+    destination: &[u8; 16],
+    covered: bool,
+) -> Option<u32> {
+    let l3 = parsed.l3 as usize;
+    let from = &parsed.tuple;
+    match parsed.version {
+        Version::V4 => {
+            let source = unmapped(source);
+            let destination = unmapped(destination);
+            let changed = diff(unmapped(&from.source), source)
+                .wrapping_add(diff(unmapped(&from.destination), destination));
+            packet.store(l3.wrapping_add(12), source)?;
+            packet.store(l3.wrapping_add(16), destination)?;
+            packet.fix_header_checksum(l3.wrapping_add(10), changed)?;
+            Some(changed)
+        }
+        Version::V6 => {
+            let changed =
+                diff(from.source, *source).wrapping_add(diff(from.destination, *destination));
+            let (source_at, destination_at) = (l3.wrapping_add(8), l3.wrapping_add(24));
+            if covered {
+                packet.store(source_at, *source)?;
+                packet.store(destination_at, *destination)?;
+            } else {
+                packet.store_uncovered(source_at, *source)?;
+                packet.store_uncovered(destination_at, *destination)?;
+            }
+            Some(changed)
+        }
+    }
+}
+
+/// Both ports as they are in a packet.
+#[inline(always)]
+const fn ports(tuple: &Tuple) -> [u8; 4] {
+    let [a, b] = tuple.source_port.to_be_bytes();
+    let [c, d] = tuple.destination_port.to_be_bytes();
+    [a, b, c, d]
+}
