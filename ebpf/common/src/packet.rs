@@ -171,11 +171,22 @@ pub struct Parsed {
 }
 
 impl Parsed {
+    /// Whether the protocol is one of those that know ports.
+    #[inline(always)]
+    pub const fn is_transport(&self) -> bool {
+        matches!(self.protocol, IPPROTO_TCP | IPPROTO_UDP | IPPROTO_SCTP)
+    }
+
+    /// Whether it is a message of the IP layer itself.
+    #[inline(always)]
+    pub const fn is_icmp(&self) -> bool {
+        matches!(self.protocol, IPPROTO_ICMP | IPPROTO_ICMPV6)
+    }
+
     /// Whether the protocol has ports and they are in this packet.
     #[inline(always)]
     pub const fn has_ports(&self) -> bool {
-        matches!(self.protocol, IPPROTO_TCP | IPPROTO_UDP | IPPROTO_SCTP)
-            && !matches!(self.fragment, Fragment::Later)
+        self.is_transport() && !matches!(self.fragment, Fragment::Later)
     }
 }
 

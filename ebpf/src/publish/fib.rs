@@ -48,19 +48,12 @@ fn words(address: &[u8; 16]) -> [u32; 4] {
 #[inline(always)]
 fn ask(ctx: &TcContext, lookup: &mut Lookup, flags: u32) -> u32 {
     // SAFETY: the structure is of the length that is given with it.
-    unsafe {
-        bpf_fib_lookup(
-            ctx.as_ptr(),
-            lookup,
-            size_of::<Lookup>() as i32,
-            flags,
-        ) as u32
-    }
+    unsafe { bpf_fib_lookup(ctx.as_ptr(), lookup, size_of::<Lookup>() as i32, flags) as u32 }
 }
 
 /// What would become of a packet from `source` to `destination`, if `via` (a device
 /// that forwards) received it.
-#[inline(always)]
+#[inline(never)]
 fn fate(ctx: &TcContext, via: u32, source: &[u8; 16], destination: &[u8; 16]) -> u32 {
     let mut lookup = zeroed();
     lookup.ifindex = via;
@@ -90,13 +83,8 @@ fn set_addresses(lookup: &mut Lookup, source: &[u8; 16], destination: &[u8; 16])
 /// of one without a route it says the same. So where it says that, either the
 /// plugin has seen the address on a device of the node, or there must be a default
 /// route: then no address is without one.
-#[inline(always)]
-pub(crate) fn is_local(
-    ctx: &TcContext,
-    via: u32,
-    source: &[u8; 16],
-    address: &[u8; 16],
-) -> bool {
+#[inline(never)]
+pub(crate) fn is_local(ctx: &TcContext, via: u32, source: &[u8; 16], address: &[u8; 16]) -> bool {
     if is_loopback(address) || is_group(address) {
         return false;
     }
@@ -134,29 +122,25 @@ fn elsewhere(address: &[u8; 16]) -> [u8; 16] {
 
 /// Sends a packet that the node's own address is the source of to its destination.
 /// `length` is that of the longest packet on the wire, without the link's header.
-#[inline(always)]
+/// `device` forwards, and the packet is routed as if received there; or it is `on_link`,
+/// and the destination is a neighbour there.
+#[inline(never)]
 pub(crate) fn send(
     ctx: &TcContext,
-    via: u32,
     tuple: &Tuple,
     protocol: u8,
     length: u32,
-    link: u32,
+    device: u32,
+    on_link: bool,
 ) -> Way {
     let mut lookup = zeroed();
     lookup.l4_protocol = protocol;
     lookup.sport = tuple.source_port.to_be();
     lookup.dport = tuple.destination_port.to_be();
     lookup.__bindgen_anon_1.tot_len = length as u16;
+    lookup.ifindex = device;
     set_addresses(&mut lookup, &tuple.source, &tuple.destination);
-    let flags = if link == 0 {
-        lookup.ifindex = via;
-        0
-    } else {
-        // A link-local address means something on its own link only.
-        lookup.ifindex = link;
-        BPF_FIB_LOOKUP_OUTPUT
-    };
+    let flags = if on_link { BPF_FIB_LOOKUP_OUTPUT } else { 0 };
     match ask(ctx, &mut lookup, flags) {
         BPF_FIB_LKUP_RET_SUCCESS | BPF_FIB_LKUP_RET_NO_NEIGH => {}
         BPF_FIB_LKUP_RET_FRAG_NEEDED => return Way::TooBig,

@@ -5,23 +5,15 @@
 //! port.
 
 use aya_ebpf::{bindings::TC_ACT_SHOT, macros::classifier, programs::TcContext};
-use bpf_bridge_common::{
-    drops::DropReason,
-    frame::ETH_HLEN,
-    layout::Published,
-    packet::{Parsed, Tuple, parse, quoted},
-    translate::{rewrite, rewrite_quoted},
-};
+use bpf_bridge_common::{drops::DropReason, frame::ETH_HLEN, layout::Published};
 
 use crate::{
-    flow::{self, Found, From, Request},
+    flow::{self, Found},
     fragments,
     shared::{count_drop, ifindex, skb},
     skb::Skb,
+    work::{From, Work},
 };
-
-/// Requests of the stack: where replies go back to it.
-const STACK: From = From { ifindex: 0, client_mac: [0; 6], gateway_mac: [0; 6] };
 
 /// The program that `port` goes on with. It has left the ifindex of the pod's host veth
 /// in the control buffer.
@@ -29,9 +21,11 @@ const STACK: From = From { ifindex: 0, client_mac: [0; 6], gateway_mac: [0; 6] }
 pub(crate) fn from_host(ctx: TcContext) -> i32 {
     // SAFETY: the context is valid for as long as the program runs.
     let port = unsafe { (*skb(&ctx)).cb[0] };
-    let frame = Skb(&ctx);
-    let shown = remember(&ctx, frame, port).unwrap_or(Ok(()));
-    match shown.and_then(|()| frame.deliver(port)) {
+    let shown = match Work::get() {
+        Some(work) => remember(&ctx, work, port),
+        None => Ok(()),
+    };
+    match shown.and_then(|()| Skb(&ctx).deliver(port)) {
         Ok(verdict) => verdict,
         Err(reason) => {
             count_drop(port, reason);
@@ -40,7 +34,7 @@ pub(crate) fn from_host(ctx: TcContext) -> i32 {
     }
 }
 
-/// The pod as the packet addresses it: nothing is translated.
+/// The pod as packets address it: nothing is translated.
 #[inline(always)]
 fn itself(address: &[u8; 16], pod_port: u16, port: u32) -> Published {
     Published {
@@ -56,64 +50,80 @@ fn itself(address: &[u8; 16], pod_port: u16, port: u32) -> Published {
     }
 }
 
-/// `None` if there is nothing to remember.
 #[inline(always)]
-fn remember(ctx: &TcContext, skb: Skb<'_>, port: u32) -> Option<Result<(), DropReason>> {
-    if skb.is_tagged() {
-        return None;
-    }
-    let mut parsed = parse(&skb, ETH_HLEN, skb.ethertype())?;
-    if parsed.is_icmp() {
-        return show_error(skb, &parsed, port);
-    }
-    if !parsed.has_ports() || !fragments::complete(&mut parsed, ifindex(ctx)) {
-        return None;
-    }
-    let tuple = &parsed.tuple;
-    let pod = itself(&tuple.destination, tuple.destination_port, port);
-    let request = Request {
-        client: &tuple.source,
-        client_port: tuple.source_port,
-        seen_as: &tuple.source,
-        original: &tuple.destination,
-        original_port: tuple.destination_port,
-        protocol: parsed.protocol,
+fn remember(ctx: &TcContext, work: &mut Work, port: u32) -> Result<(), DropReason> {
+    // Replies go to the stack, whatever brought the request there.
+    work.from = From {
+        ifindex: 0,
+        segment: 0,
+        client_mac: [0; 6],
+        gateway_mac: [0; 6],
+        linked: false,
     };
-    let source_port = match flow::find(&pod, &request, &STACK) {
-        Found::Known(port) => port,
-        Found::Free(port) if flow::make(&pod, &request, &STACK, port) => port,
-        Found::Free(_) | Found::Full => return Some(Err(DropReason::NoSourcePort)),
-    };
-    if source_port == tuple.source_port {
-        return None;
+    if Skb(ctx).is_tagged() || !work.read(ctx, ETH_HLEN) {
+        return Ok(());
     }
-    let to = Tuple { source_port, ..*tuple };
-    let mut frame = skb;
-    Some(rewrite(&mut frame, &parsed, &to).ok_or(DropReason::Helper))
+    if work.parsed.is_icmp() {
+        return if work.read_error(ctx) {
+            show_error(ctx, work, port)
+        } else {
+            Ok(())
+        };
+    }
+    if !work.parsed.is_transport() || !fragments::complete(&mut work.parsed, ifindex(ctx)) {
+        return Ok(());
+    }
+    let tuple = &work.parsed.tuple;
+    flow::describe(
+        &mut work.key,
+        &mut work.flow,
+        &itself(&tuple.destination, tuple.destination_port, port),
+        &tuple.source,
+        (&tuple.source, tuple.source_port),
+        (&tuple.destination, tuple.destination_port),
+        work.parsed.protocol,
+    );
+    match flow::find(&mut work.key, &work.flow, &work.from) {
+        Found::Known => {}
+        Found::Free if flow::make(&work.key, &mut work.flow, &work.from) => {}
+        Found::Free | Found::Full => return Err(DropReason::NoSourcePort),
+    }
+    if work.key.client_port == tuple.source_port {
+        return Ok(());
+    }
+    work.to = *tuple;
+    work.to.source_port = work.key.client_port;
+    if work.rewrite(ctx) {
+        Ok(())
+    } else {
+        Err(DropReason::Helper)
+    }
 }
 
 /// An error about what the pod has sent: it must name the port that the pod was shown.
 #[inline(always)]
-fn show_error(skb: Skb<'_>, parsed: &Parsed, port: u32) -> Option<Result<(), DropReason>> {
-    let inner = quoted(&skb, parsed)?;
-    let reply = &inner.tuple;
-    let pod = itself(&reply.source, reply.source_port, port);
-    let request = Request {
-        client: &reply.destination,
-        client_port: reply.destination_port,
-        seen_as: &reply.destination,
-        original: &reply.source,
-        original_port: reply.source_port,
-        protocol: inner.protocol,
-    };
-    let destination_port = request.known(&pod)?;
-    if destination_port == reply.destination_port {
-        return None;
+fn show_error(ctx: &TcContext, work: &mut Work, port: u32) -> Result<(), DropReason> {
+    let reply = &work.inner.tuple;
+    flow::describe(
+        &mut work.key,
+        &mut work.flow,
+        &itself(&reply.source, reply.source_port, port),
+        &reply.destination,
+        (&reply.destination, reply.destination_port),
+        (&reply.source, reply.source_port),
+        work.inner.protocol,
+    );
+    if flow::find(&mut work.key, &work.flow, &work.from) != Found::Known
+        || work.key.client_port == reply.destination_port
+    {
+        return Ok(());
     }
-    let to = Tuple { destination_port, ..*reply };
-    let mut frame = skb;
-    let outer = &parsed.tuple;
-    let rewritten =
-        rewrite_quoted(&mut frame, parsed, &inner, &outer.source, &outer.destination, &to);
-    Some(rewritten.ok_or(DropReason::Helper))
+    work.to = *reply;
+    work.to.destination_port = work.key.client_port;
+    work.outer = work.parsed.tuple;
+    if work.rewrite_error(ctx) {
+        Ok(())
+    } else {
+        Err(DropReason::Helper)
+    }
 }

@@ -5,15 +5,13 @@ use aya_ebpf::{bindings::TC_ACT_SHOT, macros::classifier, programs::TcContext};
 use bpf_bridge_common::{
     frame::ETH_HLEN,
     layout::{PORT_PUBLISHED, Port},
-    packet::parse,
 };
 
 use crate::{
-    flow::From,
-    fragments, reply,
-    request::{self, Outcome},
+    fragments, reply, request,
     shared::{PORTS, count_drop, ifindex, to_host},
     skb::Skb,
+    work::{From, Outcome, Work},
 };
 
 /// The program that `port` goes on with.
@@ -24,10 +22,20 @@ pub(crate) fn from_pod(ctx: TcContext) -> i32 {
     let Some(port) = (unsafe { PORTS.get(ifindex) }) else {
         return TC_ACT_SHOT;
     };
-    match translate(&ctx, ifindex, port) {
+    let Some(work) = Work::get() else {
+        return to_host(port.segment);
+    };
+    work.from = From {
+        ifindex,
+        segment: port.segment,
+        client_mac: [0; 6],
+        gateway_mac: [0; 6],
+        linked: true,
+    };
+    match translate(&ctx, work, port) {
         Some(Ok(verdict)) => verdict,
-        Some(Err((port, reason))) => {
-            count_drop(port, reason);
+        Some(Err(reason)) => {
+            count_drop(work.account, reason);
             TC_ACT_SHOT
         }
         None => to_host(port.segment),
@@ -35,26 +43,25 @@ pub(crate) fn from_pod(ctx: TcContext) -> i32 {
 }
 
 #[inline(always)]
-fn translate(ctx: &TcContext, ifindex: u32, port: &Port) -> Outcome {
-    let skb = Skb(ctx);
-    if skb.is_tagged() {
+fn translate(ctx: &TcContext, work: &mut Work, port: &Port) -> Outcome {
+    if Skb(ctx).is_tagged() || !work.read(ctx, ETH_HLEN) {
         return None;
     }
-    let mut parsed = parse(&skb, ETH_HLEN, skb.ethertype())?;
     let publishes = port.flags & PORT_PUBLISHED != 0;
-    if parsed.is_icmp() {
-        if publishes && let Some(done) = reply::undo_error(skb, &parsed, ifindex, port) {
+    if work.parsed.is_icmp() {
+        if !work.read_error(ctx) {
+            return None;
+        }
+        if publishes && let Some(done) = reply::undo_error(ctx, work, port) {
             return Some(done);
         }
-        return request::lead_error(skb, &parsed, port.segment, true);
+        return request::lead_error(ctx, work);
     }
-    if !parsed.has_ports() || !fragments::complete(&mut parsed, ifindex) {
+    if !work.parsed.is_transport() || !fragments::complete(&mut work.parsed, work.from.ifindex) {
         return None;
     }
-    if publishes && let Some(done) = reply::undo(skb, &parsed, ifindex, port) {
+    if publishes && let Some(done) = reply::undo(ctx, work, port) {
         return Some(done);
     }
-    let (client_mac, gateway_mac) = request::macs(skb)?;
-    let from = From { ifindex, client_mac, gateway_mac };
-    request::lead(skb, &parsed, &from, port.segment, true)
+    request::lead(ctx, work)
 }

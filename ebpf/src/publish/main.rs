@@ -30,6 +30,7 @@ mod shared;
 mod skb;
 mod sockets;
 mod uplink;
+mod work;
 
 /// The kernel gives its GPL-only helpers to programs that say this.
 #[unsafe(link_section = "license")]

@@ -38,11 +38,7 @@ pub(crate) static NODE: Array<Node, 1> = Array::new();
 
 /// Who serves `port` of `address`, if anybody does.
 #[inline(always)]
-pub(crate) fn published(
-    address: &[u8; 16],
-    port: u16,
-    protocol: u8,
-) -> Option<&'static Published> {
+pub(crate) fn published(address: &[u8; 16], port: u16, protocol: u8) -> Option<&'static Published> {
     let mut key = PublishedKey {
         address: unspecified_like(address),
         port,

@@ -1,141 +1,141 @@
 //! What a pod with published ports answers: undone, and sent where the request came
 //! from.
 
+use aya_ebpf::programs::TcContext;
 use bpf_bridge_common::{
+    checksum,
     drops::DropReason,
-    layout::{Flow, FlowKey, Port},
-    packet::{IPPROTO_TCP, Packet as _, Parsed, Tuple, Version, quoted},
-    translate::{rewrite, rewrite_quoted},
+    layout::{Flow, Port},
+    packet::{IPPROTO_TCP, Packet as _, Parsed, Tuple, Version},
 };
 
 use crate::{
     fib::{self, Way},
     maps::FLOWS,
-    request::{Outcome, is_link_local},
+    request::is_link_local,
     shared::{PORTS, to_host},
     skb::Skb,
+    work::{Outcome, Work},
 };
 
-/// "Don't fragment" in the second byte pair of an IPv4 header's third word.
+/// "Don't fragment", in the byte that it is in.
 const DF: u8 = 0x40;
 
 /// Sends a reply to where its request came from.
-#[inline(always)]
-pub(crate) fn undo(skb: Skb<'_>, parsed: &Parsed, ifindex: u32, port: &Port) -> Outcome {
-    let tuple = &parsed.tuple;
-    let key = FlowKey {
-        pod: tuple.source,
-        client: tuple.destination,
-        port: ifindex,
-        pod_port: tuple.source_port,
-        client_port: tuple.destination_port,
-        protocol: parsed.protocol,
-        reserved: [0; 3],
-    };
+#[inline(never)]
+pub(crate) fn undo(ctx: &TcContext, work: &mut Work, port: &Port) -> Outcome {
+    let tuple = &work.parsed.tuple;
+    let key = &mut work.key;
+    key.pod = tuple.source;
+    key.pod_port = tuple.source_port;
+    key.client = tuple.destination;
+    key.client_port = tuple.destination_port;
+    key.port = work.from.ifindex;
+    key.protocol = work.parsed.protocol;
+    key.reserved = [0; 3];
     // SAFETY: an entry that is evicted meanwhile is memory of the map still.
-    let flow = unsafe { FLOWS.get(&key) }?;
-    let to = Tuple {
-        source: flow.original,
-        destination: flow.client,
-        source_port: flow.original_port,
-        destination_port: flow.client_port,
-    };
-    let length = wire_length(skb, parsed);
-    let way = match choose(skb, flow, &to, parsed, port, length) {
-        Ok(way) => way,
-        Err(outcome) => return Some(outcome.map_err(|reason| (ifindex, reason))),
-    };
-    let mut frame = skb;
-    let verdict = match rewrite(&mut frame, parsed, &to) {
-        Some(()) => way.go(skb, flow),
-        None => Err(DropReason::Helper),
-    };
-    Some(verdict.map_err(|reason| (ifindex, reason)))
+    let flow = unsafe { FLOWS.get(&*key) }?;
+    work.account = work.from.ifindex;
+    work.to.source = flow.original;
+    work.to.source_port = flow.original_port;
+    work.to.destination = flow.client;
+    work.to.destination_port = flow.client_port;
+    let length = wire_length(Skb(ctx), &work.parsed);
+    Some(
+        match choose(ctx, flow, &work.to, work.parsed.protocol, port, length) {
+            Back::TooBig => refuse(Skb(ctx), &work.parsed, port.segment),
+            Back::Nowhere => Err(DropReason::NoRoute),
+            back if work.rewrite(ctx) => back.go(Skb(ctx), flow, port),
+            _ => Err(DropReason::Helper),
+        },
+    )
 }
 
 /// Sends an error about a request to the client.
-#[inline(always)]
-pub(crate) fn undo_error(skb: Skb<'_>, parsed: &Parsed, ifindex: u32, port: &Port) -> Outcome {
-    let inner = quoted(&skb, parsed)?;
-    let request = &inner.tuple;
-    let key = FlowKey {
-        pod: request.destination,
-        client: request.source,
-        port: ifindex,
-        pod_port: request.destination_port,
-        client_port: request.source_port,
-        protocol: inner.protocol,
-        reserved: [0; 3],
-    };
+#[inline(never)]
+pub(crate) fn undo_error(ctx: &TcContext, work: &mut Work, port: &Port) -> Outcome {
+    let request = &work.inner.tuple;
+    let key = &mut work.key;
+    key.pod = request.destination;
+    key.pod_port = request.destination_port;
+    key.client = request.source;
+    key.client_port = request.source_port;
+    key.port = work.from.ifindex;
+    key.protocol = work.inner.protocol;
+    key.reserved = [0; 3];
     // SAFETY: as in `undo`.
-    let flow = unsafe { FLOWS.get(&key) }?;
-    let to = Tuple {
-        source: flow.client,
-        destination: flow.original,
-        source_port: flow.client_port,
-        destination_port: flow.original_port,
-    };
-    let outer = Tuple {
-        source: flow.original,
-        destination: flow.client,
-        source_port: 0,
-        destination_port: 0,
-    };
-    let way = match choose(skb, flow, &outer, parsed, port, 0) {
-        Ok(way) => way,
-        Err(outcome) => return Some(outcome.map_err(|reason| (ifindex, reason))),
-    };
-    let mut frame = skb;
-    let verdict =
-        match rewrite_quoted(&mut frame, parsed, &inner, &flow.original, &flow.client, &to) {
-            Some(()) => way.go(skb, flow),
-            None => Err(DropReason::Helper),
-        };
-    Some(verdict.map_err(|reason| (ifindex, reason)))
+    let flow = unsafe { FLOWS.get(&*key) }?;
+    work.account = work.from.ifindex;
+    work.to.source = flow.client;
+    work.to.source_port = flow.client_port;
+    work.to.destination = flow.original;
+    work.to.destination_port = flow.original_port;
+    work.outer.source = flow.original;
+    work.outer.source_port = 0;
+    work.outer.destination = flow.client;
+    work.outer.destination_port = 0;
+    Some(
+        match choose(ctx, flow, &work.outer, work.parsed.protocol, port, 0) {
+            Back::TooBig => Err(DropReason::Helper),
+            Back::Nowhere => Err(DropReason::NoRoute),
+            back if work.rewrite_error(ctx) => back.go(Skb(ctx), flow, port),
+            _ => Err(DropReason::Helper),
+        },
+    )
 }
 
 /// Where a reply goes.
 enum Back {
     /// To the host's stack, which brought the request, on the gateway device.
-    Stack(u32),
-    /// Into the pod that asked, which is behind this port.
-    Pod(u32),
-    /// The verdict that sends it out of the node.
+    Stack,
+    /// Into the pod that asked.
+    Pod,
+    /// Out of the node, by this verdict.
     Out(i32),
+    /// It is too long for the way.
+    TooBig,
+    /// There is no way.
+    Nowhere,
 }
 
 impl Back {
     #[inline(always)]
-    fn go(self, skb: Skb<'_>, flow: &Flow) -> Result<i32, DropReason> {
+    fn go(self, skb: Skb<'_>, flow: &Flow, port: &Port) -> Result<i32, DropReason> {
         match self {
-            Self::Stack(segment) => Ok(to_host(segment)),
-            Self::Pod(port) => skb.into_pod(port, flow.client_mac, flow.gateway_mac),
+            Self::Stack => Ok(to_host(port.segment)),
+            Self::Pod => skb.into_pod(flow.from, flow.client_mac, flow.gateway_mac),
             Self::Out(verdict) => Ok(verdict),
+            Self::TooBig | Self::Nowhere => Err(DropReason::NoRoute),
         }
     }
 }
 
-/// The way back; or at once what becomes of a frame that cannot go it.
+/// The way back.
 #[inline(always)]
 fn choose(
-    skb: Skb<'_>,
+    ctx: &TcContext,
     flow: &Flow,
     to: &Tuple,
-    parsed: &Parsed,
+    protocol: u8,
     port: &Port,
     length: u32,
-) -> Result<Back, Result<i32, DropReason>> {
+) -> Back {
     if flow.from == 0 {
-        return Ok(Back::Stack(port.segment));
+        return Back::Stack;
     }
     if PORTS.get_ptr(flow.from).is_some() {
-        return Ok(Back::Pod(flow.from));
+        return Back::Pod;
     }
-    let link = if is_link_local(&to.destination) { flow.from } else { 0 };
-    match fib::send(skb.0, port.segment, to, parsed.protocol, length, link) {
-        Way::Out(verdict) => Ok(Back::Out(verdict)),
-        Way::TooBig => Err(refuse(skb, parsed, port.segment)),
-        Way::None => Err(Err(DropReason::NoRoute)),
+    // A link-local address means something on its own link only.
+    let (device, on_link) = if is_link_local(&to.destination) {
+        (flow.from, true)
+    } else {
+        (port.segment, false)
+    };
+    match fib::send(ctx, to, protocol, length, device, on_link) {
+        Way::Out(verdict) => Back::Out(verdict),
+        Way::TooBig => Back::TooBig,
+        Way::None => Back::Nowhere,
     }
 }
 
@@ -143,17 +143,16 @@ fn choose(
 /// it: the stack finds the same, and tells the pod in its own words.
 #[inline(always)]
 fn refuse(skb: Skb<'_>, parsed: &Parsed, segment: u32) -> Result<i32, DropReason> {
-    if matches!(parsed.version, Version::V4) {
+    if parsed.version == Version::V4 {
         // Or it would be fragmented, and leave under the pod's own address.
         let mut frame = skb;
         let at = usize::from(parsed.l3) + 6;
         let old: [u8; 2] = frame.load(at).ok_or(DropReason::Helper)?;
         let new = [old[0] | DF, old[1]];
         if new[0] != old[0] {
-            let diff = bpf_bridge_common::checksum::diff(old, new);
             frame.store(at, new).ok_or(DropReason::Helper)?;
             frame
-                .fix_header_checksum(usize::from(parsed.l3) + 10, diff)
+                .fix_header_checksum(usize::from(parsed.l3) + 10, checksum::diff(old, new))
                 .ok_or(DropReason::Helper)?;
         }
     }

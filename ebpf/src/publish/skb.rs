@@ -38,9 +38,7 @@ impl Packet for Skb<'_> {
     #[inline(always)]
     fn fix_header_checksum(&mut self, at: usize, diff: u32) -> Option<()> {
         // SAFETY: the context is the program's own.
-        let result = unsafe {
-            bpf_l3_csum_replace(skb(self.0), at as u32, 0, u64::from(diff), 0)
-        };
+        let result = unsafe { bpf_l3_csum_replace(skb(self.0), at as u32, 0, u64::from(diff), 0) };
         (result == 0).then_some(())
     }
 
@@ -56,9 +54,8 @@ impl Packet for Skb<'_> {
             flags |= u64::from(BPF_F_MARK_MANGLED_0);
         }
         // SAFETY: the context is the program's own.
-        let result = unsafe {
-            bpf_l4_csum_replace(skb(self.0), at as u32, 0, u64::from(diff), flags)
-        };
+        let result =
+            unsafe { bpf_l4_csum_replace(skb(self.0), at as u32, 0, u64::from(diff), flags) };
         if covered.pseudo_header && covered.ipv6 {
             // The helper takes from the device's sum of the whole packet what the new
             // addresses add, as if an IPv4 header checksum had made up for them. Put

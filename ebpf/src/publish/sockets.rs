@@ -117,7 +117,10 @@ fn ask<F: Family>(ctx: &SockAddrContext) {
     let key = PeerKey {
         // SAFETY: as above.
         cookie: unsafe { bpf_get_socket_cookie(ctx.as_ptr()) },
-        peer: Socket { address: pod.address, port: pod.pod_port },
+        peer: Socket {
+            address: pod.address,
+            port: pod.pod_port,
+        },
         reserved: [0; 6],
     };
     let _ = PEERS.insert(&key, &asked, u64::from(BPF_ANY));

@@ -6,14 +6,13 @@ use aya_ebpf::{
     macros::classifier,
     programs::TcContext,
 };
-use bpf_bridge_common::{frame::ETH_HLEN, packet::parse};
+use bpf_bridge_common::frame::ETH_HLEN;
 
 use crate::{
-    flow::From,
-    fragments,
-    request::{self, Outcome},
+    fragments, request,
     shared::{count_drop, ifindex},
     skb::Skb,
+    work::{From, Outcome, Work},
 };
 
 /// The program of uplinks with Ethernet headers.
@@ -30,10 +29,24 @@ pub(crate) fn uplink_l3(ctx: TcContext) -> i32 {
 
 #[inline(always)]
 fn receive(ctx: &TcContext, l3: usize) -> i32 {
-    match lead(ctx, l3) {
+    let skb = Skb(ctx);
+    if !skb.is_for_this_host() || skb.is_tagged() {
+        return TC_ACT_UNSPEC;
+    }
+    let Some(work) = Work::get() else {
+        return TC_ACT_UNSPEC;
+    };
+    work.from = From {
+        ifindex: ifindex(ctx),
+        segment: 0,
+        client_mac: [0; 6],
+        gateway_mac: [0; 6],
+        linked: l3 != 0,
+    };
+    match lead(ctx, work, l3) {
         Some(Ok(verdict)) => verdict,
-        Some(Err((port, reason))) => {
-            count_drop(port, reason);
+        Some(Err(reason)) => {
+            count_drop(work.account, reason);
             TC_ACT_SHOT
         }
         // Other programs of this hook run, and then the stack.
@@ -42,20 +55,19 @@ fn receive(ctx: &TcContext, l3: usize) -> i32 {
 }
 
 #[inline(always)]
-fn lead(ctx: &TcContext, l3: usize) -> Outcome {
-    let skb = Skb(ctx);
-    if !skb.is_for_this_host() || skb.is_tagged() {
+fn lead(ctx: &TcContext, work: &mut Work, l3: usize) -> Outcome {
+    if !work.read(ctx, l3) {
         return None;
     }
-    let mut parsed = parse(&skb, l3, skb.ethertype())?;
-    let linked = l3 != 0;
-    if parsed.is_icmp() {
-        return request::lead_error(skb, &parsed, 0, linked);
+    if work.parsed.is_icmp() {
+        return if work.read_error(ctx) {
+            request::lead_error(ctx, work)
+        } else {
+            None
+        };
     }
-    if !parsed.has_ports() || !fragments::complete(&mut parsed, 0) {
+    if !work.parsed.is_transport() || !fragments::complete(&mut work.parsed, 0) {
         return None;
     }
-    let (client_mac, gateway_mac) = if linked { request::macs(skb)? } else { ([0; 6], [0; 6]) };
-    let from = From { ifindex: ifindex(ctx), client_mac, gateway_mac };
-    request::lead(skb, &parsed, &from, 0, linked)
+    request::lead(ctx, work)
 }

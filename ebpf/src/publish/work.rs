@@ -1,0 +1,119 @@
+//! What a program has at hand while it works on one packet.
+//!
+//! It is more than the 512 bytes of a BPF stack, so it lives in a map, one copy a CPU:
+//! tc programs are not interrupted by each other. For the same reason the larger steps
+//! are functions of their own, with a stack frame each.
+
+use aya_ebpf::{btf_maps::PerCpuArray, macros::btf_map, programs::TcContext};
+use bpf_bridge_common::{
+    drops::DropReason,
+    layout::{Flow, FlowKey, Mac},
+    packet::{Packet as _, Parsed, Tuple, parse, quoted},
+    translate::{rewrite, rewrite_quoted},
+};
+
+use crate::skb::Skb;
+
+/// The state of one packet.
+pub(crate) struct Work {
+    /// The packet.
+    pub(crate) parsed: Parsed,
+    /// The packet that it is about, if it is an ICMP error.
+    pub(crate) inner: Parsed,
+    /// What the packet, or the inner one, is to become.
+    pub(crate) to: Tuple,
+    /// The addresses that an error is to have.
+    pub(crate) outer: Tuple,
+    /// Where it comes from.
+    pub(crate) from: From,
+    /// The flow that is looked for.
+    pub(crate) key: FlowKey,
+    /// The flow that is made.
+    pub(crate) flow: Flow,
+    /// The port that a drop is counted against.
+    pub(crate) account: u32,
+}
+
+/// Where a packet comes in.
+#[derive(Clone, Copy)]
+pub(crate) struct From {
+    /// As [`Flow::from`].
+    pub(crate) ifindex: u32,
+    /// The segment of the port that it is, 0 for uplinks.
+    pub(crate) segment: u32,
+    /// As [`Flow::client_mac`].
+    pub(crate) client_mac: Mac,
+    /// As [`Flow::gateway_mac`].
+    pub(crate) gateway_mac: Mac,
+    /// Whether frames have an Ethernet header.
+    pub(crate) linked: bool,
+}
+
+/// What became of a frame: a verdict, or why it was dropped. `None` if it is none of
+/// ours.
+pub(crate) type Outcome = Option<Result<i32, DropReason>>;
+
+#[btf_map]
+static WORK: PerCpuArray<Work, 1> = PerCpuArray::new();
+
+impl Work {
+    /// This CPU's.
+    #[inline(always)]
+    pub(crate) fn get() -> Option<&'static mut Self> {
+        // SAFETY: nothing else on this CPU has it while a program runs; it is numbers,
+        // for which all zeroes, as the map begins, is a value.
+        WORK.get_ptr_mut(0).map(|work| unsafe { &mut *work })
+    }
+
+    /// Reads the packet, whose IP header is at offset `l3` of the frame, and says
+    /// whether there is one.
+    #[inline(never)]
+    pub(crate) fn read(&mut self, ctx: &TcContext, l3: usize) -> bool {
+        let skb = Skb(ctx);
+        match parse(&skb, l3, skb.ethertype()) {
+            Some(parsed) => self.parsed = parsed,
+            None => return false,
+        }
+        if self.from.linked {
+            let Some(macs) = skb.load(0) else {
+                return false;
+            };
+            let [a, b, c, d, e, f, g, h, i, j, k, l] = macs;
+            self.from.gateway_mac = [a, b, c, d, e, f];
+            self.from.client_mac = [g, h, i, j, k, l];
+        }
+        true
+    }
+
+    /// Reads the packet that the packet at hand is an error about, and says whether
+    /// there is one.
+    #[inline(never)]
+    pub(crate) fn read_error(&mut self, ctx: &TcContext) -> bool {
+        match quoted(&Skb(ctx), &self.parsed) {
+            Some(inner) => self.inner = inner,
+            None => return false,
+        }
+        true
+    }
+
+    /// Makes the packet what it is to become.
+    #[inline(never)]
+    pub(crate) fn rewrite(&self, ctx: &TcContext) -> bool {
+        rewrite(&mut Skb(ctx), &self.parsed, &self.to).is_some()
+    }
+
+    /// Makes the error, and the packet that it is about, what they are to become.
+    #[inline(never)]
+    pub(crate) fn rewrite_error(&self, ctx: &TcContext) -> bool {
+        let outer = &self.outer;
+        rewrite_quoted(
+            &mut Skb(ctx),
+            &self.parsed,
+            &self.inner,
+            &outer.source,
+            &outer.destination,
+            &self.to,
+        )
+        .is_some()
+    }
+}
