@@ -183,6 +183,37 @@ impl Parsed {
         matches!(self.protocol, IPPROTO_ICMP | IPPROTO_ICMPV6)
     }
 
+    /// What is filled in by and by: returned parts would each take stack of their own.
+    const EMPTY: Self = Self {
+        tuple: Tuple {
+            source: [0; 16],
+            destination: [0; 16],
+            source_port: 0,
+            destination_port: 0,
+        },
+        fragment_id: 0,
+        fragment_offset: 0,
+        length: 0,
+        l3: 0,
+        l4: 0,
+        checksum: None,
+        version: Version::V4,
+        protocol: 0,
+        fragment: Fragment::Whole,
+        more_fragments: false,
+    };
+
+    #[inline(always)]
+    fn set_fragment(&mut self, offset: u16, more: bool) {
+        self.fragment_offset = offset;
+        self.more_fragments = more;
+        self.fragment = match (offset, more) {
+            (0, false) => Fragment::Whole,
+            (0, true) => Fragment::First,
+            _ => Fragment::Later,
+        };
+    }
+
     /// Whether the protocol has ports and they are in this packet.
     #[inline(always)]
     pub const fn has_ports(&self) -> bool {
@@ -198,7 +229,8 @@ impl Parsed {
 /// its checksum.
 #[inline(always)]
 pub fn parse(packet: &impl Packet, l3: usize, ethertype: u16) -> Option<Parsed> {
-    let mut parsed = network(packet, l3, ethertype)?;
+    let mut parsed = Parsed::EMPTY;
+    network(packet, l3, ethertype, &mut parsed)?;
     let end = match parsed.length {
         0 => usize::MAX,
         length => l3.wrapping_add(length as usize),
@@ -228,7 +260,8 @@ pub fn quoted(packet: &impl Packet, outer: &Parsed) -> Option<Parsed> {
         _ => return None,
     };
     let l3 = (outer.l4 as usize).wrapping_add(ICMP_ERROR_LEN);
-    let mut inner = network(packet, l3, ethertype)?;
+    let mut inner = Parsed::EMPTY;
+    network(packet, l3, ethertype, &mut inner)?;
     if inner.fragment == Fragment::Later {
         return None;
     }
@@ -244,20 +277,21 @@ pub fn quoted(packet: &impl Packet, outer: &Parsed) -> Option<Parsed> {
 
 /// Reads the IP header and its extensions.
 #[inline(always)]
-fn network(packet: &impl Packet, l3: usize, ethertype: u16) -> Option<Parsed> {
+fn network(packet: &impl Packet, l3: usize, ethertype: u16, parsed: &mut Parsed) -> Option<()> {
     if l3 > MAX_L3 {
         return None;
     }
+    parsed.l3 = l3 as u16;
     match ethertype {
-        ETH_P_IP => ipv4(packet, l3),
-        ETH_P_IPV6 => ipv6(packet, l3),
+        ETH_P_IP => ipv4(packet, parsed),
+        ETH_P_IPV6 => ipv6(packet, parsed),
         _ => None,
     }
 }
 
 #[inline(always)]
-fn ipv4(packet: &impl Packet, l3: usize) -> Option<Parsed> {
-    let header: [u8; IPV4_HEADER_LEN] = packet.load(l3)?;
+fn ipv4(packet: &impl Packet, parsed: &mut Parsed) -> Option<()> {
+    let header: [u8; IPV4_HEADER_LEN] = packet.load(parsed.l3 as usize)?;
     #[rustfmt::skip]
     let [
         version_and_words, _, length_high, length_low,
@@ -275,58 +309,37 @@ fn ipv4(packet: &impl Packet, l3: usize) -> Option<Parsed> {
         return None;
     }
     let flags_and_offset = u16::from_be_bytes([offset_high, offset_low]);
-    let more_fragments = flags_and_offset & 0x2000 != 0;
-    let fragment_offset = (flags_and_offset & 0x1fff) << 3;
-    Some(Parsed {
-        tuple: Tuple {
-            source: mapped([s0, s1, s2, s3]),
-            destination: mapped([d0, d1, d2, d3]),
-            source_port: 0,
-            destination_port: 0,
-        },
-        fragment_id: u16::from_be_bytes([id_high, id_low]) as u32,
-        fragment_offset,
-        length,
-        l3: l3 as u16,
-        l4: (l3 as u16).wrapping_add(header_len),
-        checksum: None,
-        version: Version::V4,
-        protocol,
-        fragment: part(fragment_offset, more_fragments),
-        more_fragments,
-    })
+    parsed.version = Version::V4;
+    parsed.protocol = protocol;
+    parsed.length = length;
+    parsed.l4 = parsed.l3.wrapping_add(header_len);
+    parsed.tuple.source = mapped([s0, s1, s2, s3]);
+    parsed.tuple.destination = mapped([d0, d1, d2, d3]);
+    parsed.fragment_id = u16::from_be_bytes([id_high, id_low]) as u32;
+    parsed.set_fragment(
+        (flags_and_offset & 0x1fff) << 3,
+        flags_and_offset & 0x2000 != 0,
+    );
+    Some(())
 }
 
 #[inline(always)]
-fn ipv6(packet: &impl Packet, l3: usize) -> Option<Parsed> {
+fn ipv6(packet: &impl Packet, parsed: &mut Parsed) -> Option<()> {
+    let l3 = parsed.l3 as usize;
     let [version, _, _, _, length_high, length_low, next, _] = packet.load(l3)?;
     if version >> 4 != 6 {
         return None;
     }
     let payload = u16::from_be_bytes([length_high, length_low]);
-    let mut parsed = Parsed {
-        tuple: Tuple {
-            source: packet.load(l3.wrapping_add(8))?,
-            destination: packet.load(l3.wrapping_add(24))?,
-            source_port: 0,
-            destination_port: 0,
-        },
-        fragment_id: 0,
-        fragment_offset: 0,
-        length: match payload {
-            0 => 0,
-            _ => payload.saturating_add(IPV6_HEADER_LEN as u16),
-        },
-        l3: l3 as u16,
-        l4: 0,
-        checksum: None,
-        version: Version::V6,
-        protocol: next,
-        fragment: Fragment::Whole,
-        more_fragments: false,
+    parsed.version = Version::V6;
+    parsed.protocol = next;
+    parsed.length = match payload {
+        0 => 0,
+        _ => payload.saturating_add(IPV6_HEADER_LEN as u16),
     };
-    skip_extensions(packet, &mut parsed)?;
-    Some(parsed)
+    parsed.tuple.source = packet.load(l3.wrapping_add(8))?;
+    parsed.tuple.destination = packet.load(l3.wrapping_add(24))?;
+    skip_extensions(packet, parsed)
 }
 
 /// Finds what follows the extension headers of an IPv6 packet.
@@ -362,9 +375,7 @@ fn skip_extensions(packet: &impl Packet, parsed: &mut Parsed) -> Option<()> {
                 }
                 fragmented = true;
                 let offset_and_more = u16::from_be_bytes([a, b]);
-                parsed.fragment_offset = offset_and_more & !7;
-                parsed.more_fragments = offset_and_more & 1 != 0;
-                parsed.fragment = part(parsed.fragment_offset, parsed.more_fragments);
+                parsed.set_fragment(offset_and_more & !7, offset_and_more & 1 != 0);
                 parsed.fragment_id = u32::from_be_bytes(id);
                 8
             }
@@ -416,25 +427,15 @@ fn transport(packet: &impl Packet, parsed: &mut Parsed, end: usize, quoted: bool
     Some(())
 }
 
-#[inline(always)]
-const fn part(offset: u16, more: bool) -> Fragment {
-    match (offset, more) {
-        (0, false) => Fragment::Whole,
-        (0, true) => Fragment::First,
-        _ => Fragment::Later,
-    }
-}
-
 /// An IPv4 address as an IPv6 one (RFC 4291 §2.5.5.2).
 #[inline(always)]
 pub const fn mapped(address: [u8; 4]) -> [u8; 16] {
-    let [a, b, c, d] = address;
-    [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d]
+    // As a number: sixteen single bytes would each take a register.
+    ((0xffff << 32) | u32::from_be_bytes(address) as u128).to_be_bytes()
 }
 
 /// The IPv4 address in a mapped one.
 #[inline(always)]
 pub const fn unmapped(address: &[u8; 16]) -> [u8; 4] {
-    let [.., a, b, c, d] = *address;
-    [a, b, c, d]
+    (u128::from_be_bytes(*address) as u32).to_be_bytes()
 }

@@ -57,7 +57,14 @@ pub fn rewrite_quoted(
     destination: &[u8; 16],
     inner_to: &Tuple,
 ) -> Option<()> {
-    // The sum of what changes under the ICMP checksum.
+    let message = rewrite_inner(packet, inner, inner_to)?;
+    rewrite_outer(packet, outer, source, destination, message)
+}
+
+/// The first half of [`rewrite_quoted`]: the packet that the error is about. Returns
+/// what changed under the error's own checksum, for [`rewrite_outer`].
+#[inline(always)]
+pub fn rewrite_inner(packet: &mut impl Packet, inner: &Parsed, inner_to: &Tuple) -> Option<u32> {
     let mut message = 0;
     let new_ports = ports_to_write(inner, inner_to)?;
     let addresses = write_addresses(packet, inner, &inner_to.source, &inner_to.destination, true)?;
@@ -83,7 +90,18 @@ pub fn rewrite_quoted(
         packet.store(at as usize, new)?;
         message = diff(old, new).wrapping_add(message);
     }
+    Some(message)
+}
 
+/// The second half of [`rewrite_quoted`]: the error itself.
+#[inline(always)]
+pub fn rewrite_outer(
+    packet: &mut impl Packet,
+    outer: &Parsed,
+    source: &[u8; 16],
+    destination: &[u8; 16],
+    message: u32,
+) -> Option<()> {
     let addresses = write_addresses(packet, outer, source, destination, true)?;
     let at = (outer.l4 as usize).wrapping_add(ICMP_CHECKSUM);
     let ipv6 = outer.version == Version::V6;

@@ -120,27 +120,35 @@ fn elsewhere(address: &[u8; 16]) -> [u8; 16] {
     }
 }
 
-/// Sends a packet that the node's own address is the source of to its destination.
-/// `length` is that of the longest packet on the wire, without the link's header.
-/// `device` forwards, and the packet is routed as if received there; or it is `on_link`,
-/// and the destination is a neighbour there.
+/// What is asked about a packet that is to leave the node, besides its addresses.
+#[derive(Clone, Copy)]
+pub(crate) struct Question {
+    /// Its protocol.
+    pub(crate) protocol: u8,
+    /// Whether the destination is a neighbour on `device`.
+    pub(crate) on_link: bool,
+    /// The length in bytes of the longest packet on the wire, without the link's
+    /// header; 0 for any.
+    pub(crate) length: u16,
+    /// A device that forwards: the packet is routed as if received there.
+    pub(crate) device: u32,
+}
+
+/// Sends a packet whose source is the node's own address to its destination.
 #[inline(never)]
-pub(crate) fn send(
-    ctx: &TcContext,
-    tuple: &Tuple,
-    protocol: u8,
-    length: u32,
-    device: u32,
-    on_link: bool,
-) -> Way {
+pub(crate) fn send(ctx: &TcContext, tuple: &Tuple, question: &Question) -> Way {
     let mut lookup = zeroed();
-    lookup.l4_protocol = protocol;
+    lookup.l4_protocol = question.protocol;
     lookup.sport = tuple.source_port.to_be();
     lookup.dport = tuple.destination_port.to_be();
-    lookup.__bindgen_anon_1.tot_len = length as u16;
-    lookup.ifindex = device;
+    lookup.__bindgen_anon_1.tot_len = question.length;
+    lookup.ifindex = question.device;
     set_addresses(&mut lookup, &tuple.source, &tuple.destination);
-    let flags = if on_link { BPF_FIB_LOOKUP_OUTPUT } else { 0 };
+    let flags = if question.on_link {
+        BPF_FIB_LOOKUP_OUTPUT
+    } else {
+        0
+    };
     match ask(ctx, &mut lookup, flags) {
         BPF_FIB_LKUP_RET_SUCCESS | BPF_FIB_LKUP_RET_NO_NEIGH => {}
         BPF_FIB_LKUP_RET_FRAG_NEEDED => return Way::TooBig,

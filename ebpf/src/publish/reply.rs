@@ -10,7 +10,7 @@ use bpf_bridge_common::{
 };
 
 use crate::{
-    fib::{self, Way},
+    fib::{self, Question, Way},
     maps::FLOWS,
     request::is_link_local,
     shared::{PORTS, to_host},
@@ -118,7 +118,7 @@ fn choose(
     to: &Tuple,
     protocol: u8,
     port: &Port,
-    length: u32,
+    length: u16,
 ) -> Back {
     if flow.from == 0 {
         return Back::Stack;
@@ -127,12 +127,14 @@ fn choose(
         return Back::Pod;
     }
     // A link-local address means something on its own link only.
-    let (device, on_link) = if is_link_local(&to.destination) {
-        (flow.from, true)
-    } else {
-        (port.segment, false)
+    let on_link = is_link_local(&to.destination);
+    let question = Question {
+        protocol,
+        on_link,
+        length,
+        device: if on_link { flow.from } else { port.segment },
     };
-    match fib::send(ctx, to, protocol, length, device, on_link) {
+    match fib::send(ctx, to, &question) {
         Way::Out(verdict) => Back::Out(verdict),
         Way::TooBig => Back::TooBig,
         Way::None => Back::Nowhere,
@@ -162,18 +164,20 @@ fn refuse(skb: Skb<'_>, parsed: &Parsed, segment: u32) -> Result<i32, DropReason
 /// The length in bytes, from the IP header on, of the longest packet that the frame
 /// becomes on the wire; 0 if the headers do not say it.
 #[inline(always)]
-fn wire_length(skb: Skb<'_>, parsed: &Parsed) -> u32 {
+fn wire_length(skb: Skb<'_>, parsed: &Parsed) -> u16 {
     let segment = skb.segment_size();
     if segment == 0 {
-        return u32::from(parsed.length);
+        return parsed.length;
     }
     let transport = if parsed.protocol == IPPROTO_TCP {
         match skb.load::<1>(usize::from(parsed.l4) + 12) {
-            Some([offset]) => u32::from(offset >> 4) * 4,
+            Some([offset]) => u16::from(offset >> 4) * 4,
             None => return 0,
         }
     } else {
         8
     };
-    u32::from(parsed.l4) - u32::from(parsed.l3) + transport + segment
+    (parsed.l4.wrapping_sub(parsed.l3))
+        .wrapping_add(transport)
+        .wrapping_add(segment as u16)
 }

@@ -1,7 +1,7 @@
 //! A tc context as the translation sees it.
 
 use aya_ebpf::{
-    bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR},
+    bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM},
     helpers::{
         bpf_csum_update, bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_redirect_peer,
         bpf_skb_change_head,
@@ -33,6 +33,13 @@ impl Packet for Skb<'_> {
     #[inline(always)]
     fn store<const N: usize>(&mut self, at: usize, bytes: [u8; N]) -> Option<()> {
         self.0.store(at, &bytes, 0).ok()
+    }
+
+    #[inline(always)]
+    fn store_uncovered<const N: usize>(&mut self, at: usize, bytes: [u8; N]) -> Option<()> {
+        self.0
+            .store(at, &bytes, u64::from(BPF_F_RECOMPUTE_CSUM))
+            .ok()
     }
 
     #[inline(always)]

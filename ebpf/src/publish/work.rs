@@ -9,7 +9,7 @@ use bpf_bridge_common::{
     drops::DropReason,
     layout::{Flow, FlowKey, Mac},
     packet::{Packet as _, Parsed, Tuple, parse, quoted},
-    translate::{rewrite, rewrite_quoted},
+    translate::{rewrite, rewrite_inner, rewrite_outer},
 };
 
 use crate::skb::Skb;
@@ -30,6 +30,8 @@ pub(crate) struct Work {
     pub(crate) key: FlowKey,
     /// The flow that is made.
     pub(crate) flow: Flow,
+    /// What changed under its checksum.
+    pub(crate) diff: u32,
     /// The port that a drop is counted against.
     pub(crate) account: u32,
 }
@@ -103,17 +105,27 @@ impl Work {
     }
 
     /// Makes the error, and the packet that it is about, what they are to become.
+    #[inline(always)]
+    pub(crate) fn rewrite_error(&mut self, ctx: &TcContext) -> bool {
+        self.rewrite_inner(ctx) && self.rewrite_outer(ctx)
+    }
+
     #[inline(never)]
-    pub(crate) fn rewrite_error(&self, ctx: &TcContext) -> bool {
-        let outer = &self.outer;
-        rewrite_quoted(
-            &mut Skb(ctx),
-            &self.parsed,
-            &self.inner,
-            &outer.source,
-            &outer.destination,
-            &self.to,
-        )
-        .is_some()
+    fn rewrite_inner(&mut self, ctx: &TcContext) -> bool {
+        match rewrite_inner(&mut Skb(ctx), &self.inner, &self.to) {
+            Some(diff) => self.diff = diff,
+            None => return false,
+        }
+        true
+    }
+
+    #[inline(never)]
+    fn rewrite_outer(&self, ctx: &TcContext) -> bool {
+        let Tuple {
+            source,
+            destination,
+            ..
+        } = &self.outer;
+        rewrite_outer(&mut Skb(ctx), &self.parsed, source, destination, self.diff).is_some()
     }
 }
