@@ -13,6 +13,7 @@ use super::{
     error::CniError,
     json::{self, Object, shown},
     names::{self, AttachmentId},
+    ports::{self, PortMapping},
     result::{CniResult, Dns},
     version::SpecVersion,
 };
@@ -168,8 +169,14 @@ pub struct NetworkConfig {
     /// `runtimeConfig.ipRanges` (capability `ipRanges`) as it came; `null` if
     /// absent.
     pub ip_ranges: Value,
-    /// `runtimeConfig.portMappings` (capability `portMappings`) as it came.
-    pub port_mappings: Vec<Value>,
+    /// `runtimeConfig.portMappings` (capability `portMappings`): the published
+    /// ports, no two of which overlap.
+    pub port_mappings: Vec<PortMapping>,
+    /// `uplinks`, our own: the devices on which published ports are served;
+    /// `None` leaves it to the plugin to find them.
+    pub uplinks: Option<Vec<String>>,
+    /// `xdpUplinks`, our own: the devices on which XDP serves them too.
+    pub xdp_uplinks: Vec<String>,
     /// `args.cni.labels`, pairs of key and value, in order.
     pub labels: Vec<(String, String)>,
     /// `prevResult`: what the plugins before this one in the chain made (ADD), or
@@ -217,14 +224,30 @@ fn root(raw: &Value) -> Result<Object<'_>, CniError> {
 /// configuration; for them a value that does not identify anything is replaced
 /// by its default, with a warning.
 struct Judge {
-    lenient: bool,
+    command: Command,
     warnings: Vec<String>,
 }
 
 impl Judge {
     fn judge<T: Default>(&mut self, read: Result<T, CniError>) -> Result<T, CniError> {
+        let lenient = matches!(self.command, Command::Del | Command::Gc);
+        self.judge_as(lenient, read)
+    }
+
+    /// As [`Self::judge`], of what is published: it cannot have become so by an
+    /// invalid value, so CHECK has nothing to refuse either.
+    fn judge_ports<T: Default>(&mut self, read: Result<T, CniError>) -> Result<T, CniError> {
+        let lenient = matches!(self.command, Command::Del | Command::Gc | Command::Check);
+        self.judge_as(lenient, read)
+    }
+
+    fn judge_as<T: Default>(
+        &mut self,
+        lenient: bool,
+        read: Result<T, CniError>,
+    ) -> Result<T, CniError> {
         match read {
-            Err(error) if self.lenient => {
+            Err(error) if lenient => {
                 self.warnings.push(format!("ignored: {error}"));
                 Ok(T::default())
             }
@@ -239,7 +262,8 @@ impl NetworkConfig {
     ///
     /// For DEL and GC an invalid value is a warning, unless the attachment or its
     /// lease could not be found without it (`cniVersion`, `name`, `ipam`,
-    /// `cni.dev/valid-attachments`).
+    /// `cni.dev/valid-attachments`). For CHECK it is one if it is about published
+    /// ports.
     ///
     /// # Errors
     ///
@@ -265,7 +289,7 @@ impl NetworkConfig {
         let cni_version = peek_version(&raw)?;
         let root = root(&raw)?;
         let mut judge = Judge {
-            lenient: matches!(command, Command::Del | Command::Gc),
+            command,
             warnings: Vec::new(),
         };
 
@@ -345,7 +369,7 @@ impl NetworkConfig {
         if let Some(runtime) = &runtime {
             judge.judge(runtime.array("ipRanges"))?;
             ip_ranges = runtime.get("ipRanges").cloned().unwrap_or_default();
-            port_mappings = judge.judge(runtime.array("portMappings"))?.to_vec();
+            port_mappings = judge.judge_ports(ports::mappings(runtime))?;
             if runtime.get("bandwidth").is_some() {
                 warnings.push(
                     "runtimeConfig.bandwidth has no effect here: shaping is left to the bandwidth \
@@ -353,6 +377,10 @@ impl NetworkConfig {
                 );
             }
         }
+
+        judge.judge_ports(ports::check_options(&root))?;
+        let uplinks = judge.judge_ports(ports::devices(&root, "uplinks"))?;
+        let xdp_uplinks = judge.judge_ports(ports::devices(&root, "xdpUplinks"))?;
 
         let dns = judge.judge(object(&root, "dns").and_then(|dns| match dns {
             Some(dns) => Dns::from_object(&dns),
@@ -389,11 +417,6 @@ impl NetworkConfig {
         if ip_masq {
             warnings.push("ipMasq is not built yet: traffic leaves with the pod's own address");
         }
-        if !port_mappings.is_empty() {
-            warnings.push(
-                "portMappings are not built yet: published ports are left to the portmap plugin",
-            );
-        }
         // Once is enough: the other verbs, some of them polled, are silent.
         if command == Command::Add {
             judge
@@ -424,6 +447,8 @@ impl NetworkConfig {
             ipam_type,
             ip_ranges,
             port_mappings,
+            uplinks,
+            xdp_uplinks: xdp_uplinks.unwrap_or_default(),
             labels,
             prev_result,
             valid_attachments,
@@ -607,6 +632,8 @@ mod tests {
         assert_eq!(config.log_level, LogLevel::Off);
         assert!(config.dns.is_empty());
         assert!(config.prev_result.is_none());
+        assert!(config.port_mappings.is_empty());
+        assert!(config.uplinks.is_none() && config.xdp_uplinks.is_empty());
         assert!(config.warnings.is_empty());
     }
 
@@ -617,12 +644,13 @@ mod tests {
             "ipMasqBackend": "nftables", "MTU": 9000, "hairpinMode": true, "EnableDad": true,
             "macSpoofChk": true, "portIsolation": true, "preserveDefaultVlan": true, "vlan": 0,
             "vlanTrunk": [], "logLevel": "debug",
+            "uplinks": ["eth0"], "xdpuplinks": ["eth1"],
             "dns": { "Nameservers": ["1.1.1.1"], "search": ["a"], "domain": "d", "options": ["o"] },
             "ipam": { "TYPE": "host-local", "subnet": "10.0.0.0/24" },
             "capabilities": { "mac": true }, "cni.dev/x": 1, "unheard-of": [],
             "RuntimeConfig": {
                 "mac": "02:00:00:00:00:01", "ips": ["10.0.0.9/24"], "IPRanges": [[{ "subnet": "10.0.0.0/24" }]],
-                "portMappings": [{ "HostPort": 8080 }], "bandwidth": {},
+                "portMappings": [{ "HostPort": 8080, "ContainerPort": 80 }], "bandwidth": {},
             },
             "args": { "CNI": { "labels": [{ "key": "app", "value": "x" }] } },
         }))
@@ -643,10 +671,12 @@ mod tests {
             ["10.0.0.9".parse::<IpAddr>().unwrap()]
         );
         assert_eq!(config.ip_ranges, json!([[{ "subnet": "10.0.0.0/24" }]]));
-        assert_eq!(config.port_mappings, [json!({ "HostPort": 8080 })]);
+        assert_eq!(config.port_mappings.len(), 1);
+        assert_eq!(config.uplinks, Some(vec!["eth0".to_owned()]));
+        assert_eq!(config.xdp_uplinks, ["eth1"]);
         assert_eq!(config.labels, [("app".to_owned(), "x".to_owned())]);
         assert_eq!(config.raw["unheard-of"], json!([]));
-        assert_eq!(config.warnings.len(), 3, "{:?}", config.warnings);
+        assert_eq!(config.warnings.len(), 2, "{:?}", config.warnings);
     }
 
     #[test]
@@ -786,11 +816,6 @@ mod tests {
             ),
             (
                 7,
-                json!({ "runtimeConfig": { "portMappings": {} } }),
-                "runtimeConfig.portMappings",
-            ),
-            (
-                7,
                 json!({ "args": { "cni": { "labels": ["x"] } } }),
                 "args.cni.labels[0]",
             ),
@@ -896,6 +921,7 @@ mod tests {
             key in prop::sample::select(vec![
                 "bridge", "mtu", "isGateway", "vlan", "vlanTrunk", "ipam", "dns", "args",
                 "runtimeConfig", "prevResult", "logLevel", "ipMasqBackend", "promiscMode",
+                "snat", "conditionsV4", "markMasqBit", "uplinks", "xdpUplinks",
             ]),
             value in prop_oneof![
                 Just(json!(null)), any::<bool>().prop_map(Value::from), any::<i64>().prop_map(Value::from),

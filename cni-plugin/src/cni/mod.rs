@@ -16,6 +16,7 @@ pub mod error;
 pub mod exec;
 pub mod json;
 pub mod names;
+pub mod ports;
 pub mod result;
 pub mod version;
 
@@ -24,5 +25,6 @@ pub use dispatch::{Call, Plugin};
 pub use env::{Command, Invocation};
 pub use error::{CniError, ErrorCode};
 pub use names::AttachmentId;
+pub use ports::{HostIp, PortMapping, Protocol};
 pub use result::CniResult;
 pub use version::SpecVersion;
