@@ -12,11 +12,14 @@
 //! Everything lives in the process that made it: namespaces are held open by
 //! file descriptors alone and vanish with them, however the process ends. No
 //! name, directory or device of the machine is touched, so any number of nodes
-//! may exist side by side.
+//! may exist side by side. The one thing outside of them is a cgroup that the
+//! process moves to, for the nodes to see as the root; it is removed after the
+//! process's end.
 //!
 //! The network is set up with `ip` on purpose: the harness must not share code
 //! with what it tests.
 
+mod cgroup;
 mod namespace;
 mod node;
 mod packet;

@@ -19,9 +19,11 @@ use nix::{
 };
 use serde_json::Value;
 
+use crate::cgroup;
+
 /// A network namespace, and the mount namespace that its processes see.
 ///
-/// Both live as long as this does: they are held by file descriptors, not by a
+/// Its processes see this process's cgroup as the root of all cgroups. Both live as long as this does: they are held by file descriptors, not by a
 /// process.
 #[derive(Debug)]
 pub struct Namespace {
@@ -35,7 +37,9 @@ impl Namespace {
     /// Mounts made in it are private to it. `setup` runs on a thread of its own
     /// that is in both.
     pub(crate) fn new(setup: impl FnOnce() -> Result<()> + Send) -> Result<Self> {
+        let cgroups = cgroup::namespace()?;
         on_thread(|| {
+            setns(cgroups, CloneFlags::CLONE_NEWCGROUP).context("entering the cgroup namespace")?;
             unshare(CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET)
                 .context("making a network and a mount namespace (this needs root)")?;
             setup()?;
@@ -69,7 +73,9 @@ impl Namespace {
     ///
     /// What `work` returns, or that the namespaces could not be entered.
     pub fn within<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        let cgroups = cgroup::namespace()?;
         on_thread(|| {
+            setns(cgroups, CloneFlags::CLONE_NEWCGROUP).context("entering the cgroup namespace")?;
             // setns refuses a mount namespace to a thread that shares its root
             // and working directory with others.
             unshare(CloneFlags::CLONE_FS).context("leaving the process's working directory")?;
@@ -420,7 +426,7 @@ fn sysctl_path(name: &str) -> String {
 }
 
 /// The calling thread's namespace of one kind.
-fn open_current(kind: &str) -> Result<OwnedFd> {
+pub(crate) fn open_current(kind: &str) -> Result<OwnedFd> {
     let path = format!("/proc/thread-self/ns/{kind}");
     Ok(File::open(&path)
         .with_context(|| format!("opening {path}"))?
@@ -429,7 +435,7 @@ fn open_current(kind: &str) -> Result<OwnedFd> {
 
 /// Runs `work` on a thread of its own, which may then change namespaces: the
 /// thread ends with the change, so nothing need be changed back.
-fn on_thread<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+pub(crate) fn on_thread<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     thread::scope(|scope| {
         thread::Builder::new()
             .spawn_scoped(scope, work)

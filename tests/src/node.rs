@@ -13,6 +13,7 @@ use anyhow::{Context as _, Result, ensure};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use crate::{
+    cgroup,
     namespace::Namespace,
     plugin::{Attachment, plugin_binary},
 };
@@ -21,7 +22,8 @@ use crate::{
 /// and `/var/lib/cni` of their own, and with the plugin and the stock plugins in
 /// [`Node::CNI_PATH`].
 ///
-/// `/sys/fs/cgroup` and everything else is the machine's. No device but `lo`
+/// The cgroups of version 2 are seen from this process's own as the root;
+/// everything else is the machine's. No device but `lo`
 /// is there, and forwarding is off, as on a fresh machine.
 #[derive(Debug)]
 pub struct Node {
@@ -319,7 +321,7 @@ fn mount_all() -> Result<()> {
     .context("/sys/fs/cgroup")?;
     umount2(cgroups, MntFlags::MNT_DETACH).context("/run/cgroup")?;
     fs::remove_dir(cgroups)?;
-    Ok(())
+    cgroup::mount_namespace()
 }
 
 /// Fills [`Node::CNI_PATH`].

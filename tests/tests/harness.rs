@@ -56,6 +56,27 @@ fn a_node_sees_nothing_of_the_machine_and_leaves_nothing_on_it() -> Result<()> {
 }
 
 #[test]
+fn a_nodes_root_cgroup_is_not_the_machines() -> Result<()> {
+    let node = node()?;
+    let sandbox = node.sandbox("pod")?;
+    let seen = |namespace: &Namespace| -> Result<[String; 2]> {
+        let cgroups = namespace.run("cat /proc/self/cgroup")?;
+        let own = cgroups.lines().find(|line| line.starts_with("0::"));
+        let own = own.unwrap_or_default().to_owned();
+        Ok([own, namespace.run("readlink /proc/self/ns/cgroup")?])
+    };
+    let [own, namespace] = seen(&node)?;
+    ensure!(own == "0::/all", "{own}");
+    ensure!(namespace.trim() != fs::read_link("/proc/self/ns/cgroup")?.to_string_lossy());
+    ensure!(seen(&sandbox)? == [own, namespace]);
+    // The machine sees all of it below a cgroup of this process's name.
+    let machines = fs::read_to_string("/proc/self/cgroup")?;
+    let expected = format!("/bpf-bridge-{}/all\n", std::process::id());
+    ensure!(machines.ends_with(&expected), "{machines}");
+    Ok(())
+}
+
+#[test]
 fn echo_and_ping_tell_whether_a_packet_comes_back() -> Result<()> {
     let node = node()?;
     let (address, a, b) = pair(&node)?;

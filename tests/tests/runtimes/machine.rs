@@ -147,12 +147,15 @@ impl Machine {
 impl Drop for Machine {
     fn drop(&mut self) {
         self.init.stop();
-        // With cgroups v2 alone there is one hierarchy, and it is there itself.
-        let root = PathBuf::from("/sys/fs/cgroup");
-        let hierarchies = fs::read_dir(&root).into_iter().flatten().flatten();
-        for hierarchy in hierarchies.map(|entry| entry.path()).chain([root]) {
-            remove_cgroups(&hierarchy.join(self.cgroup.trim_start_matches('/')));
-        }
+        let _ = self.node.within(|| {
+            // With cgroups v2 alone there is one hierarchy, and it is there itself.
+            let root = PathBuf::from("/sys/fs/cgroup");
+            let hierarchies = fs::read_dir(&root).into_iter().flatten().flatten();
+            for hierarchy in hierarchies.map(|entry| entry.path()).chain([root]) {
+                remove_cgroups(&hierarchy.join(self.cgroup.trim_start_matches('/')));
+            }
+            Ok(())
+        });
         if !std::thread::panicking() {
             let _ = fs::remove_file(&self.log);
         }
