@@ -21,7 +21,7 @@ use thiserror::Error;
 
 use crate::{
     cni::names::check_ifname,
-    datapath::LogLevel,
+    datapath::{LogLevel, publish::NodePort},
     lock::{Lock, LockError, Mode},
     mac::MacAddr,
 };
@@ -192,6 +192,9 @@ pub struct Record {
     pub addresses: Vec<IpAddr>,
     /// Which programs the port carries.
     pub log_level: LogLevel,
+    /// The ports of the node that it claims.
+    #[serde(default)]
+    pub published: Vec<NodePort>,
 }
 
 /// An attachment that this call works on, alone.

@@ -51,7 +51,7 @@ pub enum FollowError {
 /// [`FollowError`].
 pub fn run(out: &mut (impl Write + Send)) -> Result<(), FollowError> {
     let datapath = Datapath::open()?.ok_or(FollowError::NoLog)?;
-    let program = LogLevel::LOGGING
+    let program = LogLevel::ALL
         .into_iter()
         .find_map(|level| datapath.program_id(level).ok())
         .ok_or(FollowError::NoLog)?;

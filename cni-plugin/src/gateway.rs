@@ -104,6 +104,11 @@ pub fn lock(bridge: &str) -> Result<Lock, LockError> {
     Lock::take(&Path::new(LOCKS).join(bridge), Mode::Exclusive)
 }
 
+/// Whether a device is a gateway of ours.
+pub fn is_gateway(link: &Link) -> bool {
+    link.alias == ALIAS
+}
+
 /// The MAC address of a bridge's gateway: always the same, so that a gateway that
 /// is made anew is found by those who knew the old one. Host veths have it too.
 pub fn mac(bridge: &str) -> MacAddr {

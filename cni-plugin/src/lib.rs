@@ -13,6 +13,7 @@
 //! | [`netns`] | network namespaces |
 //! | [`link`] | devices, addresses, routes and settings, through rtnetlink and procfs |
 //! | [`gateway`] | the gateway port, by which the host takes part in a segment |
+//! | [`ports`] | published ports: who claims what, and where it is served |
 //! | [`datapath`] | the eBPF programs and their maps, from the plugin's side |
 //! | [`follow`] | `bpf-bridge log`: what the programs write to their log |
 //! | [`lock`] | file locks |
@@ -22,6 +23,7 @@
 //! package `bpf-bridge-ebpf`.
 
 pub mod attachment;
+pub mod cgroup;
 pub mod cni;
 pub mod commands;
 pub mod datapath;
@@ -32,3 +34,4 @@ pub mod link;
 pub mod lock;
 pub mod mac;
 pub mod netns;
+pub mod ports;

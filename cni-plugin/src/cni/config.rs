@@ -49,8 +49,9 @@ pub enum LogLevel {
 }
 
 impl LogLevel {
-    /// Every level at which anything is written.
-    pub const LOGGING: [Self; 5] = [
+    /// Every level.
+    pub const ALL: [Self; 6] = [
+        Self::Off,
         Self::Error,
         Self::Warn,
         Self::Info,

@@ -17,7 +17,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bpf_bridge_common::layout::{PORT_HAIRPIN, PORT_ISOLATED, PORT_MACSPOOFCHK, PORT_PROMISC};
+use bpf_bridge_common::layout::{
+    PORT_HAIRPIN, PORT_ISOLATED, PORT_MACSPOOFCHK, PORT_PROMISC, PORT_PUBLISHED,
+};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use super::{ALREADY_ATTACHED, collect, del, is_alive, open_sandbox};
@@ -36,6 +38,7 @@ use crate::{
     },
     mac::MacAddr,
     netns::Netns,
+    ports,
 };
 
 /// How long the kernel may take to make the host veth's carrier and the local
@@ -239,6 +242,7 @@ impl Add<'_> {
             mac: self.mac.octets(),
             addresses: ips.iter().map(|ip| ip.address.addr()).collect(),
             log_level: self.config.log_level,
+            published: ports::wanted(self.config, ips),
         }
     }
 
@@ -331,7 +335,8 @@ impl Add<'_> {
         let level = config.log_level;
         let mtu = config.mtu.unwrap_or(0);
         let _lock = gateway::lock(&config.bridge)?;
-        let (mut datapath, loaded) = Datapath::open_or_load(level)?;
+        let publishing = !record.published.is_empty();
+        let (mut datapath, loaded) = Datapath::open_or_load(level, publishing)?;
         shared.loaded = loaded;
         let (gateway, created) =
             gateway::ensure(self.host, &mut datapath, level, &config.bridge, mtu)?;
@@ -354,6 +359,9 @@ impl Add<'_> {
         )?;
         self.serve(&mut datapath, &gateway, given)?;
         self.host.set_up(record.host_ifindex)?;
+        if publishing {
+            ports::publish(self.host, &datapath, config, record, &gateway, &given.ips)?;
+        }
         Ok(gateway)
     }
 
@@ -458,6 +466,7 @@ fn flags(config: &NetworkConfig) -> u32 {
         (config.mac_spoof_check, PORT_MACSPOOFCHK),
         (config.port_isolation, PORT_ISOLATED),
         (config.promisc_mode, PORT_PROMISC),
+        (!config.port_mappings.is_empty(), PORT_PUBLISHED),
     ]
     .into_iter()
     .filter_map(|(set, flag)| set.then_some(flag))

@@ -11,6 +11,7 @@ use crate::{
     ipam::Ipam,
     link::Netlink,
     netns::Netns,
+    ports,
 };
 
 use super::{add, is_alive, open_sandbox};
@@ -57,6 +58,9 @@ pub(super) fn run(
     let datapath = Datapath::open()?
         .ok_or_else(|| fault("the maps that the attachment needs are not pinned".to_owned()))?;
     if let Some(what) = port(&host, &datapath, attachment, &record)? {
+        return Err(fault(what));
+    }
+    if let Some(what) = ports::check(&host, &datapath, call.config, &record)? {
         return Err(fault(what));
     }
     check_gateway(call, &host, &record, &ips)?;

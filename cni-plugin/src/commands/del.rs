@@ -11,6 +11,7 @@ use crate::{
     gateway,
     ipam::Ipam,
     link::{Link, LinkError, Netlink},
+    ports,
 };
 
 use super::collect;
@@ -66,12 +67,15 @@ pub(super) fn unplug(attachment: &Attachment<'_>, record: Option<&Record>) -> Re
             // The locks in the order in which an ADD takes them.
             let _lock = gateway::lock(&record.bridge)?;
             match Datapath::open()? {
-                Some(mut datapath) => Ok(datapath.remove_port(
-                    record.host_ifindex,
-                    record.segment,
-                    record.mac,
-                    &record.addresses,
-                )?),
+                Some(mut datapath) => {
+                    ports::withdraw(&datapath, record)?;
+                    Ok(datapath.remove_port(
+                        record.host_ifindex,
+                        record.segment,
+                        record.mac,
+                        &record.addresses,
+                    )?)
+                }
                 None => Ok(()),
             }
         }

@@ -5,9 +5,11 @@ use std::collections::HashSet;
 use crate::{
     attachment::{self, Attachment},
     cni::{AttachmentId, Call, CniError},
+    datapath::Datapath,
     gateway,
     ipam::Ipam,
     link::Netlink,
+    ports,
 };
 
 use super::{collect, del};
@@ -55,7 +57,11 @@ fn remove_strays(call: &Call<'_>, valid: &[AttachmentId]) -> Result<(), CniError
             host.delete(link.index)?;
         }
     }
-    Ok(gateway::sweep(&host)?)
+    gateway::sweep(&host)?;
+    match Datapath::open()? {
+        Some(datapath) => ports::follow_node(&host, &datapath, call.config),
+        None => Ok(()),
+    }
 }
 
 /// Removes one attachment but for its addresses, which are given back together.

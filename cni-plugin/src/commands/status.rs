@@ -7,6 +7,7 @@ use crate::{
     gateway,
     ipam::Ipam,
     link::Netlink,
+    ports,
 };
 
 use super::is_alive;
@@ -15,6 +16,10 @@ use super::is_alive;
 /// if only new ones would.
 pub(super) fn run(call: &Call<'_>) -> Result<(), CniError> {
     let host = Netlink::host()?;
+    // What came to the node since is not their fault.
+    if let Ok(Some(datapath)) = Datapath::open() {
+        ports::follow_node(&host, &datapath, call.config)?;
+    }
     attached(call, &host)?;
     ready(call, &host)?;
     Ipam::of(call).status(call, &|other| is_alive(&host, other).unwrap_or(true))
@@ -54,6 +59,9 @@ fn attached(call: &Call<'_>, host: &Netlink) -> Result<(), CniError> {
             none => none.insert(open()?),
         };
         if let Some(fault) = super::check::port(host, datapath, &attachment, &record)? {
+            return Err(degraded(fault));
+        }
+        if let Some(fault) = ports::check(host, datapath, call.config, &record)? {
             return Err(degraded(fault));
         }
         let gateway = datapath.segment(record.segment)?;

@@ -29,7 +29,7 @@ pub(super) fn is_loaded(level: LogLevel) -> bool {
 
 /// Whether a load ever came to its end, for whatever level.
 pub(super) fn is_loaded_at_any_level() -> bool {
-    is_loaded(LogLevel::Off) || LogLevel::LOGGING.into_iter().any(is_loaded)
+    LogLevel::ALL.into_iter().any(is_loaded)
 }
 
 impl Datapath {

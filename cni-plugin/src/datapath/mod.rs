@@ -12,6 +12,7 @@
 mod attach;
 mod object;
 mod pins;
+pub mod publish;
 #[cfg(test)]
 mod tests;
 
@@ -19,7 +20,7 @@ use std::{
     collections::{HashMap as StdHashMap, HashSet},
     io,
     net::IpAddr,
-    path::PathBuf,
+    path::{Path, PathBuf},
     thread,
     time::Duration,
 };
@@ -118,6 +119,21 @@ pub enum Error {
         /// Whose it is.
         port: u32,
     },
+    /// A port that is to be published is taken.
+    #[error(
+        "{port} is taken: {taken} is published by the pod behind the port with ifindex {owner}"
+    )]
+    Taken {
+        /// The port.
+        port: publish::NodePort,
+        /// What was published before.
+        taken: publish::NodePort,
+        /// The ifindex of its owner's host veth, 0 if there is none.
+        owner: u32,
+    },
+    /// The node's control groups or network namespace could not be used.
+    #[error("attaching to the node's sockets: {0}")]
+    Node(#[source] io::Error),
     /// The segment's list of ports is full.
     #[error("the segment has {MAX_MEMBERS} ports already, which is the limit")]
     SegmentFull,
@@ -179,17 +195,28 @@ pub struct Datapath {
 
 impl Datapath {
     /// Opens the datapath, and loads it first if nobody did since the boot. Says
-    /// also whether this call loaded it.
+    /// also whether this call loaded it. `publishing`: with the programs of published
+    /// ports.
     ///
     /// # Errors
     ///
     /// bpffs is not mounted, the kernel refuses the programs, or the pins cannot be used.
-    pub fn open_or_load(level: LogLevel) -> Result<(Self, bool), Error> {
+    pub fn open_or_load(level: LogLevel, publishing: bool) -> Result<(Self, bool), Error> {
         require_bpffs()?;
         let mut fresh = false;
+        let is_loaded = || attach::is_loaded(level) && (!publishing || publish::is_loaded());
+        let load = || {
+            if !attach::is_loaded(level) {
+                object::load(level)?;
+            }
+            if publishing && !publish::is_loaded() {
+                publish::load()?;
+            }
+            Ok(())
+        };
         loop {
             let lock = pins::lock(Mode::Shared)?;
-            if attach::is_loaded(level) {
+            if is_loaded() {
                 return Ok((Self::open_pins(lock)?, fresh));
             }
             // Not upgraded in place: two that hold it shared would wait for each
@@ -197,8 +224,8 @@ impl Datapath {
             // unloaded meanwhile.
             drop(lock);
             let _alone = pins::lock(Mode::Exclusive)?;
-            if !attach::is_loaded(level) {
-                if let Err(error) = object::load(level) {
+            if !is_loaded() {
+                if let Err(error) = load() {
                     let _ = remove_unused_pins();
                     return Err(error);
                 }
@@ -611,7 +638,11 @@ impl Datapath {
             }
         }
         self.tidy_lists(&mut left)?;
-        Ok(self.forget_all_but(&left.into_iter().collect())?)
+        self.forget_all_but(&left.into_iter().collect())?;
+        if let Some(mut publication) = self.publication()? {
+            publication.sweep(exists)?;
+        }
+        Ok(publish::unload_if_unused()?)
     }
 
     /// Removes all that belongs to other ports than these.
@@ -782,7 +813,11 @@ impl Datapath {
 fn remove_unused_pins() -> Result<(), Error> {
     let in_use =
         pins::map("PORTS").exists() && table::<u32, Port>("PORTS")?.keys().next().is_some();
-    if in_use { Ok(()) } else { pins::remove_all() }
+    if in_use {
+        publish::unload_if_unused()
+    } else {
+        pins::remove_all()
+    }
 }
 
 fn ip_key(segment: u32, address: IpAddr) -> IpKey {
@@ -793,15 +828,22 @@ fn ip_key(segment: u32, address: IpAddr) -> IpKey {
 }
 
 fn pinned(name: &str) -> Result<Map, Error> {
-    let path = pins::map(name);
-    let open = MapData::from_pin(&path).map_err(|error| Error::Pin {
-        path: path.clone(),
+    pinned_at(&pins::map(name))
+}
+
+fn pinned_at(path: &Path) -> Result<Map, Error> {
+    let open = MapData::from_pin(path).map_err(|error| Error::Pin {
+        path: path.to_owned(),
         source: match error {
             MapError::SyscallError(error) => error.io_error,
             other => io::Error::other(other),
         },
     })?;
-    Map::from_map_data(open).map_err(|source| foreign(name, &source))
+    Map::from_map_data(open).map_err(|source| Error::ForeignPin {
+        path: path.to_owned(),
+        detail: source.to_string(),
+        root: pins::root(),
+    })
 }
 
 /// Opens a pinned table; its kind and the sizes of its keys and values are

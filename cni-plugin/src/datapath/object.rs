@@ -9,11 +9,15 @@ use aya::{
 use bpf_bridge_common::layout::{PROGRAM_FLOOD, PROGRAM_RESPONDER, PortStats};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use super::{Error, LogLevel, Wire, failed, pins};
+use super::{Error, LogLevel, Wire, failed, pins, publish};
 
 /// The programs, compiled by the build script.
 pub(super) static OBJECT: &[u8] =
     aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/bpf-bridge-datapath"));
+
+/// The programs of published ports.
+pub(super) static PUBLISH: &[u8] =
+    aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/bpf-bridge-publish"));
 
 /// The maps that all log levels share.
 const SHARED: [&str; 8] = [
@@ -56,7 +60,7 @@ pub fn verify() -> Result<(), Error> {
 /// The programs need none of it, but aya 0.14 reads it when a loader is made,
 /// before it can be told not to: memory and time for nothing. While no file can be
 /// opened it goes on without. No other thread runs that could want to.
-fn loader<'a>() -> EbpfLoader<'a> {
+pub(super) fn loader<'a>() -> EbpfLoader<'a> {
     let limit = Resource::RLIMIT_NOFILE;
     let Ok((soft, hard)) = getrlimit(limit) else {
         return EbpfLoader::new();
@@ -112,7 +116,7 @@ pub(super) fn load(level: LogLevel) -> Result<(), Error> {
             source: std::io::Error::other(source),
         })?;
     }
-    Ok(())
+    publish::fill_slots(level)
 }
 
 pub(super) fn load_program<'a>(

@@ -4,6 +4,8 @@
 //! /sys/fs/bpf/bpf-bridge/v1/maps/PORTS …      the tables, shared by everything
 //! /sys/fs/bpf/bpf-bridge/v1/off/port …        the programs, built for log level `off`
 //! /sys/fs/bpf/bpf-bridge/v1/off/PROGRAMS      the table by which they call each other
+//! /sys/fs/bpf/bpf-bridge/v1/publish/uplink …  the programs of published ports
+//! /sys/fs/bpf/bpf-bridge/v1/links/uplink-2 …  where they are attached: the device of ifindex 2
 //! ```
 //!
 //! The version in the path is [`ABI`]: a plugin never sees maps of another layout.
@@ -43,6 +45,47 @@ pub(super) fn variant(level: LogLevel) -> PathBuf {
     root().join(level.name())
 }
 
+/// The pin path of a program of published ports.
+pub(super) fn published(name: &str) -> PathBuf {
+    root().join("publish").join(name)
+}
+
+/// Where the links of published ports are.
+pub(super) fn links() -> PathBuf {
+    root().join("links")
+}
+
+/// The pin path of a link.
+pub(super) fn link(name: &str) -> PathBuf {
+    links().join(name)
+}
+
+/// What the names of links to uplinks begin with; the ifindex follows.
+pub(super) const UPLINK: &str = "uplink-";
+
+/// The ifindex of every device that has a pinned link.
+pub(super) fn uplinks() -> Vec<u32> {
+    let Ok(entries) = fs::read_dir(links()) else {
+        return Vec::new();
+    };
+    entries
+        .filter_map(|entry| {
+            entry
+                .ok()?
+                .file_name()
+                .to_str()?
+                .strip_prefix(UPLINK)?
+                .parse()
+                .ok()
+        })
+        .collect()
+}
+
+/// Creates the directories for published ports.
+pub(super) fn create_published() -> Result<(), Error> {
+    create([published(""), links()])
+}
+
 /// Refuses to go on without bpffs.
 ///
 /// # Errors
@@ -55,7 +98,11 @@ pub fn require_bpffs() -> Result<(), Error> {
 
 /// Creates the directories for the pins of `level`.
 pub(super) fn create_directories(level: LogLevel) -> Result<(), Error> {
-    for path in [root().join("maps"), variant(level)] {
+    create([root().join("maps"), variant(level)])
+}
+
+fn create(paths: [PathBuf; 2]) -> Result<(), Error> {
+    for path in paths {
         DirBuilder::new()
             .recursive(true)
             .mode(0o700)
@@ -69,7 +116,7 @@ pub(super) fn create_directories(level: LogLevel) -> Result<(), Error> {
 pub(super) fn remove_all() -> Result<(), Error> {
     let path = root();
     // The pins that say that all is there go first, in case this is killed.
-    for level in LogLevel::LOGGING.into_iter().chain([LogLevel::Off]) {
+    for level in LogLevel::ALL {
         let _ = fs::remove_file(variant(level).join("port"));
     }
     match fs::remove_dir_all(&path) {

@@ -1,0 +1,270 @@
+//! Published ports: what an attachment claims, and where the node serves it.
+//!
+//! The datapath knows numbers ([`crate::datapath::publish`]); here they get the names
+//! of those who want and have them, and the devices and addresses of the node.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use crate::{
+    attachment::Record,
+    cni::{
+        CniError, NetworkConfig,
+        ports::{HostIp, PortMapping},
+        result::IpConfig,
+    },
+    datapath::{
+        self, Datapath,
+        publish::{NodePort, Publication, Service},
+    },
+    gateway::{self, Gateway},
+    link::{Link, Netlink},
+    mac::MacAddr,
+};
+
+/// The kind of the devices that stand for a routing table (VRF): what is enslaved to
+/// one is a device of the node's like any other.
+const VRF: &str = "vrf";
+
+/// The loopback device (`LOOPBACK_IFINDEX` of `net/flow.h`).
+const LOOPBACK: u32 = 1;
+
+/// What a mapping claims for a pod with these addresses: one number in each family that
+/// it is for, and the address that serves it.
+fn claims(mapping: &PortMapping, ips: &[IpConfig]) -> impl Iterator<Item = (NodePort, IpAddr)> {
+    let v4 = ips.iter().map(|ip| ip.address.addr()).find(IpAddr::is_ipv4);
+    let v6 = ips.iter().map(|ip| ip.address.addr()).find(IpAddr::is_ipv6);
+    let any_v4 = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+    let any_v6 = IpAddr::V6(Ipv6Addr::UNSPECIFIED);
+    let wanted = match mapping.host_ip {
+        HostIp::Any => [Some((any_v4, v4)), Some((any_v6, v6))],
+        HostIp::AnyV4 => [Some((any_v4, v4)), None],
+        HostIp::AnyV6 => [None, Some((any_v6, v6))],
+        HostIp::Address(address) if address.is_ipv4() => [Some((address, v4)), None],
+        HostIp::Address(address) => [None, Some((address, v6))],
+    };
+    let (port, protocol) = (mapping.host_port, mapping.protocol.number());
+    wanted
+        .into_iter()
+        .flatten()
+        .filter_map(move |(address, pod)| {
+            let port = NodePort {
+                address,
+                port,
+                protocol,
+            };
+            Some((port, pod?))
+        })
+}
+
+/// Every port that an attachment is to claim.
+pub fn wanted(config: &NetworkConfig, ips: &[IpConfig]) -> Vec<NodePort> {
+    config
+        .port_mappings
+        .iter()
+        .flat_map(|mapping| claims(mapping, ips))
+        .map(|(port, _)| port)
+        .collect()
+}
+
+/// Publishes the ports of an attachment, which its record names already.
+///
+/// # Errors
+///
+/// A port is taken: the error names who has it. Or a device cannot be served.
+pub fn publish(
+    host: &Netlink,
+    datapath: &Datapath,
+    config: &NetworkConfig,
+    record: &Record,
+    gateway: &Gateway,
+    ips: &[IpConfig],
+) -> Result<(), CniError> {
+    let Some(mut publication) = datapath.publication()? else {
+        return Ok(());
+    };
+    serve(host, &mut publication, config)?;
+    for mapping in &config.port_mappings {
+        for (port, address) in claims(mapping, ips) {
+            let own = ips.iter().find(|ip| ip.address.addr() == address);
+            let service = Service {
+                port: record.host_ifindex,
+                segment: gateway.segment,
+                address,
+                pod_port: mapping.container_port,
+                mac: MacAddr::new(record.mac),
+                gateway: own.filter(|_| config.is_gateway).and_then(|ip| ip.gateway),
+                gateway_mac: gateway.mac,
+            };
+            claim(host, datapath, &mut publication, &port, &service)?;
+        }
+    }
+    Ok(())
+}
+
+/// Claims one port, in place of an owner whose device is gone.
+fn claim(
+    host: &Netlink,
+    datapath: &Datapath,
+    publication: &mut Publication<'_>,
+    port: &NodePort,
+    service: &Service,
+) -> Result<(), CniError> {
+    loop {
+        let Err(error) = publication.claim(port, service) else {
+            return Ok(());
+        };
+        let datapath::Error::Taken { taken, owner, .. } = &error else {
+            return Err(error.into());
+        };
+        match host.link_by_index(*owner)? {
+            Some(link) if datapath.port(*owner)?.is_some() => {
+                return Err(CniError::internal(format!(
+                    "publishing {port}: {taken} is published by {}",
+                    owner_name(&link)
+                )));
+            }
+            // Its sandbox went without a DEL.
+            _ => publication.withdraw(taken, *owner)?,
+        }
+    }
+}
+
+/// The attachment that a host veth belongs to, for people.
+fn owner_name(link: &Link) -> String {
+    let mut words = link.alias.split(' ');
+    match (words.next(), words.next(), words.next(), words.next()) {
+        (Some("bpf-bridge"), Some(network), Some(container), Some(ifname)) => {
+            format!("container {container} (interface {ifname} in network {network})")
+        }
+        _ => format!("the pod behind {}", link.name),
+    }
+}
+
+/// Gives the ports of an attachment back.
+///
+/// # Errors
+///
+/// The tables cannot be used.
+pub fn withdraw(datapath: &Datapath, record: &Record) -> Result<(), datapath::Error> {
+    if record.published.is_empty() {
+        return Ok(());
+    }
+    let Some(mut publication) = datapath.publication()? else {
+        return Ok(());
+    };
+    for port in &record.published {
+        publication.withdraw(port, record.host_ifindex)?;
+    }
+    Ok(())
+}
+
+/// Follows the node: its addresses, for clients on it, and its devices, for others.
+///
+/// # Errors
+///
+/// The kernel does not tell them, or a device cannot be served.
+pub fn follow_node(
+    host: &Netlink,
+    datapath: &Datapath,
+    config: &NetworkConfig,
+) -> Result<(), CniError> {
+    match datapath.publication()? {
+        Some(mut publication) => serve(host, &mut publication, config),
+        None => Ok(()),
+    }
+}
+
+fn serve(
+    host: &Netlink,
+    publication: &mut Publication<'_>,
+    config: &NetworkConfig,
+) -> Result<(), CniError> {
+    let (addresses, devices) = node(host, config)?;
+    publication.set_addresses(&addresses)?;
+    for device in devices {
+        publication.serve_on(host, &device)?;
+    }
+    Ok(())
+}
+
+/// The node's addresses, and the devices on which others may reach it: those that carry
+/// an address and are not ours, or those that the configuration names.
+fn node(host: &Netlink, config: &NetworkConfig) -> Result<(Vec<IpAddr>, Vec<Link>), CniError> {
+    let all = host.all_addresses()?;
+    let links = host.links_with(&all)?;
+    let devices = match &config.uplinks {
+        Some(names) => {
+            let mut devices = Vec::new();
+            for name in names {
+                let device = host.link_by_name(name)?.ok_or_else(|| {
+                    CniError::invalid_config("uplinks", name, "the name of a device of the node")
+                })?;
+                devices.push(device);
+            }
+            devices
+        }
+        None => {
+            let mut devices = Vec::new();
+            for link in links {
+                if is_uplink(host, &link)? {
+                    devices.push(link);
+                }
+            }
+            devices
+        }
+    };
+    let addresses = all.iter().map(|address| address.net.addr()).collect();
+    Ok((addresses, devices))
+}
+
+fn is_uplink(host: &Netlink, link: &Link) -> Result<bool, CniError> {
+    if link.index == LOOPBACK || gateway::is_gateway(link) {
+        return Ok(false);
+    }
+    match link.master {
+        // What a bridge or a bond gets from its ports, it receives itself.
+        Some(master) => Ok(host
+            .link_by_index(master)?
+            .is_some_and(|master| master.kind == VRF)),
+        None => Ok(true),
+    }
+}
+
+/// What is wrong with an attachment's published ports, if anything is.
+///
+/// # Errors
+///
+/// The tables cannot be read.
+pub fn check(
+    host: &Netlink,
+    datapath: &Datapath,
+    config: &NetworkConfig,
+    record: &Record,
+) -> Result<Option<String>, CniError> {
+    if record.published.is_empty() {
+        return Ok(None);
+    }
+    let Some(publication) = datapath.publication()? else {
+        return Ok(Some(
+            "the programs of published ports are not loaded".to_owned(),
+        ));
+    };
+    for port in &record.published {
+        if publication
+            .service(port)?
+            .is_none_or(|entry| entry.port != record.host_ifindex)
+        {
+            return Ok(Some(format!("the published port {port} is lost")));
+        }
+    }
+    let (_, devices) = node(host, config)?;
+    for device in devices {
+        if !publication.is_served_on(host, &device)? {
+            return Ok(Some(format!(
+                "published ports are not served on {}",
+                device.name
+            )));
+        }
+    }
+    Ok(None)
+}
