@@ -146,12 +146,11 @@ fn write_addresses(
     let from = &parsed.tuple;
     match parsed.version {
         Version::V4 => {
-            let source = unmapped(source);
-            let destination = unmapped(destination);
-            let changed = diff(unmapped(&from.source), source)
-                .wrapping_add(diff(unmapped(&from.destination), destination));
-            packet.store(l3.wrapping_add(12), source)?;
-            packet.store(l3.wrapping_add(16), destination)?;
+            // They are next to each other: one store does.
+            let old = adjacent(&from.source, &from.destination);
+            let new = adjacent(source, destination);
+            let changed = diff(old, new);
+            packet.store(l3.wrapping_add(12), new)?;
             packet.fix_header_checksum(l3.wrapping_add(10), changed)?;
             Some(changed)
         }
@@ -169,6 +168,14 @@ fn write_addresses(
             Some(changed)
         }
     }
+}
+
+/// Both addresses as they are in an IPv4 header.
+#[inline(always)]
+const fn adjacent(source: &[u8; 16], destination: &[u8; 16]) -> [u8; 8] {
+    let source = u32::from_be_bytes(unmapped(source)) as u64;
+    let destination = u32::from_be_bytes(unmapped(destination)) as u64;
+    (source << 32 | destination).to_be_bytes()
 }
 
 /// Both ports as they are in a packet.
