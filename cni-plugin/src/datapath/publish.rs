@@ -20,9 +20,8 @@ use aya::{
         links::FdLink, tc::TcAttachOptions,
     },
 };
-use bpf_bridge_common::{
-    layout::{Node, PROGRAM_FROM_HOST, PROGRAM_FROM_POD, Published, PublishedKey},
-    packet::mapped,
+use bpf_bridge_common::layout::{
+    Address, Node, PROGRAM_FROM_HOST, PROGRAM_FROM_POD, Published, PublishedKey,
 };
 use serde::{Deserialize, Serialize};
 
@@ -143,7 +142,7 @@ impl Service {
     fn entry(&self) -> Published {
         Published {
             address: octets(self.address),
-            gateway: self.gateway.map_or([0; 16], octets),
+            gateway: self.gateway.map_or(Address::UNSPECIFIED, octets),
             port: self.port,
             segment: self.segment,
             specific: 0,
@@ -306,7 +305,7 @@ fn pin_link(
 pub struct Publication<'d> {
     datapath: &'d Datapath,
     published: Table<PublishedKey, Published>,
-    addresses: Table<[u8; 16], u8>,
+    addresses: Table<Address, u8>,
     _lock: Lock,
 }
 
@@ -471,8 +470,8 @@ impl Publication<'_> {
     ///
     /// The table cannot be read or written.
     pub fn set_addresses(&mut self, addresses: &[IpAddr]) -> Result<(), Error> {
-        let wanted: HashSet<[u8; 16]> = addresses.iter().copied().map(octets).collect();
-        let present: HashSet<[u8; 16]> = entries(&self.addresses, "ADDRESSES")?
+        let wanted: HashSet<Address> = addresses.iter().copied().map(octets).collect();
+        let present: HashSet<Address> = entries(&self.addresses, "ADDRESSES")?
             .into_iter()
             .map(|(address, _)| address)
             .collect();
@@ -600,8 +599,8 @@ impl Publication<'_> {
 impl Service {
     /// What stands in an entry that only counts.
     const NOBODY: Published = Published {
-        address: [0; 16],
-        gateway: [0; 16],
+        address: Address::UNSPECIFIED,
+        gateway: Address::UNSPECIFIED,
         port: 0,
         segment: 0,
         specific: 0,
@@ -626,14 +625,14 @@ fn uplink_pin(index: u32) -> std::path::PathBuf {
 }
 
 /// An address as the maps have it.
-fn octets(address: IpAddr) -> [u8; 16] {
+fn octets(address: IpAddr) -> Address {
     match address {
-        IpAddr::V4(address) => mapped(address.octets()),
-        IpAddr::V6(address) => address.octets(),
+        IpAddr::V4(address) => Address::v4(address.octets()),
+        IpAddr::V6(address) => Address::v6(address.octets()),
     }
 }
 
 /// And back.
-fn address(octets: [u8; 16]) -> IpAddr {
-    Ipv6Addr::from(octets).to_canonical()
+fn address(address: Address) -> IpAddr {
+    Ipv6Addr::from(address.octets()).to_canonical()
 }

@@ -17,7 +17,7 @@
 //! | `PUBLISHED` | hash | [`PublishedKey`] | [`Published`] |
 //! | `FLOWS` | LRU hash | [`FlowKey`] | [`Flow`] |
 //! | `FRAGMENTS` | LRU hash | [`FragmentKey`] | [`Fragments`] |
-//! | `ADDRESSES` | hash | an address of the node, 16 bytes | one byte, 1 |
+//! | `ADDRESSES` | hash | an [`Address`] of the node | one byte, 1 |
 //! | `PEERS` | LRU hash | [`PeerKey`] | [`Socket`] |
 //! | `NODE` | array of one | 0 | [`Node`] |
 //!
@@ -171,6 +171,121 @@ pub struct Endpoint {
     pub flags: u32,
 }
 
+/// An IPv6 address, or an IPv4 address mapped into IPv6 (RFC 4291 §2.5.5.2).
+///
+/// It is kept as words: the programs copy and compare no single bytes, which the
+/// instruction set makes as dear.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
+#[repr(transparent)]
+pub struct Address([u32; 4]);
+
+impl Address {
+    /// `::`
+    pub const UNSPECIFIED: Self = Self([0; 4]);
+    /// `0.0.0.0`
+    pub const UNSPECIFIED_V4: Self = Self::v4([0; 4]);
+    /// `::1`
+    pub const LOOPBACK: Self = Self::v6([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]);
+    /// `127.0.0.1`
+    pub const LOOPBACK_V4: Self = Self::v4([127, 0, 0, 1]);
+
+    /// The third word of every mapped address.
+    const MAPPED: u32 = u32::from_ne_bytes([0, 0, 0xff, 0xff]);
+
+    /// An IPv4 address.
+    #[inline(always)]
+    pub const fn v4(octets: [u8; 4]) -> Self {
+        Self([0, 0, Self::MAPPED, u32::from_ne_bytes(octets)])
+    }
+
+    /// An IPv6 address.
+    #[inline(always)]
+    pub const fn v6(octets: [u8; 16]) -> Self {
+        let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = octets;
+        Self([
+            u32::from_ne_bytes([a, b, c, d]),
+            u32::from_ne_bytes([e, f, g, h]),
+            u32::from_ne_bytes([i, j, k, l]),
+            u32::from_ne_bytes([m, n, o, p]),
+        ])
+    }
+
+    /// From words in the order of the wire.
+    #[inline(always)]
+    pub const fn from_words(words: [u32; 4]) -> Self {
+        Self(words)
+    }
+
+    /// The words, in the order of the wire.
+    #[inline(always)]
+    pub const fn words(&self) -> [u32; 4] {
+        self.0
+    }
+
+    /// The octets, in the order of the wire.
+    #[inline(always)]
+    pub const fn octets(&self) -> [u8; 16] {
+        let [a, b, c, d] = self.0[0].to_ne_bytes();
+        let [e, f, g, h] = self.0[1].to_ne_bytes();
+        let [i, j, k, l] = self.0[2].to_ne_bytes();
+        let [m, n, o, p] = self.0[3].to_ne_bytes();
+        [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p]
+    }
+
+    /// The octets of an IPv4 address.
+    #[inline(always)]
+    pub const fn octets_v4(&self) -> [u8; 4] {
+        self.0[3].to_ne_bytes()
+    }
+
+    /// Whether it is an IPv4 address.
+    #[inline(always)]
+    pub const fn is_v4(&self) -> bool {
+        self.0[0] == 0 && self.0[1] == 0 && self.0[2] == Self::MAPPED
+    }
+
+    /// Whether it is `::` or `0.0.0.0`.
+    #[inline(always)]
+    pub const fn is_unspecified(&self) -> bool {
+        self.0[0] == 0
+            && self.0[1] == 0
+            && (self.0[2] == 0 || self.0[2] == Self::MAPPED)
+            && self.0[3] == 0
+    }
+
+    /// `::` or `0.0.0.0`, of the same family.
+    #[inline(always)]
+    pub const fn unspecified_like(&self) -> Self {
+        let third = if self.is_v4() { Self::MAPPED } else { 0 };
+        Self([0, 0, third, 0])
+    }
+
+    /// Whether it is one of its own machine: in `127.0.0.0/8`, or `::1`.
+    #[inline(always)]
+    pub const fn is_loopback(&self) -> bool {
+        let last = u32::from_be(self.0[3]);
+        self.0[0] == 0
+            && self.0[1] == 0
+            && (self.0[2] == 0 && last == 1 || self.0[2] == Self::MAPPED && last >> 24 == 127)
+    }
+
+    /// Whether it is no single station's: multicast, or IPv4's class E and broadcast.
+    #[inline(always)]
+    pub const fn is_group(&self) -> bool {
+        if self.is_v4() {
+            u32::from_be(self.0[3]) >> 29 == 7
+        } else {
+            u32::from_be(self.0[0]) >> 24 == 0xff
+        }
+    }
+
+    /// Whether it means something on its own link only (`fe80::/10`).
+    #[inline(always)]
+    pub const fn is_link_local(&self) -> bool {
+        u32::from_be(self.0[0]) >> 22 == 0x3fa
+    }
+}
+
 /// An IP address in a segment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
 #[repr(C)]
@@ -258,7 +373,7 @@ pub struct Member {
 #[repr(C)]
 pub struct PublishedKey {
     /// The address; the unspecified one of a family stands for all of the node's.
-    pub address: [u8; 16],
+    pub address: Address,
     /// The port.
     pub port: u16,
     /// The protocol (`IPPROTO_TCP`, `_UDP`, `_SCTP`).
@@ -277,10 +392,10 @@ pub struct PublishedKey {
 #[repr(C)]
 pub struct Published {
     /// The pod's address.
-    pub address: [u8; 16],
+    pub address: Address,
     /// The gateway's address of this family, unspecified if it has none: what
     /// clients appear as whom the pod could not answer by way of the gateway.
-    pub gateway: [u8; 16],
+    pub gateway: Address,
     /// The ifindex of the pod's host veth: the entry's owner.
     pub port: u32,
     /// The pod's segment.
@@ -303,9 +418,9 @@ pub struct Published {
 #[repr(C)]
 pub struct FlowKey {
     /// The pod's address.
-    pub pod: [u8; 16],
+    pub pod: Address,
     /// The client's address.
-    pub client: [u8; 16],
+    pub client: Address,
     /// The ifindex of the pod's host veth: flows end with their pod.
     pub port: u32,
     /// The pod's port.
@@ -323,9 +438,9 @@ pub struct FlowKey {
 #[repr(C)]
 pub struct Flow {
     /// What the client addressed.
-    pub original: [u8; 16],
+    pub original: Address,
     /// The client.
-    pub client: [u8; 16],
+    pub client: Address,
     /// The port that the client addressed.
     pub original_port: u16,
     /// The client's port.
@@ -344,9 +459,9 @@ pub struct Flow {
 #[repr(C)]
 pub struct FragmentKey {
     /// Its source.
-    pub source: [u8; 16],
+    pub source: Address,
     /// Its destination.
-    pub destination: [u8; 16],
+    pub destination: Address,
     /// Its identification: 16 bits in IPv4, 32 in IPv6.
     pub id: u32,
     /// The ifindex of the port that it comes from, 0 for uplinks.
@@ -382,7 +497,7 @@ pub struct PeerKey {
     /// The pod.
     pub peer: Socket,
     /// Zero.
-    pub reserved: [u8; 6],
+    pub reserved: u32,
 }
 
 /// An address and a port.
@@ -390,9 +505,9 @@ pub struct PeerKey {
 #[repr(C)]
 pub struct Socket {
     /// The address.
-    pub address: [u8; 16],
+    pub address: Address,
     /// The port.
-    pub port: u16,
+    pub port: u32,
 }
 
 /// What the programs must know of the node.

@@ -10,6 +10,7 @@ use bytemuck::{Pod, Zeroable};
 use crate::{
     checksum,
     frame::{ETH_P_IP, ETH_P_IPV6},
+    layout::Address,
     responder::IPPROTO_ICMPV6,
 };
 
@@ -123,13 +124,12 @@ pub enum Fragment {
 
 /// From whom to whom.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
-// Aligned, so that addresses are compared and summed by words, not by bytes.
-#[repr(C, align(4))]
+#[repr(C)]
 pub struct Tuple {
     /// The source address; IPv4 is mapped into IPv6 (RFC 4291 §2.5.5.2).
-    pub source: [u8; 16],
+    pub source: Address,
     /// The destination address, likewise.
-    pub destination: [u8; 16],
+    pub destination: Address,
     /// The source port.
     pub source_port: u16,
     /// The destination port.
@@ -186,8 +186,8 @@ impl Parsed {
     /// What is filled in by and by: returned parts would each take stack of their own.
     const EMPTY: Self = Self {
         tuple: Tuple {
-            source: [0; 16],
-            destination: [0; 16],
+            source: Address::UNSPECIFIED,
+            destination: Address::UNSPECIFIED,
             source_port: 0,
             destination_port: 0,
         },
@@ -313,8 +313,8 @@ fn ipv4(packet: &impl Packet, parsed: &mut Parsed) -> Option<()> {
     parsed.protocol = protocol;
     parsed.length = length;
     parsed.l4 = parsed.l3.wrapping_add(header_len);
-    parsed.tuple.source = mapped([s0, s1, s2, s3]);
-    parsed.tuple.destination = mapped([d0, d1, d2, d3]);
+    parsed.tuple.source = Address::v4([s0, s1, s2, s3]);
+    parsed.tuple.destination = Address::v4([d0, d1, d2, d3]);
     parsed.fragment_id = u16::from_be_bytes([id_high, id_low]) as u32;
     parsed.set_fragment(
         (flags_and_offset & 0x1fff) << 3,
@@ -337,8 +337,8 @@ fn ipv6(packet: &impl Packet, parsed: &mut Parsed) -> Option<()> {
         0 => 0,
         _ => payload.saturating_add(IPV6_HEADER_LEN as u16),
     };
-    parsed.tuple.source = packet.load(l3.wrapping_add(8))?;
-    parsed.tuple.destination = packet.load(l3.wrapping_add(24))?;
+    parsed.tuple.source = Address::v6(packet.load(l3.wrapping_add(8))?);
+    parsed.tuple.destination = Address::v6(packet.load(l3.wrapping_add(24))?);
     skip_extensions(packet, parsed)
 }
 
@@ -425,17 +425,4 @@ fn transport(packet: &impl Packet, parsed: &mut Parsed, end: usize, quoted: bool
         parsed.checksum = Some(at as u16);
     }
     Some(())
-}
-
-/// An IPv4 address as an IPv6 one (RFC 4291 §2.5.5.2).
-#[inline(always)]
-pub const fn mapped(address: [u8; 4]) -> [u8; 16] {
-    // As a number: sixteen single bytes would each take a register.
-    ((0xffff << 32) | u32::from_be_bytes(address) as u128).to_be_bytes()
-}
-
-/// The IPv4 address in a mapped one.
-#[inline(always)]
-pub const fn unmapped(address: &[u8; 16]) -> [u8; 4] {
-    (u128::from_be_bytes(*address) as u32).to_be_bytes()
 }

@@ -3,9 +3,8 @@
 
 use crate::{
     checksum::{adjust, adjust_udp, diff},
-    packet::{
-        Covered, ICMP_CHECKSUM, IPPROTO_SCTP, IPPROTO_UDP, Packet, Parsed, Tuple, Version, unmapped,
-    },
+    layout::Address,
+    packet::{Covered, ICMP_CHECKSUM, IPPROTO_SCTP, IPPROTO_UDP, Packet, Parsed, Tuple, Version},
 };
 
 /// Makes addresses and ports of the packet those of `to`, which is of the same IP
@@ -53,8 +52,8 @@ pub fn rewrite_quoted(
     packet: &mut impl Packet,
     outer: &Parsed,
     inner: &Parsed,
-    source: &[u8; 16],
-    destination: &[u8; 16],
+    source: &Address,
+    destination: &Address,
     inner_to: &Tuple,
 ) -> Option<()> {
     let message = rewrite_inner(packet, inner, inner_to)?;
@@ -98,8 +97,8 @@ pub fn rewrite_inner(packet: &mut impl Packet, inner: &Parsed, inner_to: &Tuple)
 pub fn rewrite_outer(
     packet: &mut impl Packet,
     outer: &Parsed,
-    source: &[u8; 16],
-    destination: &[u8; 16],
+    source: &Address,
+    destination: &Address,
     message: u32,
 ) -> Option<()> {
     let addresses = write_addresses(packet, outer, source, destination, true)?;
@@ -138,8 +137,8 @@ fn ports_to_write(parsed: &Parsed, to: &Tuple) -> Option<bool> {
 fn write_addresses(
     packet: &mut impl Packet,
     parsed: &Parsed,
-    source: &[u8; 16],
-    destination: &[u8; 16],
+    source: &Address,
+    destination: &Address,
     covered: bool,
 ) -> Option<u32> {
     let l3 = parsed.l3 as usize;
@@ -155,15 +154,15 @@ fn write_addresses(
             Some(changed)
         }
         Version::V6 => {
-            let changed =
-                diff(from.source, *source).wrapping_add(diff(from.destination, *destination));
+            let changed = diff(from.source.octets(), source.octets())
+                .wrapping_add(diff(from.destination.octets(), destination.octets()));
             let (source_at, destination_at) = (l3.wrapping_add(8), l3.wrapping_add(24));
             if covered {
-                packet.store(source_at, *source)?;
-                packet.store(destination_at, *destination)?;
+                packet.store(source_at, source.octets())?;
+                packet.store(destination_at, destination.octets())?;
             } else {
-                packet.store_uncovered(source_at, *source)?;
-                packet.store_uncovered(destination_at, *destination)?;
+                packet.store_uncovered(source_at, source.octets())?;
+                packet.store_uncovered(destination_at, destination.octets())?;
             }
             Some(changed)
         }
@@ -172,9 +171,9 @@ fn write_addresses(
 
 /// Both addresses as they are in an IPv4 header.
 #[inline(always)]
-const fn adjacent(source: &[u8; 16], destination: &[u8; 16]) -> [u8; 8] {
-    let source = u32::from_be_bytes(unmapped(source)) as u64;
-    let destination = u32::from_be_bytes(unmapped(destination)) as u64;
+const fn adjacent(source: &Address, destination: &Address) -> [u8; 8] {
+    let source = u32::from_be_bytes(source.octets_v4()) as u64;
+    let destination = u32::from_be_bytes(destination.octets_v4()) as u64;
     (source << 32 | destination).to_be_bytes()
 }
 

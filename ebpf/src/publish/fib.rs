@@ -10,9 +10,9 @@ use aya_ebpf::{
     helpers::{bpf_fib_lookup, bpf_redirect_neigh},
     programs::TcContext,
 };
-use bpf_bridge_common::packet::Tuple;
+use bpf_bridge_common::{layout::Address, packet::Tuple};
 
-use crate::maps::{ADDRESSES, is_loopback, is_v4};
+use crate::maps::ADDRESSES;
 
 /// `AF_INET` and `AF_INET6` of `linux/socket.h`.
 const AF_INET: u8 = 2;
@@ -35,17 +35,6 @@ fn zeroed() -> Lookup {
 }
 
 #[inline(always)]
-fn words(address: &[u8; 16]) -> [u32; 4] {
-    let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = *address;
-    [
-        u32::from_ne_bytes([a, b, c, d]),
-        u32::from_ne_bytes([e, f, g, h]),
-        u32::from_ne_bytes([i, j, k, l]),
-        u32::from_ne_bytes([m, n, o, p]),
-    ]
-}
-
-#[inline(always)]
 fn ask(ctx: &TcContext, lookup: &mut Lookup, flags: u32) -> u32 {
     // SAFETY: the structure is of the length that is given with it.
     unsafe { bpf_fib_lookup(ctx.as_ptr(), lookup, size_of::<Lookup>() as i32, flags) as u32 }
@@ -54,7 +43,7 @@ fn ask(ctx: &TcContext, lookup: &mut Lookup, flags: u32) -> u32 {
 /// What would become of a packet from `source` to `destination`, if `via` (a device
 /// that forwards) received it.
 #[inline(never)]
-fn fate(ctx: &TcContext, via: u32, source: &[u8; 16], destination: &[u8; 16]) -> u32 {
+fn fate(ctx: &TcContext, via: u32, source: &Address, destination: &Address) -> u32 {
     let mut lookup = zeroed();
     lookup.ifindex = via;
     set_addresses(&mut lookup, source, destination);
@@ -62,10 +51,10 @@ fn fate(ctx: &TcContext, via: u32, source: &[u8; 16], destination: &[u8; 16]) ->
 }
 
 #[inline(always)]
-fn set_addresses(lookup: &mut Lookup, source: &[u8; 16], destination: &[u8; 16]) {
-    let from = words(source);
-    let to = words(destination);
-    if is_v4(destination) {
+fn set_addresses(lookup: &mut Lookup, source: &Address, destination: &Address) {
+    let from = source.words();
+    let to = destination.words();
+    if destination.is_v4() {
         lookup.family = AF_INET;
         lookup.__bindgen_anon_3.ipv4_src = from[3];
         lookup.__bindgen_anon_4.ipv4_dst = to[3];
@@ -84,8 +73,8 @@ fn set_addresses(lookup: &mut Lookup, source: &[u8; 16], destination: &[u8; 16])
 /// plugin has seen the address on a device of the node, or there must be a default
 /// route: then no address is without one.
 #[inline(never)]
-pub(crate) fn is_local(ctx: &TcContext, via: u32, source: &[u8; 16], address: &[u8; 16]) -> bool {
-    if is_loopback(address) || is_group(address) {
+pub(crate) fn is_local(ctx: &TcContext, via: u32, source: &Address, address: &Address) -> bool {
+    if address.is_loopback() || address.is_group() {
         return false;
     }
     match fate(ctx, via, source, address) {
@@ -98,25 +87,14 @@ pub(crate) fn is_local(ctx: &TcContext, via: u32, source: &[u8; 16], address: &[
     }
 }
 
-/// Whether it is no single station's: multicast, or IPv4's reserved class E and
-/// broadcast.
-#[inline(always)]
-fn is_group(address: &[u8; 16]) -> bool {
-    if is_v4(address) {
-        address[12] >= 224
-    } else {
-        address[0] == 0xff
-    }
-}
-
 /// An address of the same family that no machine has: only a default route leads
 /// there (RFC 5737, RFC 6666).
 #[inline(always)]
-fn elsewhere(address: &[u8; 16]) -> [u8; 16] {
-    if is_v4(address) {
-        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 192, 0, 2, 254]
+fn elsewhere(address: &Address) -> Address {
+    if address.is_v4() {
+        Address::v4([192, 0, 2, 254])
     } else {
-        [0x01, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xfe]
+        Address::v6([0x01, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xfe])
     }
 }
 

@@ -2,7 +2,7 @@
 
 use aya_ebpf::bindings::BPF_NOEXIST;
 use bpf_bridge_common::{
-    layout::{Flow, FlowKey, Published},
+    layout::{Address, Flow, FlowKey, Published},
     packet::IPPROTO_SCTP,
 };
 
@@ -22,9 +22,9 @@ pub(crate) fn describe(
     key: &mut FlowKey,
     flow: &mut Flow,
     pod: &Published,
-    seen_as: &[u8; 16],
-    client: (&[u8; 16], u16),
-    original: (&[u8; 16], u16),
+    seen_as: &Address,
+    client: (&Address, u16),
+    original: (&Address, u16),
     protocol: u8,
 ) {
     key.pod = pod.address;
@@ -117,15 +117,9 @@ fn port(flow: &Flow, attempt: u32) -> u16 {
         return flow.client_port;
     }
     let mut hash = (u32::from(flow.original_port) << 16) | u32::from(flow.client_port);
-    hash ^= last_word(&flow.client) ^ last_word(&flow.original).rotate_left(16);
+    hash ^= flow.client.words()[3] ^ flow.original.words()[3].rotate_left(16);
     hash = (hash ^ attempt.wrapping_mul(0x9e37_79b9)).wrapping_mul(0x85eb_ca6b);
     hash ^= hash >> 15;
     let range = 0x1_0000 - FIRST_PORT;
     (FIRST_PORT + (((hash & 0xffff) * range) >> 16)) as u16
-}
-
-#[inline(always)]
-fn last_word(address: &[u8; 16]) -> u32 {
-    let [.., a, b, c, d] = *address;
-    u32::from_ne_bytes([a, b, c, d])
 }

@@ -5,7 +5,11 @@
 //! port.
 
 use aya_ebpf::{bindings::TC_ACT_SHOT, macros::classifier, programs::TcContext};
-use bpf_bridge_common::{drops::DropReason, frame::ETH_HLEN, layout::Published};
+use bpf_bridge_common::{
+    drops::DropReason,
+    frame::ETH_HLEN,
+    layout::{Address, Published},
+};
 
 use crate::{
     flow::{self, Found},
@@ -36,10 +40,10 @@ pub(crate) fn from_host(ctx: TcContext) -> i32 {
 
 /// The pod as packets address it: nothing is translated.
 #[inline(always)]
-fn itself(address: &[u8; 16], pod_port: u16, port: u32) -> Published {
+fn itself(address: &Address, pod_port: u16, port: u32) -> Published {
     Published {
         address: *address,
-        gateway: [0; 16],
+        gateway: Address::UNSPECIFIED,
         port,
         segment: 0,
         specific: 0,

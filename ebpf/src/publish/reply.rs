@@ -12,7 +12,6 @@ use bpf_bridge_common::{
 use crate::{
     fib::{self, Question, Way},
     maps::FLOWS,
-    request::is_link_local,
     shared::{PORTS, to_host},
     skb::Skb,
     work::{Outcome, Work},
@@ -127,7 +126,7 @@ fn choose(
         return Back::Pod;
     }
     // A link-local address means something on its own link only.
-    let on_link = is_link_local(&to.destination);
+    let on_link = to.destination.is_link_local();
     let question = Question {
         protocol,
         on_link,

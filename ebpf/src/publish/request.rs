@@ -1,12 +1,15 @@
 //! A packet for a published port, and the errors that the way back has met.
 
 use aya_ebpf::programs::TcContext;
-use bpf_bridge_common::{drops::DropReason, layout::Published};
+use bpf_bridge_common::{
+    drops::DropReason,
+    layout::{Address, Published},
+};
 
 use crate::{
     fib,
     flow::{self, Found},
-    maps::{is_v4, published},
+    maps::published,
     skb::Skb,
     work::{Outcome, Work},
 };
@@ -82,17 +85,11 @@ pub(crate) fn lead_error(ctx: &TcContext, work: &mut Work) -> Outcome {
 /// The address as which the pod sees the client: the client's own, unless the pod would
 /// not send its answers to the gateway then. `None` if there is no other.
 #[inline(always)]
-fn seen_as<'a>(pod: &'a Published, client: &'a [u8; 16], segment: u32) -> Option<&'a [u8; 16]> {
-    if segment != pod.segment && !is_link_local(client) {
+fn seen_as<'a>(pod: &'a Published, client: &'a Address, segment: u32) -> Option<&'a Address> {
+    if segment != pod.segment && !client.is_link_local() {
         return Some(client);
     }
-    (pod.gateway != [0; 16]).then_some(&pod.gateway)
-}
-
-/// Whether it means something on its own link only.
-#[inline(always)]
-pub(crate) fn is_link_local(address: &[u8; 16]) -> bool {
-    !is_v4(address) && address[0] == 0xfe && address[1] & 0xc0 == 0x80
+    (!pod.gateway.is_unspecified()).then_some(&pod.gateway)
 }
 
 #[inline(always)]

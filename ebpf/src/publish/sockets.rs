@@ -11,9 +11,9 @@ use aya_ebpf::{
     macros::cgroup_sock_addr,
     programs::SockAddrContext,
 };
-use bpf_bridge_common::layout::{PeerKey, Published, Socket};
+use bpf_bridge_common::layout::{Address, PeerKey, Published, Socket};
 
-use crate::maps::{ADDRESSES, NODE, PEERS, is_loopback, is_v4, published};
+use crate::maps::{ADDRESSES, NODE, PEERS, published};
 
 /// The hooks can also refuse; these never do.
 const GO_ON: i32 = 1;
@@ -45,11 +45,11 @@ trait Family {
     /// # Safety
     ///
     /// The context is that of a hook of the family.
-    unsafe fn address(ctx: *const bpf_sock_addr) -> [u8; 16];
+    unsafe fn address(ctx: *const bpf_sock_addr) -> Address;
     /// # Safety
     ///
     /// As above.
-    unsafe fn set_address(ctx: *mut bpf_sock_addr, address: &[u8; 16]);
+    unsafe fn set_address(ctx: *mut bpf_sock_addr, address: &Address);
 }
 
 struct V4;
@@ -57,47 +57,42 @@ struct V6;
 
 impl Family for V4 {
     #[inline(always)]
-    unsafe fn address(ctx: *const bpf_sock_addr) -> [u8; 16] {
+    unsafe fn address(ctx: *const bpf_sock_addr) -> Address {
         // SAFETY: the caller's.
-        let [a, b, c, d] = unsafe { (*ctx).user_ip4 }.to_ne_bytes();
-        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d]
+        Address::v4(unsafe { (*ctx).user_ip4 }.to_ne_bytes())
     }
 
     #[inline(always)]
-    unsafe fn set_address(ctx: *mut bpf_sock_addr, address: &[u8; 16]) {
-        let [.., a, b, c, d] = *address;
+    unsafe fn set_address(ctx: *mut bpf_sock_addr, address: &Address) {
         // SAFETY: the caller's.
-        unsafe { (*ctx).user_ip4 = u32::from_ne_bytes([a, b, c, d]) };
+        unsafe { (*ctx).user_ip4 = address.words()[3] };
     }
 }
 
 impl Family for V6 {
     #[inline(always)]
-    unsafe fn address(ctx: *const bpf_sock_addr) -> [u8; 16] {
+    unsafe fn address(ctx: *const bpf_sock_addr) -> Address {
         // Word by word: the verifier takes no other access to this field.
         // SAFETY: the caller's.
-        let words = unsafe {
+        Address::from_words(unsafe {
             [
                 (&raw const (*ctx).user_ip6[0]).read_volatile(),
                 (&raw const (*ctx).user_ip6[1]).read_volatile(),
                 (&raw const (*ctx).user_ip6[2]).read_volatile(),
                 (&raw const (*ctx).user_ip6[3]).read_volatile(),
             ]
-        };
-        let [w, x, y, z] = words.map(u32::to_ne_bytes);
-        let ([a, b, c, d], [e, f, g, h], [i, j, k, l], [m, n, o, p]) = (w, x, y, z);
-        [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p]
+        })
     }
 
     #[inline(always)]
-    unsafe fn set_address(ctx: *mut bpf_sock_addr, address: &[u8; 16]) {
-        let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = *address;
+    unsafe fn set_address(ctx: *mut bpf_sock_addr, address: &Address) {
+        let [a, b, c, d] = address.words();
         // SAFETY: the caller's.
         unsafe {
-            (&raw mut (*ctx).user_ip6[0]).write_volatile(u32::from_ne_bytes([a, b, c, d]));
-            (&raw mut (*ctx).user_ip6[1]).write_volatile(u32::from_ne_bytes([e, f, g, h]));
-            (&raw mut (*ctx).user_ip6[2]).write_volatile(u32::from_ne_bytes([i, j, k, l]));
-            (&raw mut (*ctx).user_ip6[3]).write_volatile(u32::from_ne_bytes([m, n, o, p]));
+            (&raw mut (*ctx).user_ip6[0]).write_volatile(a);
+            (&raw mut (*ctx).user_ip6[1]).write_volatile(b);
+            (&raw mut (*ctx).user_ip6[2]).write_volatile(c);
+            (&raw mut (*ctx).user_ip6[3]).write_volatile(d);
         }
     }
 }
@@ -119,9 +114,9 @@ fn ask<F: Family>(ctx: &SockAddrContext) {
         cookie: unsafe { bpf_get_socket_cookie(ctx.as_ptr()) },
         peer: Socket {
             address: pod.address,
-            port: pod.pod_port,
+            port: u32::from(pod.pod_port),
         },
-        reserved: [0; 6],
+        reserved: 0,
     };
     let _ = PEERS.insert(&key, &asked, u64::from(BPF_ANY));
     // A fresh entry that was never looked up counts as unused, and could be the next
@@ -140,7 +135,7 @@ fn hear<F: Family>(ctx: &SockAddrContext) {
         // SAFETY: the context is valid for as long as the program runs.
         cookie: unsafe { bpf_get_socket_cookie(ctx.as_ptr()) },
         peer: socket::<F>(ctx),
-        reserved: [0; 6],
+        reserved: 0,
     };
     // SAFETY: an entry that is evicted meanwhile is memory of the map still.
     if let Some(asked) = unsafe { PEERS.get(&key) } {
@@ -152,21 +147,18 @@ fn hear<F: Family>(ctx: &SockAddrContext) {
 #[inline(always)]
 fn serving(asked: &Socket, protocol: u8) -> Option<&'static Published> {
     let address = meant(&asked.address);
-    let pod = published(&address, asked.port, protocol)?;
-    let ours = is_loopback(&address) || ADDRESSES.get_ptr(&address).is_some();
+    let pod = published(&address, asked.port as u16, protocol)?;
+    let ours = address.is_loopback() || ADDRESSES.get_ptr(&address).is_some();
     ours.then_some(pod)
 }
 
 /// Linux takes a connection to the unspecified address as one to loopback.
 #[inline(always)]
-fn meant(address: &[u8; 16]) -> [u8; 16] {
-    let [.., a, b, c, d] = *address;
-    if is_v4(address) && [a, b, c, d] == [0; 4] {
-        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 127, 0, 0, 1]
-    } else if *address == [0; 16] {
-        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]
-    } else {
-        *address
+fn meant(address: &Address) -> Address {
+    match (address.is_unspecified(), address.is_v4()) {
+        (false, _) => *address,
+        (true, true) => Address::LOOPBACK_V4,
+        (true, false) => Address::LOOPBACK,
     }
 }
 
@@ -185,7 +177,7 @@ fn socket<F: Family>(ctx: &SockAddrContext) -> Socket {
     unsafe {
         Socket {
             address: F::address(ctx.sock_addr),
-            port: u16::from_be((*ctx.sock_addr).user_port as u16),
+            port: u32::from(u16::from_be((*ctx.sock_addr).user_port as u16)),
         }
     }
 }
@@ -195,6 +187,6 @@ fn set_socket<F: Family>(ctx: &SockAddrContext, socket: &Socket) {
     // SAFETY: as above.
     unsafe {
         F::set_address(ctx.sock_addr, &socket.address);
-        (*ctx.sock_addr).user_port = u32::from(socket.port.to_be());
+        (*ctx.sock_addr).user_port = u32::from((socket.port as u16).to_be());
     }
 }
