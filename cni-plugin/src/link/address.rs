@@ -1,4 +1,4 @@
-//! Addresses of one device.
+//! Addresses of devices.
 
 use std::net::IpAddr;
 
@@ -14,7 +14,10 @@ use super::{LinkError, Netlink};
 /// An address of a device, as the kernel describes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Address {
-    /// The address with the length of its prefix.
+    /// Index of the device.
+    pub ifindex: u32,
+    /// The address with the length of its prefix; on a point-to-point link the
+    /// prefix is the other side's.
     pub net: IpNet,
     /// Whether it cannot be used yet, because duplicate address detection is
     /// still running (IPv6).
@@ -117,15 +120,21 @@ impl Netlink {
             Err(error) if error.is_missing() => Vec::new(),
             Err(error) => return Err(error),
         };
-        Ok(found
-            .into_iter()
-            .filter_map(|message| match message {
-                RouteNetlinkMessage::NewAddress(message) if message.header.index == index => {
-                    describe(&message)
-                }
-                _ => None,
-            })
+        Ok(describe_all(found)
+            .filter(|address| address.ifindex == index)
             .collect())
+    }
+
+    /// The addresses of all devices, of both families. One dump, as long as the
+    /// list that it answers with: ports have no addresses.
+    ///
+    /// # Errors
+    ///
+    /// [`LinkError::Refused`].
+    pub fn all_addresses(&self) -> Result<Vec<Address>, LinkError> {
+        let query = RouteNetlinkMessage::GetAddress(AddressMessage::default());
+        let found = self.dump(&query, || "list all addresses".to_owned())?;
+        Ok(describe_all(found).collect())
     }
 }
 
@@ -145,6 +154,13 @@ fn message(index: u32, address: IpNet) -> AddressMessage {
     message
 }
 
+fn describe_all(messages: Vec<RouteNetlinkMessage>) -> impl Iterator<Item = Address> {
+    messages.into_iter().filter_map(|message| match message {
+        RouteNetlinkMessage::NewAddress(message) => describe(&message),
+        _ => None,
+    })
+}
+
 fn describe(message: &AddressMessage) -> Option<Address> {
     let mut address = None;
     let mut local = None;
@@ -161,6 +177,7 @@ fn describe(message: &AddressMessage) -> Option<Address> {
     // IFA_LOCAL on such links only.
     let address: IpAddr = local.or(address)?;
     Some(Address {
+        ifindex: message.header.index,
         net: IpNet::new(address, message.header.prefix_len).ok()?,
         tentative: flags.contains(AddressFlags::Tentative),
         duplicate: flags.contains(AddressFlags::Dadfailed),
@@ -170,7 +187,14 @@ fn describe(message: &AddressMessage) -> Option<Address> {
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, net::UdpSocket};
+    use std::{
+        collections::HashSet,
+        fs,
+        net::UdpSocket,
+        sync::atomic::{AtomicBool, Ordering},
+        thread,
+        time::Duration,
+    };
 
     use super::*;
     use crate::{
@@ -254,6 +278,7 @@ mod tests {
         pair.up();
         let found = pair.inside.addresses(peer).unwrap();
         let expected = Address {
+            ifindex: peer,
             net: own,
             tentative: false,
             duplicate: false,
@@ -316,5 +341,95 @@ mod tests {
             [net("10.0.2.1/24"), net("10.0.2.2/24")]
         );
         assert_eq!(netlink.addresses(99_999).unwrap(), []);
+    }
+
+    #[test]
+    fn all_devices_addresses_are_listed_as_their_own_sides() {
+        let pair = Pair::new();
+        let (netlink, eth0) = (&pair.inside, pair.made.peer);
+        assert_eq!(netlink.all_addresses().unwrap(), []);
+        netlink.set_up(1).unwrap();
+        netlink
+            .add_address(eth0, net("10.0.1.1/24"), false)
+            .unwrap();
+        netlink.add_address(eth0, net("fe80::5/64"), false).unwrap();
+        for (own, other) in [
+            ("10.0.2.1", net("10.0.2.2/32")),
+            ("fd00:2::1", net("fd00:2::2/128")),
+        ] {
+            let mut message = message(eth0, other);
+            message.attributes = vec![
+                AddressAttribute::Local(own.parse().unwrap()),
+                AddressAttribute::Address(other.addr()),
+            ];
+            let flags = NLM_F_CREATE | NLM_F_EXCL;
+            netlink
+                .request(RouteNetlinkMessage::NewAddress(message), flags, || {
+                    format!("add {own} with peer {other}")
+                })
+                .unwrap();
+        }
+        let mut found: Vec<_> = netlink
+            .all_addresses()
+            .unwrap()
+            .into_iter()
+            .map(|address| (address.ifindex, address.net, address.link_local))
+            .collect();
+        found.sort();
+        let mut expected = [
+            (1, net("127.0.0.1/8"), false),
+            (1, net("::1/128"), false),
+            (eth0, net("10.0.1.1/24"), false),
+            (eth0, net("10.0.2.1/32"), false),
+            (eth0, net("fd00:2::1/128"), false),
+            (eth0, net("fe80::5/64"), true),
+        ];
+        expected.sort();
+        assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn more_addresses_than_one_answer_holds_are_listed_while_others_change() {
+        let pair = Pair::new();
+        let eth0 = pair.made.peer;
+        let wanted: Vec<_> = (0..600_u16)
+            .map(|n| net(&format!("10.{}.{}.1/32", n / 250, n % 250)))
+            .collect();
+        for &address in &wanted {
+            pair.inside.add_address(eth0, address, false).unwrap();
+        }
+        let done = AtomicBool::new(false);
+        let (inside, sandbox) = (&pair.inside, &pair.sandbox);
+        let (missing, changed) = thread::scope(|scope| {
+            let changer = scope.spawn(|| {
+                let other = Netlink::open(sandbox).unwrap();
+                let mut first = wanted.iter().cycle();
+                let mut changed = 0;
+                while !done.load(Ordering::Relaxed) {
+                    // The head of the list becomes its end, a few times: what is
+                    // listed from a position on misses as many.
+                    for &address in first.by_ref().take(5) {
+                        assert!(other.delete_address(eth0, address).unwrap());
+                        other.add_address(eth0, address, false).unwrap();
+                    }
+                    changed += 1;
+                    thread::sleep(Duration::from_millis(1));
+                }
+                changed
+            });
+            let list = |_| -> HashSet<_> {
+                let found = inside.all_addresses().unwrap_or_default();
+                found.into_iter().map(|address| address.net).collect()
+            };
+            let missing = (0..200).map(list).map(|found| {
+                let missing = wanted.iter().filter(|address| !found.contains(address));
+                missing.count()
+            });
+            let missing = missing.max();
+            done.store(true, Ordering::Relaxed);
+            (missing, changer.join().unwrap())
+        });
+        // One may be on its way.
+        assert!(missing <= Some(1) && changed > 1, "{missing:?} {changed}");
     }
 }

@@ -1,6 +1,7 @@
 //! Devices: looking them up, creating veth pairs, changing and deleting them.
 
 use std::{
+    collections::BTreeSet,
     fmt,
     os::fd::{AsFd, AsRawFd},
     time::Duration,
@@ -10,14 +11,14 @@ use netlink_packet_route::{
     RouteNetlinkMessage,
     link::{
         AfSpecInet, AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoKind, InfoVeth,
-        LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkMessage, State,
+        LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkLayerType, LinkMessage, State,
     },
 };
 use rtnetlink::packet_core::{
     DefaultNla, Emitable, NLA_F_NESTED, NLM_F_CREATE, NLM_F_ECHO, NLM_F_EXCL,
 };
 
-use super::{LinkError, Netlink, netlink::poll};
+use super::{Address, LinkError, Netlink, netlink::poll};
 use crate::mac::MacAddr;
 use crate::netns::Netns;
 
@@ -33,6 +34,9 @@ pub struct Link {
     /// What kind of virtual device it is, by the kernel's name (`veth`, `bridge`,
     /// …); empty for a physical or loopback device.
     pub kind: String,
+    /// Whether its frames are Ethernet's (`ARPHRD_ETHER`); not so those of the
+    /// loopback device, and of most tunnels.
+    pub ethernet: bool,
     /// Its Ethernet address; `None` for a device that has none.
     pub mac: Option<MacAddr>,
     /// Largest packet, in bytes, without the Ethernet header.
@@ -236,6 +240,20 @@ impl Netlink {
             "list interfaces".to_owned()
         })?;
         Ok(links(all).collect())
+    }
+
+    /// The devices that have these addresses, each once, in the order of their
+    /// indices. One look-up for each: they are few, whereas each pod has a device.
+    ///
+    /// # Errors
+    ///
+    /// [`LinkError::Refused`].
+    pub fn links_with(&self, addresses: &[Address]) -> Result<Vec<Link>, LinkError> {
+        let indices: BTreeSet<u32> = addresses.iter().map(|address| address.ifindex).collect();
+        indices
+            .into_iter()
+            .filter_map(|index| self.link_by_index(index).transpose())
+            .collect()
     }
 
     fn link(
@@ -463,6 +481,7 @@ impl From<LinkMessage> for Link {
             name: String::new(),
             alias: String::new(),
             kind: String::new(),
+            ethernet: header.link_layer_type == LinkLayerType::Ether,
             mac: None,
             mtu: 0,
             up: header.flags.contains(LinkFlags::Up),
@@ -546,6 +565,7 @@ mod tests {
         let link = netlink.link_by_name("veth0123456789a").unwrap().unwrap();
         assert_eq!(link.index, made.host);
         assert_eq!(link.kind, "veth");
+        assert!(link.ethernet);
         assert_eq!(link.mac, Some(MAC));
         assert_eq!(link.mtu, 9000);
         assert_eq!(link.peer_index, Some(made.peer));
@@ -553,6 +573,59 @@ mod tests {
         assert!(!link.up && !link.running && !link.promisc);
         assert_eq!(link.master, None);
         assert_eq!(netlink.link_by_index(made.host).unwrap(), Some(link));
+    }
+
+    #[test]
+    fn devices_are_found_by_the_addresses_they_carry() {
+        let host = testing::netns();
+        let netlink = Netlink::open(&host).unwrap();
+        let create = |name: &str, kind, attributes: &[LinkAttribute]| {
+            let mut message = LinkMessage::default();
+            message.attributes = vec![
+                LinkAttribute::IfName(name.to_owned()),
+                LinkAttribute::LinkInfo(vec![LinkInfo::Kind(kind)]),
+            ];
+            message.attributes.extend_from_slice(attributes);
+            let create = RouteNetlinkMessage::NewLink(message);
+            netlink
+                .request(create, NLM_F_CREATE | NLM_F_EXCL, || "create".to_owned())
+                .unwrap();
+            netlink.link_by_name(name).unwrap().unwrap().index
+        };
+        let bridge = create("br", InfoKind::Bridge, &[]);
+        let port = create("port", InfoKind::Veth, &[LinkAttribute::Controller(bridge)]);
+        create("bare", InfoKind::Veth, &[]);
+        netlink.set_up(1).unwrap();
+        for (index, address) in [
+            (bridge, "10.0.0.1/24"),
+            (bridge, "fd00::1/64"),
+            (port, "10.0.1.1/24"),
+        ] {
+            let address = address.parse().unwrap();
+            netlink.add_address(index, address, false).unwrap();
+        }
+
+        let mut addresses = netlink.all_addresses().unwrap();
+        // A device that went in between.
+        let gone = Address {
+            ifindex: 99_999,
+            ..addresses[0]
+        };
+        addresses.push(gone);
+        let found = netlink.links_with(&addresses).unwrap();
+        let found: Vec<_> = found
+            .iter()
+            .map(|link| (link.name.as_str(), link.kind.as_str(), link.ethernet))
+            .zip(found.iter().map(|link| (link.index, link.master)))
+            .collect();
+        assert_eq!(
+            found,
+            [
+                (("lo", "", false), (1, None)),
+                (("br", "bridge", true), (bridge, None)),
+                (("port", "veth", true), (port, Some(bridge))),
+            ]
+        );
     }
 
     #[test]

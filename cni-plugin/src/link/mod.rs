@@ -8,6 +8,7 @@
 //!
 //! Nothing here scans: devices are looked up by index or name, and what the
 //! kernel only offers as a dump is asked for one device, filtered by the kernel.
+//! [`Netlink::all_addresses`] is as long as the node has addresses, pods not counted.
 
 mod address;
 mod device;
