@@ -400,7 +400,7 @@ mod tests {
         }
         let done = AtomicBool::new(false);
         let (inside, sandbox) = (&pair.inside, &pair.sandbox);
-        let changed = thread::scope(|scope| {
+        let (missing, changed) = thread::scope(|scope| {
             let changer = scope.spawn(|| {
                 let other = Netlink::open(sandbox).unwrap();
                 let mut first = wanted.iter().cycle();
@@ -417,19 +417,19 @@ mod tests {
                 }
                 changed
             });
-            for _ in 0..200 {
-                let found: HashSet<_> = inside
-                    .all_addresses()
-                    .unwrap()
-                    .into_iter()
-                    .map(|address| address.net)
-                    .collect();
+            let list = |_| -> HashSet<_> {
+                let found = inside.all_addresses().unwrap_or_default();
+                found.into_iter().map(|address| address.net).collect()
+            };
+            let missing = (0..200).map(list).map(|found| {
                 let missing = wanted.iter().filter(|address| !found.contains(address));
-                assert!(missing.count() <= 1);
-            }
+                missing.count()
+            });
+            let missing = missing.max();
             done.store(true, Ordering::Relaxed);
-            changer.join().unwrap()
+            (missing, changer.join().unwrap())
         });
-        assert!(changed > 1, "{changed}");
+        // One may be on its way.
+        assert!(missing <= Some(1) && changed > 1, "{missing:?} {changed}");
     }
 }

@@ -1,5 +1,5 @@
-//! Devices, addresses, routes, packet filters and sysctls, through rtnetlink and
-//! procfs.
+//! Devices, addresses, routes, packet filters, sockets and sysctls, through
+//! rtnetlink, sock_diag and procfs.
 //!
 //! [`Netlink`] is a connection to the rtnetlink of one network namespace; its
 //! methods are blocking and each is one request, but where it says otherwise. A
@@ -12,6 +12,7 @@
 
 mod address;
 mod device;
+mod diag;
 mod filter;
 mod netlink;
 mod route;
@@ -22,6 +23,7 @@ pub(crate) mod testing;
 pub use self::{
     address::Address,
     device::{Ipv4Conf, Link, LinkSettings, VethIndices, VethSpec},
+    diag::{DiagError, Listener, SockDiag},
     netlink::{LinkError, Netlink},
     route::{MAIN_TABLE, Route},
 };
