@@ -428,3 +428,6 @@ pub const fn mapped(address: [u8; 4]) -> [u8; 16] {
 pub const fn unmapped(address: &[u8; 16]) -> [u8; 4] {
     (u128::from_be_bytes(*address) as u32).to_be_bytes()
 }
+
+#[cfg(test)]
+mod tests;
