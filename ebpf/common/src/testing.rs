@@ -335,7 +335,11 @@ pub(crate) fn tuple(version: Version, number: u8) -> Tuple {
 
 /// Bytes that carries, and words of zeroes and ones, are frequent among.
 fn byte() -> impl Strategy<Value = u8> + Clone {
-    prop_oneof![Just(0), Just(0xff), any::<u8>()]
+    any::<[u8; 2]>().prop_map(|[kind, other]| match kind {
+        0..80 => 0,
+        80..160 => 0xff,
+        _ => other,
+    })
 }
 
 pub(crate) fn version() -> impl Strategy<Value = Version> {
@@ -361,10 +365,20 @@ pub(crate) fn tuples(version: Version) -> impl Strategy<Value = Tuple> {
     )
 }
 
+/// `len` bytes; what is in them matters less.
+fn data(len: impl Strategy<Value = usize>) -> impl Strategy<Value = Vec<u8>> {
+    (proptest::array::uniform4(byte()), len)
+        .prop_map(|(bytes, len)| bytes.into_iter().cycle().take(len).collect())
+}
+
+/// TCP's or IPv4's options: up to ten words.
+fn options() -> impl Strategy<Value = Vec<u8>> {
+    data((0..=10usize).prop_map(|words| words * 4))
+}
+
 fn transport() -> impl Strategy<Value = Transport> {
-    let tcp_options = (0..=10usize).prop_flat_map(|words| vec_of(byte(), words * 4));
     prop_oneof![
-        3 => tcp_options.prop_map(|options| Transport::Tcp { options }),
+        3 => options().prop_map(|options| Transport::Tcp { options }),
         2 => Just(Transport::Udp { checksum: true }),
         1 => Just(Transport::Udp { checksum: false }),
         1 => Just(Transport::Sctp),
@@ -387,13 +401,12 @@ fn part() -> impl Strategy<Value = Part> {
 }
 
 pub(crate) fn shapes(version: Version) -> impl Strategy<Value = Shape> {
-    let options = (0..=10usize).prop_flat_map(|words| vec_of(byte(), words * 4));
     let kind = prop_oneof![Just(0u8), Just(43), Just(51), Just(60)];
     let extensions = vec_of((kind, any::<u8>()), 0..=5);
     (
         transport(),
-        vec_of(byte(), 60..=100),
-        options,
+        data(60..=100usize),
+        options(),
         extensions,
         part(),
         any::<u32>(),
