@@ -64,3 +64,53 @@ const fn fold(sum: u64) -> u16 {
     let sum = (sum >> 16) + (sum & 0xffff);
     sum as u16
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// The checksum of `bytes`, word by word in network order (RFC 1071 §1).
+    fn checksum(bytes: &[u8]) -> [u8; 2] {
+        let mut sum = 0u64;
+        for word in bytes.chunks(2) {
+            sum += u64::from(word[0]) << 8 | u64::from(word[1]);
+        }
+        while sum > 0xffff {
+            sum = (sum >> 16) + (sum & 0xffff);
+        }
+        (!(sum as u16)).to_be_bytes()
+    }
+
+    #[test]
+    fn the_example_of_rfc_1624() {
+        // Section 4: 0xdd2f, a word goes from 0x5555 to 0x3285, and equation 3 gives zero
+        // where others give 0xffff.
+        let diff = diff([0x55, 0x55], [0x32, 0x85]);
+        assert_eq!(adjust([0xdd, 0x2f], diff), [0, 0]);
+        assert_eq!(adjust_udp([0xdd, 0x2f], diff), [0xff, 0xff]);
+        assert_eq!(adjust_udp([0, 0], diff), [0, 0]);
+    }
+
+    proptest! {
+        #[test]
+        fn an_adjusted_checksum_is_that_of_the_new_bytes(
+            old: [u8; 20],
+            new: [u8; 20],
+            rest: [u8; 6],
+        ) {
+            // Without it, bytes that are all zero have the one sum that no packet has.
+            let bytes = |part: [u8; 20]| [&part[..], &rest, &[0, 1]].concat();
+            let adjusted = adjust(checksum(&bytes(old)), diff(old, new));
+            prop_assert_eq!(adjusted, checksum(&bytes(new)));
+        }
+
+        #[test]
+        fn differences_add_up(old: [u8; 16], new: [u8; 16], ports: [u8; 4], to: [u8; 4]) {
+            let sum = [1; 2];
+            let at_once = adjust(sum, diff(old, new) + diff(ports, to));
+            prop_assert_eq!(adjust(adjust(sum, diff(old, new)), diff(ports, to)), at_once);
+        }
+    }
+}

@@ -15,3 +15,6 @@ pub mod layout;
 pub mod packet;
 pub mod responder;
 pub mod translate;
+
+#[cfg(test)]
+mod testing;

@@ -426,3 +426,6 @@ fn transport(packet: &impl Packet, parsed: &mut Parsed, end: usize, quoted: bool
     }
     Some(())
 }
+
+#[cfg(test)]
+mod tests;

@@ -184,3 +184,6 @@ const fn ports(tuple: &Tuple) -> [u8; 4] {
     let [c, d] = tuple.destination_port.to_be_bytes();
     [a, b, c, d]
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,319 @@
+use std::vec::Vec;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::{
+    frame::{ETH_HLEN, ETH_P_ARP},
+    testing::{
+        ErrorShape, Frame, Part, Shape, Transport, errors, expected, shapes, tuple, tuples, version,
+    },
+};
+
+const VERSIONS: [Version; 2] = [Version::V4, Version::V6];
+
+fn frame(shape: &Shape) -> Frame {
+    let version = shape.version;
+    Frame::new(version, &shape.build(&tuple(version, 1)), &[])
+}
+
+/// The frame of `shape` with `bytes` written at offset `at` of the packet.
+fn patched(shape: &Shape, at: usize, bytes: &[u8]) -> Option<Parsed> {
+    let mut frame = frame(shape);
+    frame.0[ETH_HLEN + at..][..bytes.len()].copy_from_slice(bytes);
+    frame.parse(shape.version)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(500))]
+
+    #[test]
+    fn what_was_built_is_read(
+        (shape, tuple) in version().prop_flat_map(|version| (shapes(version), tuples(version))),
+        padding: Vec<u8>,
+    ) {
+        let frame = Frame::new(shape.version, &shape.build(&tuple), &padding);
+        prop_assert_eq!(frame.parse(shape.version), Some(expected(&shape, &tuple)));
+    }
+
+    #[test]
+    fn what_an_error_is_about_is_read(
+        (error, own, about) in version().prop_flat_map(|version| {
+            (errors(version), tuples(version), tuples(version))
+        }),
+        padding: Vec<u8>,
+    ) {
+        let version = error.outer.version;
+        let frame = Frame::new(version, &error.build(&own, &about), &padding);
+        let outer = frame.parse(version).unwrap();
+        let mut expected = expected(&error.inner, &about);
+        let shift = outer.l4 + 8 - expected.l3;
+        expected.l3 += shift;
+        expected.l4 += shift;
+        expected.checksum = expected.checksum.map(|at| at + shift);
+        // A UDP packet's zero stands at the end of what is always quoted, and is seen.
+        let end = outer.l3 + outer.length;
+        expected.checksum = expected.checksum.filter(|at| at + 2 <= end);
+        prop_assert_eq!(quoted(&frame, &outer), Some(expected));
+    }
+
+    #[test]
+    fn no_bytes_make_it_panic(
+        bytes in proptest::collection::vec(any::<u8>(), 0..200),
+        l3 in prop_oneof![0..200usize, any::<usize>()],
+        v6: bool,
+    ) {
+        let mut frame = Frame(bytes);
+        let (first, ethertype) = if v6 { (0x60, ETH_P_IPV6) } else { (0x45, ETH_P_IP) };
+        if let Some(byte) = frame.0.get_mut(l3) {
+            *byte = first;
+        }
+        if let Some(outer) = parse(&frame, l3, ethertype) {
+            prop_assert!(usize::from(outer.l4) <= l3 + MAX_HEADERS);
+            let _ = quoted(&frame, &outer);
+        }
+    }
+}
+
+#[test]
+fn other_protocols_are_not_ip() {
+    let frame = frame(&Shape::tcp(Version::V4));
+    assert!(parse(&frame, ETH_HLEN, ETH_P_IP).is_some());
+    assert_eq!(parse(&frame, ETH_HLEN, ETH_P_IPV6), None, "version 4");
+    assert_eq!(parse(&frame, ETH_HLEN, ETH_P_ARP), None);
+    let frame = self::frame(&Shape::tcp(Version::V6));
+    assert_eq!(parse(&frame, ETH_HLEN, ETH_P_IP), None, "version 6");
+}
+
+#[test]
+fn a_frame_that_ends_too_soon_is_not_read() {
+    for version in VERSIONS {
+        for (transport, needed) in [
+            (
+                Transport::Tcp {
+                    options: Vec::new(),
+                },
+                18,
+            ),
+            (Transport::Udp { checksum: false }, 8),
+            (Transport::Sctp, 4),
+            (Transport::Other, 0),
+        ] {
+            let shape = Shape::plain(version, transport);
+            let whole = frame(&shape);
+            let enough = ETH_HLEN + shape.header_len() + needed;
+            for len in 0..whole.0.len() {
+                let cut = Frame(whole.0[..len].to_vec());
+                let read = cut.parse(version).is_some();
+                assert_eq!(read, len >= enough, "{shape:?}: {len} bytes");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_packet_that_says_it_ends_too_soon_is_not_read() {
+    for version in VERSIONS {
+        for (transport, needed) in [
+            (
+                Transport::Tcp {
+                    options: Vec::new(),
+                },
+                18u16,
+            ),
+            (Transport::Udp { checksum: true }, 8),
+            (Transport::Sctp, 4),
+            (Transport::Other, 0),
+        ] {
+            let shape = Shape::plain(version, transport);
+            // IPv4's length counts the header, IPv6's does not; zero leaves it open.
+            let (at, header) = match version {
+                Version::V4 => (2, 20),
+                Version::V6 => (4, 0),
+            };
+            for length in 1..header + 40u16 {
+                let read = patched(&shape, at, &length.to_be_bytes()).is_some();
+                assert_eq!(
+                    read,
+                    length >= header + needed,
+                    "{shape:?}: length {length}"
+                );
+            }
+            let open = patched(&shape, at, &[0, 0]).map(|parsed| parsed.length);
+            assert_eq!(open, Some(0), "{shape:?}");
+            let long = patched(&shape, at, &[0xff, 0xff]).map(|parsed| parsed.length);
+            assert_eq!(long, Some(u16::MAX), "{shape:?}");
+        }
+    }
+}
+
+#[test]
+fn malformed_ipv4_is_not_read() {
+    let shape = Shape::tcp(Version::V4);
+    assert!(patched(&shape, 0, &[0x45]).is_some());
+    for first in [0x05, 0x35, 0x55, 0x65, 0x40, 0x44] {
+        assert_eq!(patched(&shape, 0, &[first]), None, "first byte {first:#x}");
+    }
+    // Options up to byte 60, and a length that ends right there or in the midst of them.
+    let other = Shape::plain(Version::V4, Transport::Other);
+    assert!(patched(&other, 0, &[0x4f, 0, 0, 60]).is_some());
+    assert_eq!(patched(&other, 0, &[0x4f, 0, 0, 59]), None);
+}
+
+#[test]
+fn a_first_fragment_without_ports_and_checksum_is_not_read() {
+    for version in VERSIONS {
+        for (transport, enough) in [
+            (
+                Transport::Tcp {
+                    options: Vec::new(),
+                },
+                3,
+            ),
+            (Transport::Udp { checksum: true }, 1),
+            (Transport::Sctp, 1),
+        ] {
+            for units in 0..4 {
+                let mut shape = Shape::plain(version, transport.clone());
+                shape.part = Part::First(units);
+                // What follows in the frame must not be taken for it.
+                let packet = shape.build(&tuple(version, 1));
+                let frame = Frame::new(version, &packet, &[1; 40]);
+                // An IPv4 packet that ends where its header does has no ports either.
+                let read = frame.parse(version).is_some();
+                assert_eq!(read, units >= enough, "{shape:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn as_many_extension_headers_as_are_skipped() {
+    let mut shape = Shape::tcp(Version::V6);
+    shape.extensions = [(60, 0); MAX_EXTENSION_HEADERS].to_vec();
+    assert!(frame(&shape).parse(Version::V6).is_some());
+    shape.part = Part::Atomic;
+    assert_eq!(
+        frame(&shape).parse(Version::V6),
+        None,
+        "a fragment header is one"
+    );
+    shape.part = Part::Whole;
+    shape.extensions.push((60, 0));
+    assert_eq!(frame(&shape).parse(Version::V6), None);
+}
+
+#[test]
+fn extension_headers_that_hide_the_rest() {
+    let mut shape = Shape::tcp(Version::V6);
+    for next in [50, 135, 139, 140] {
+        assert_eq!(patched(&shape, 6, &[next]), None, "next header {next}");
+    }
+    shape.extensions = [(43, 0)].to_vec();
+    assert!(patched(&shape, 43, &[0]).is_some());
+    assert_eq!(patched(&shape, 43, &[1]), None, "another destination");
+    // A second fragment header.
+    shape.extensions = [(60, 0)].to_vec();
+    shape.part = Part::Atomic;
+    assert!(frame(&shape).parse(Version::V6).is_some());
+    assert_eq!(patched(&shape, 6, &[44]), None, "two fragment headers");
+}
+
+#[test]
+fn extension_headers_of_any_length_stay_in_reach() {
+    let mut shape = Shape::plain(Version::V6, Transport::Udp { checksum: true });
+    shape.payload = [0; 400].to_vec();
+    shape.extensions = [(60, 0)].to_vec();
+    // The header reaches into the data, which does as a UDP packet.
+    for words in 0..=u8::MAX {
+        let end = 40 + 8 * (usize::from(words) + 1);
+        let l4 = patched(&shape, 41, &[words]).map(|parsed| usize::from(parsed.l4) - ETH_HLEN);
+        assert_eq!(l4, Some(end).filter(|end| *end <= MAX_HEADERS), "{words}");
+    }
+    // The payload ends in the midst of the extension header.
+    shape.transport = Transport::Other;
+    assert!(patched(&shape, 4, &[0, 8]).is_some());
+    assert_eq!(patched(&shape, 4, &[0, 7]), None);
+}
+
+#[test]
+fn only_errors_quote() {
+    for version in VERSIONS {
+        let about = [3, 4, 5, 11, 12];
+        for kind in 0..=u8::MAX {
+            let error = error(Shape::tcp(version), kind);
+            let quotes = match version {
+                Version::V4 => about.contains(&kind),
+                Version::V6 => (1..=4).contains(&kind),
+            };
+            assert_eq!(read_quoted(&error).is_some(), quotes, "{version:?} {kind}");
+        }
+    }
+}
+
+#[test]
+fn what_cannot_be_told_of_a_quoted_packet() {
+    for version in VERSIONS {
+        let kind = 3;
+        assert!(read_quoted(&error(Shape::tcp(version), kind)).is_some());
+
+        let mut later = Shape::tcp(version);
+        later.part = Part::Later(1);
+        assert_eq!(read_quoted(&error(later, kind)), None, "a later fragment");
+
+        let mut fragmented = error(Shape::tcp(version), kind);
+        fragmented.outer.part = Part::First(8);
+        assert_eq!(read_quoted(&fragmented), None, "the error is a fragment");
+
+        // Ports need four bytes, whatever stands in the padding.
+        let whole = error(Shape::tcp(version), kind);
+        let packet = whole.build(&tuple(version, 1), &tuple(version, 2));
+        let header = whole.outer.header_len() + 8 + whole.inner.header_len();
+        let at = match version {
+            Version::V4 => 2,
+            Version::V6 => 4,
+        };
+        for (quoted_bytes, read) in [(0, false), (3, false), (4, true), (8, true)] {
+            let mut frame = Frame::new(version, &packet, &[]);
+            let mut length = (header + quoted_bytes) as u16;
+            if version == Version::V6 {
+                length -= 40;
+            }
+            frame.0[ETH_HLEN + at..][..2].copy_from_slice(&length.to_be_bytes());
+            let outer = frame.parse(version).unwrap();
+            let inner = quoted(&frame, &outer);
+            assert_eq!(inner.is_some(), read, "{version:?} {quoted_bytes}");
+            // Nor is what the quoted packet itself says that it does not have.
+            let mut frame = Frame::new(version, &packet, &[]);
+            let mut length = (whole.inner.header_len() + quoted_bytes) as u16;
+            if version == Version::V6 {
+                length = (length - 40).max(1);
+            }
+            let at = ETH_HLEN + whole.outer.header_len() + 8 + at;
+            frame.0[at..][..2].copy_from_slice(&length.to_be_bytes());
+            let outer = frame.parse(version).unwrap();
+            let inner = quoted(&frame, &outer);
+            assert_eq!(inner.is_some(), read, "{version:?} {quoted_bytes}");
+        }
+    }
+}
+
+fn error(inner: Shape, kind: u8) -> ErrorShape {
+    let message = Transport::Icmp {
+        kind,
+        code: 0,
+        rest: [0; 4],
+    };
+    ErrorShape {
+        outer: Shape::plain(inner.version, message),
+        inner,
+        more: usize::MAX / 2,
+    }
+}
+
+fn read_quoted(error: &ErrorShape) -> Option<Parsed> {
+    let version = error.outer.version;
+    let packet = error.build(&tuple(version, 1), &tuple(version, 2));
+    let frame = Frame::new(version, &packet, &[]);
+    quoted(&frame, &frame.parse(version)?)
+}
