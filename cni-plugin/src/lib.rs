@@ -23,7 +23,6 @@
 //! package `bpf-bridge-ebpf`.
 
 pub mod attachment;
-pub mod cgroup;
 pub mod cni;
 pub mod commands;
 pub mod datapath;
