@@ -11,12 +11,13 @@
 //! | [`attachment`] | the names of an attachment, its record and its lock |
 //! | [`ipam`] | addresses: the embedded store, or another plugin |
 //! | [`netns`] | network namespaces |
-//! | [`link`] | devices, addresses, routes and settings, through rtnetlink and procfs |
+//! | [`link`] | devices, addresses, routes, sockets and settings, through netlink and procfs |
 //! | [`gateway`] | the gateway port, by which the host takes part in a segment |
 //! | [`ports`] | published ports: who claims what, and where it is served |
 //! | [`datapath`] | the eBPF programs and their maps, from the plugin's side |
 //! | [`follow`] | `bpf-bridge log`: what the programs write to their log |
 //! | [`lock`] | file locks |
+//! | [`mount`] | file systems that nobody else sees |
 //! | [`mac`] | Ethernet addresses |
 //!
 //! [`commands::add`] is the place to begin reading; the programs are in the
@@ -32,5 +33,6 @@ pub mod ipam;
 pub mod link;
 pub mod lock;
 pub mod mac;
+pub mod mount;
 pub mod netns;
 pub mod ports;

@@ -11,7 +11,10 @@
 use std::{
     fs::File,
     io,
-    os::fd::{AsFd, AsRawFd, BorrowedFd},
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd},
+        unix::net::UnixDatagram,
+    },
     path::{Path, PathBuf},
     process,
 };
@@ -19,8 +22,10 @@ use std::{
 use nix::{
     errno::Errno,
     fcntl::{OFlag, open},
+    libc,
     sched::{CloneFlags, setns},
     sys::{
+        socket::{getsockopt, sockopt::GetStruct},
         stat::{Mode, fstat},
         statfs::{FsType, fstatfs},
     },
@@ -37,6 +42,33 @@ const NSFS: FsType = FsType(0x6e73_6673);
 mod ioctl {
     // `NS_GET_NSTYPE` of the kernel's `include/uapi/linux/nsfs.h` (Linux 4.11).
     nix::ioctl_none!(ns_get_nstype, 0xb7, 3);
+}
+
+/// `SO_NETNS_COOKIE`.
+#[derive(Clone, Copy)]
+struct NetnsCookie;
+
+nix::getsockopt_impl!(
+    NetnsCookie,
+    libc::SOL_SOCKET,
+    libc::SO_NETNS_COOKIE,
+    u64,
+    GetStruct<u64>
+);
+
+/// The number by which eBPF programs know the calling thread's network namespace
+/// (`bpf_get_netns_cookie`), never used again. `None` before Linux 5.14, which
+/// does not tell.
+///
+/// # Errors
+///
+/// There is no socket to ask by.
+pub fn cookie() -> io::Result<Option<u64>> {
+    match getsockopt(&UnixDatagram::unbound()?, NetnsCookie) {
+        Ok(cookie) => Ok(Some(cookie)),
+        Err(Errno::ENOPROTOOPT) => Ok(None),
+        Err(errno) => Err(errno.into()),
+    }
 }
 
 /// Why a network namespace could not be used.
@@ -219,6 +251,16 @@ mod tests {
         let inside = other.run_in(|| Netns::current().unwrap()).unwrap();
         assert!(inside.is_same(&other));
         assert_eq!(inside.identity(), other.identity());
+    }
+
+    #[test]
+    fn each_namespace_has_a_cookie_of_its_own() {
+        let here = cookie().unwrap().unwrap();
+        let other = testing::netns();
+        let there = other.run_in(cookie).unwrap().unwrap().unwrap();
+        assert_ne!(here, there);
+        assert_eq!(other.run_in(cookie).unwrap().unwrap(), Some(there));
+        assert_eq!(cookie().unwrap(), Some(here));
     }
 
     #[test]

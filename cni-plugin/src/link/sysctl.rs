@@ -12,11 +12,10 @@ use std::{
     sync::OnceLock,
 };
 
-use rustix::{
-    fs::{CWD, OFlags, openat},
-    mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsmount, fsopen},
-};
+use rustix::fs::{CWD, OFlags, openat};
 use thiserror::Error;
+
+use crate::mount;
 
 const ROOT: &str = "/proc/sys/net";
 
@@ -206,19 +205,8 @@ impl fmt::Display for Sysctl {
 /// 5.2), or where the mount is refused: then the machine's is as good.
 fn own_procfs() -> Option<BorrowedFd<'static>> {
     static PROCFS: OnceLock<Option<OwnedFd>> = OnceLock::new();
-    let mount = || {
-        let procfs = fsopen("proc", FsOpenFlags::FSOPEN_CLOEXEC)?;
-        fsconfig_create(procfs.as_fd())?;
-        fsmount(
-            procfs.as_fd(),
-            FsMountFlags::FSMOUNT_CLOEXEC,
-            MountAttrFlags::MOUNT_ATTR_NOSUID
-                | MountAttrFlags::MOUNT_ATTR_NODEV
-                | MountAttrFlags::MOUNT_ATTR_NOEXEC,
-        )
-    };
     PROCFS
-        .get_or_init(|| mount().ok())
+        .get_or_init(|| mount::detached("proc").ok())
         .as_ref()
         .map(AsFd::as_fd)
 }
