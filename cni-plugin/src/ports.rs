@@ -3,21 +3,20 @@
 //! The datapath knows numbers ([`crate::datapath::publish`]); here they get the names
 //! of those who want and have them, and the devices and addresses of the node.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::{
+    collections::HashSet,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+};
 
 use crate::{
     attachment::Record,
-    cni::{
-        CniError, NetworkConfig,
-        ports::{HostIp, PortMapping},
-        result::IpConfig,
-    },
+    cni::{CniError, HostIp, NetworkConfig, PortMapping, Protocol, result::IpConfig},
     datapath::{
         self, Datapath,
         publish::{NodePort, Publication, Service},
     },
     gateway::{self, Gateway},
-    link::{Link, Netlink},
+    link::{Link, Netlink, SockDiag},
     mac::MacAddr,
 };
 
@@ -82,6 +81,7 @@ pub fn publish(
     let Some(mut publication) = datapath.publication()? else {
         return Ok(());
     };
+    warn_of_listeners(&record.published);
     serve(host, &mut publication, config)?;
     for mapping in &config.port_mappings {
         for (port, address) in claims(mapping, ips) {
@@ -99,6 +99,32 @@ pub fn publish(
         }
     }
     Ok(())
+}
+
+/// Tells the operator of the node's own processes that clients will not reach any more.
+#[expect(
+    clippy::print_stderr,
+    reason = "stderr is where a plugin's warnings go; stdout is the answer"
+)]
+fn warn_of_listeners(ports: &[NodePort]) {
+    let Ok(sockets) = SockDiag::host() else {
+        return;
+    };
+    for port in ports {
+        let address = SocketAddr::new(port.address, port.port);
+        let protocol = match port.protocol {
+            6 => Protocol::Tcp,
+            17 => Protocol::Udp,
+            _ => continue,
+        };
+        if let Ok(Some(listener)) = sockets.listener(protocol, address) {
+            eprintln!(
+                "bpf-bridge: warning: {port} is published, but a process of user {} listens on {}: \
+                 clients will reach the pod, not that process",
+                listener.uid, listener.address
+            );
+        }
+    }
 }
 
 /// Claims one port, in place of an owner whose device is gone.
@@ -124,7 +150,9 @@ fn claim(
                 )));
             }
             // Its sandbox went without a DEL.
-            _ => publication.withdraw(taken, *owner)?,
+            _ => {
+                publication.withdraw(taken, *owner)?;
+            }
         }
     }
 }
@@ -152,8 +180,19 @@ pub fn withdraw(datapath: &Datapath, record: &Record) -> Result<(), datapath::Er
     let Some(mut publication) = datapath.publication()? else {
         return Ok(());
     };
+    let mut served = HashSet::new();
     for port in &record.published {
-        publication.withdraw(port, record.host_ifindex)?;
+        let service = publication.withdraw(port, record.host_ifindex)?;
+        if port.protocol == Protocol::Udp.number() {
+            served.extend(service);
+        }
+    }
+    // Sockets of the node that are connected to the pod would go on sending to an
+    // address that may soon be another pod's.
+    if let (false, Ok(sockets)) = (served.is_empty(), SockDiag::host()) {
+        for remote in served {
+            let _ = sockets.destroy_connected(remote);
+        }
     }
     Ok(())
 }
@@ -250,10 +289,7 @@ pub fn check(
         ));
     };
     for port in &record.published {
-        if publication
-            .service(port)?
-            .is_none_or(|entry| entry.port != record.host_ifindex)
-        {
+        if publication.owner(port)? != Some(record.host_ifindex) {
             return Ok(Some(format!("the published port {port} is lost")));
         }
     }

@@ -40,6 +40,7 @@ use crate::{
     link::LinkError,
     lock::{Lock, LockError, Mode},
     mac::MacAddr,
+    mount::MountError,
 };
 
 pub use crate::cni::config::LogLevel;
@@ -131,9 +132,9 @@ pub enum Error {
         /// The ifindex of its owner's host veth, 0 if there is none.
         owner: u32,
     },
-    /// The node's control groups or network namespace could not be used.
-    #[error("attaching to the node's sockets: {0}")]
-    Node(#[source] io::Error),
+    /// The node's control groups could not be used.
+    #[error(transparent)]
+    Mount(#[from] MountError),
     /// The segment's list of ports is full.
     #[error("the segment has {MAX_MEMBERS} ports already, which is the limit")]
     SegmentFull,

@@ -8,7 +8,7 @@
 use std::{
     collections::HashSet,
     fs, io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::AsFd as _,
     path::Path,
 };
@@ -30,10 +30,10 @@ use super::{
     failed, foreign, get, is_missing, object, pinned, pins, refilled, remove, set, table,
 };
 use crate::{
-    cgroup,
     link::{Link, Netlink},
     lock::{Lock, Mode},
     mac::MacAddr,
+    mount, netns,
 };
 
 /// `BPF_NOEXIST` of `linux/bpf.h`.
@@ -114,7 +114,7 @@ impl std::fmt::Display for NodePort {
             17 => "udp",
             _ => "sctp",
         };
-        let address = std::net::SocketAddr::new(self.address, self.port);
+        let address = SocketAddr::new(self.address, self.port);
         write!(f, "{address}/{protocol}")
     }
 }
@@ -171,13 +171,23 @@ pub(super) fn load() -> Result<(), Error> {
         loader.map_pin_path(name, pins::map(name));
     }
     let mut ebpf = loader.load(object::PUBLISH)?;
-    let netns = cgroup::netns_cookie().map_err(Error::Node)?;
+    // 0 stands for the machine's first namespace, where nothing else can be said.
+    let netns = netns::cookie()
+        .map_err(|source| {
+            failed(
+                "naming the network namespace for",
+                "NODE",
+                &0,
+                MapError::IoError(source),
+            )
+        })?
+        .unwrap_or(0);
     let mut node: Array<_, Wire<Node>> =
         Array::try_from(pinned("NODE")?).map_err(|source| foreign("NODE", &source))?;
     node.set(0, Wire(Node { netns }), 0)
         .map_err(|source| failed("writing", "NODE", &0, source))?;
 
-    let root = cgroup::root().map_err(Error::Node)?;
+    let root = mount::cgroup_root()?;
     for name in SOCKETS {
         let error = |source| Error::program(name, source);
         let program: &mut CgroupSockAddr = ebpf
@@ -330,12 +340,19 @@ impl Datapath {
 }
 
 impl Publication<'_> {
-    /// Who serves a port.
+    /// The ifindex of the host veth whose pod serves a port.
     ///
     /// # Errors
     ///
     /// The table cannot be read.
-    pub fn service(&self, port: &NodePort) -> Result<Option<Published>, Error> {
+    pub fn owner(&self, port: &NodePort) -> Result<Option<u32>, Error> {
+        let entry = self.entry(port)?;
+        Ok(entry
+            .filter(|entry| entry.specific == 0)
+            .map(|entry| entry.port))
+    }
+
+    fn entry(&self, port: &NodePort) -> Result<Option<Published>, Error> {
         get(&self.published, "PUBLISHED", port.key())
     }
 
@@ -380,7 +397,7 @@ impl Publication<'_> {
             taken: owner,
             owner: entry.port,
         };
-        match self.service(port)? {
+        match self.entry(port)? {
             Some(entry) if entry.specific == 0 => Ok(error(*port, &entry)),
             _ => {
                 // On single addresses, of which there are few. Looked for only to
@@ -416,7 +433,7 @@ impl Publication<'_> {
     fn count(&mut self, port: &NodePort, change: i32) -> Result<(), Error> {
         let everywhere = port.everywhere();
         let key = everywhere.key();
-        let entry = self.service(&everywhere)?;
+        let entry = self.entry(&everywhere)?;
         match entry {
             Some(entry) if entry.specific == 0 => {
                 if change > 0 {
@@ -444,24 +461,24 @@ impl Publication<'_> {
         }
     }
 
-    /// Gives a port back, if it is `owner`'s.
+    /// Gives a port back, if it is `owner`'s; says who served it.
     ///
     /// # Errors
     ///
     /// The table cannot be read or written.
-    pub fn withdraw(&mut self, port: &NodePort, owner: u32) -> Result<(), Error> {
-        let owned = self
-            .service(port)?
-            .is_some_and(|entry| entry.port == owner && entry.specific == 0);
-        if !owned {
-            return Ok(());
-        }
+    pub fn withdraw(&mut self, port: &NodePort, owner: u32) -> Result<Option<SocketAddr>, Error> {
+        let own = |entry: &Published| entry.port == owner && entry.specific == 0;
+        let Some(entry) = self.entry(port)?.filter(own) else {
+            return Ok(None);
+        };
         remove(&mut self.published, "PUBLISHED", port.key())?;
-        if port.is_everywhere() {
-            Ok(())
-        } else {
-            self.count(port, -1)
+        if !port.is_everywhere() {
+            self.count(port, -1)?;
         }
+        Ok(Some(SocketAddr::new(
+            address(entry.address),
+            entry.pod_port,
+        )))
     }
 
     /// Lets local clients use these addresses of the node, and no others.

@@ -514,7 +514,7 @@ pub struct Socket {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub struct Node {
-    /// The cookie of the node's network namespace (`SO_NETNS_COOKIE`): sockets of
-    /// other namespaces are left alone.
+    /// The cookie of the node's network namespace (`SO_NETNS_COOKIE`), 0 for the
+    /// machine's first: sockets of other namespaces are left alone.
     pub netns: u64,
 }

@@ -167,7 +167,16 @@ fn meant(address: &Address) -> Address {
 fn is_of_node(ctx: &SockAddrContext) -> bool {
     // SAFETY: the context is valid for as long as the program runs.
     let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
-    NODE.get(0).is_some_and(|node| node.netns == netns)
+    let Some(node) = NODE.get(0) else {
+        return false;
+    };
+    let own = if node.netns == 0 {
+        // SAFETY: without a context it is the machine's first namespace.
+        unsafe { bpf_get_netns_cookie(core::ptr::null_mut()) }
+    } else {
+        node.netns
+    };
+    netns == own
 }
 
 #[inline(always)]
