@@ -81,8 +81,8 @@ pub fn publish(
     let Some(mut publication) = datapath.publication()? else {
         return Ok(());
     };
-    warn_of_listeners(&record.published);
-    serve(host, &mut publication, config)?;
+    let addresses = serve(host, &mut publication, config)?;
+    warn_of_listeners(&record.published, &addresses);
     for mapping in &config.port_mappings {
         for (port, address) in claims(mapping, ips) {
             let own = ips.iter().find(|ip| ip.address.addr() == address);
@@ -106,18 +106,28 @@ pub fn publish(
     clippy::print_stderr,
     reason = "stderr is where a plugin's warnings go; stdout is the answer"
 )]
-fn warn_of_listeners(ports: &[NodePort]) {
+fn warn_of_listeners(ports: &[NodePort], node: &[IpAddr]) {
     let Ok(sockets) = SockDiag::host() else {
         return;
     };
     for port in ports {
-        let address = SocketAddr::new(port.address, port.port);
         let protocol = match port.protocol {
             6 => Protocol::Tcp,
             17 => Protocol::Udp,
             _ => continue,
         };
-        if let Ok(Some(listener)) = sockets.listener(protocol, address) {
+        // A socket of every address is found under any of them.
+        let listener = node
+            .iter()
+            .filter(|&address| {
+                port.address == *address
+                    || port.address.is_unspecified() && port.address.is_ipv4() == address.is_ipv4()
+            })
+            .find_map(|&address| {
+                let address = SocketAddr::new(address, port.port);
+                sockets.listener(protocol, address).ok().flatten()
+            });
+        if let Some(listener) = listener {
             eprintln!(
                 "bpf-bridge: warning: {port} is published, but a process of user {} listens on {}: \
                  clients will reach the pod, not that process",
@@ -208,22 +218,23 @@ pub fn follow_node(
     config: &NetworkConfig,
 ) -> Result<(), CniError> {
     match datapath.publication()? {
-        Some(mut publication) => serve(host, &mut publication, config),
+        Some(mut publication) => serve(host, &mut publication, config).map(drop),
         None => Ok(()),
     }
 }
 
+/// Returns the node's addresses.
 fn serve(
     host: &Netlink,
     publication: &mut Publication<'_>,
     config: &NetworkConfig,
-) -> Result<(), CniError> {
+) -> Result<Vec<IpAddr>, CniError> {
     let (addresses, devices) = node(host, config)?;
     publication.set_addresses(&addresses)?;
     for device in devices {
         publication.serve_on(host, &device)?;
     }
-    Ok(())
+    Ok(addresses)
 }
 
 /// The node's addresses, and the devices on which others may reach it: those that carry

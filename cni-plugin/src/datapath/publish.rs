@@ -60,10 +60,11 @@ const SOCKETS: [&str; 8] = [
     "getpeername6",
 ];
 /// The maps that are found again by later calls.
-const MAPS: [&str; 6] = [
+const MAPS: [&str; 7] = [
     "PUBLISHED",
     "FLOWS",
     "FRAGMENTS",
+    "HELD",
     "ADDRESSES",
     "PEERS",
     "NODE",

@@ -17,11 +17,12 @@
 //! | `PUBLISHED` | hash | [`PublishedKey`] | [`Published`] |
 //! | `FLOWS` | LRU hash | [`FlowKey`] | [`Flow`] |
 //! | `FRAGMENTS` | LRU hash | [`FragmentKey`] | [`Fragments`] |
+//! | `HELD` | LRU hash | [`HeldKey`] | [`Held`] |
 //! | `ADDRESSES` | hash | an [`Address`] of the node | one byte, 1 |
 //! | `PEERS` | LRU hash | [`PeerKey`] | [`Socket`] |
 //! | `NODE` | array of one | 0 | [`Node`] |
 //!
-//! The last six belong to the second object, which is loaded with the first
+//! The last seven belong to the second object, which is loaded with the first
 //! published port. IPv4 addresses are mapped into IPv6 (RFC 4291 §2.5.5.2) in all of
 //! them, and ports are in host byte order.
 //!
@@ -63,6 +64,13 @@ pub const MAX_PUBLISHED: u32 = 65_536;
 pub const MAX_FLOWS: u32 = 131_072;
 /// How many datagrams can arrive in fragments at once.
 pub const MAX_FRAGMENTS: u32 = 4096;
+/// How many fragments of one datagram can come before the first one: the longest
+/// datagram in packets of 1,500 bytes.
+pub const MAX_HELD: u16 = 45;
+/// How many such fragments can wait at once, of all datagrams.
+pub const MAX_HELD_TOTAL: u32 = 512;
+/// The length in bytes, with the link's header, of the longest one that can wait.
+pub const HELD_LEN: usize = 2048;
 /// How many addresses the node can have.
 pub const MAX_ADDRESSES: u32 = 4096;
 /// How many sockets of the node can talk to published ports without a connection,
@@ -466,10 +474,30 @@ pub struct FragmentKey {
     pub id: u32,
     /// The ifindex of the port that it comes from, 0 for uplinks.
     pub port: u32,
-    /// The protocol.
+    /// The protocol, 0 in IPv6: there only the first fragment says it.
     pub protocol: u8,
     /// Zero.
     pub reserved: [u8; 3],
+}
+
+/// A fragment that came before the first one of its datagram.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
+#[repr(C)]
+pub struct HeldKey {
+    /// The datagram.
+    pub datagram: FragmentKey,
+    /// The fragment's number, in the order of arrival from 0 on.
+    pub number: u32,
+}
+
+/// A whole frame that waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Held {
+    /// Its length in bytes.
+    pub length: u32,
+    /// The frame, and what was there before.
+    pub frame: [u8; HELD_LEN],
 }
 
 /// What the first fragment said.
@@ -484,8 +512,10 @@ pub struct Fragments {
     pub destination_port: u16,
     /// How many fragments came before the first one and wait for it.
     pub held: u16,
-    /// Zero until the first one has come.
-    pub known: u16,
+    /// The protocol; 0 until the first one has come.
+    pub protocol: u8,
+    /// Zero.
+    pub reserved: u8,
 }
 
 /// A socket of the node, and whom it talks to in truth.

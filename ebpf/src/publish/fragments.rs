@@ -1,57 +1,196 @@
 //! Fragments: only the first one of a datagram says which ports it is for.
+//!
+//! Those that come before it wait in a map. When it has come, all of them are received
+//! once more, the first one first: each then finds what it needs.
 
-use aya_ebpf::{bindings::BPF_ANY, helpers::bpf_ktime_get_ns};
+use aya_ebpf::{
+    bindings::{BPF_ANY, BPF_F_INGRESS, BPF_F_INVALIDATE_HASH, BPF_F_RECOMPUTE_CSUM},
+    btf_maps::PerCpuArray,
+    helpers::{
+        bpf_clone_redirect, bpf_ktime_get_ns, bpf_skb_change_tail, bpf_skb_load_bytes,
+        bpf_skb_store_bytes,
+    },
+    macros::btf_map,
+    programs::TcContext,
+};
 use bpf_bridge_common::{
-    layout::{FRAGMENT_NS, FragmentKey, Fragments},
-    packet::{Fragment, Parsed},
+    layout::{FRAGMENT_NS, FragmentKey, Fragments, HELD_LEN, Held, HeldKey, MAX_HELD},
+    packet::{Fragment, Parsed, Version},
 };
 
-use crate::maps::FRAGMENTS;
+use crate::{
+    maps::{ADDRESSES, FRAGMENTS, HELD},
+    shared::{ifindex, skb},
+    work::Work,
+};
+
+/// Where a frame is put together that is to wait: it is too long for the stack.
+#[btf_map]
+static HOLDING: PerCpuArray<Held, 1> = PerCpuArray::new();
+
+/// What is to be done with a packet.
+pub(crate) enum Standing {
+    /// Its ports are known.
+    Known,
+    /// They are not, and will not be.
+    Unknown,
+    /// It waits, or will be received again: this one is dealt with.
+    Done,
+}
 
 #[inline(always)]
 fn key(parsed: &Parsed, port: u32) -> FragmentKey {
+    let protocol = match parsed.version {
+        Version::V4 => parsed.protocol,
+        Version::V6 => 0,
+    };
     FragmentKey {
         source: parsed.tuple.source,
         destination: parsed.tuple.destination,
         id: parsed.fragment_id,
         port,
-        protocol: parsed.protocol,
+        protocol,
         reserved: [0; 3],
     }
 }
 
-/// Completes the packet's tuple if it is a fragment; says whether that could be done.
-/// `port` is the port that it comes from, 0 for uplinks.
+/// Completes the packet's tuple if it is a fragment. `port` is the port that it comes
+/// from, 0 for uplinks; `hold`: it may wait for the first one, wherever it goes, and not
+/// only if it goes to the node.
 #[inline(always)]
-pub(crate) fn complete(parsed: &mut Parsed, port: u32) -> bool {
-    match parsed.fragment {
-        Fragment::Whole => true,
-        Fragment::First => {
-            let first = Fragments {
-                // SAFETY: a helper that reads a clock.
-                seen: unsafe { bpf_ktime_get_ns() },
-                source_port: parsed.tuple.source_port,
-                destination_port: parsed.tuple.destination_port,
-                held: 0,
-                known: 1,
-            };
-            // A full table evicts; then the rest of the datagram is lost.
-            let _ = FRAGMENTS.insert(&key(parsed, port), &first, u64::from(BPF_ANY));
-            true
+pub(crate) fn complete(ctx: &TcContext, work: &mut Work, port: u32, hold: bool) -> Standing {
+    match work.parsed.fragment {
+        Fragment::Whole => Standing::Known,
+        Fragment::First => first(ctx, work, port),
+        Fragment::Later => later(ctx, work, port, hold),
+    }
+}
+
+#[inline(never)]
+fn first(ctx: &TcContext, work: &mut Work, port: u32) -> Standing {
+    let key = key(&work.parsed, port);
+    // SAFETY: a helper that reads a clock.
+    let now = unsafe { bpf_ktime_get_ns() };
+    // SAFETY: the value is read at once.
+    let held = match unsafe { FRAGMENTS.get(&key) } {
+        Some(before) if now.wrapping_sub(before.seen) <= FRAGMENT_NS => before.held,
+        _ => 0,
+    };
+    let entry = Fragments {
+        seen: now,
+        source_port: work.parsed.tuple.source_port,
+        destination_port: work.parsed.tuple.destination_port,
+        held: 0,
+        protocol: work.parsed.protocol,
+        reserved: 0,
+    };
+    // A full table evicts; then the rest of the datagram is lost.
+    let _ = FRAGMENTS.insert(&key, &entry, u64::from(BPF_ANY));
+    if held == 0 {
+        return Standing::Known;
+    }
+    release(ctx, &key, held);
+    Standing::Done
+}
+
+#[inline(never)]
+fn later(ctx: &TcContext, work: &mut Work, port: u32, hold: bool) -> Standing {
+    let key = key(&work.parsed, port);
+    // SAFETY: a helper that reads a clock.
+    let now = unsafe { bpf_ktime_get_ns() };
+    let mut entry = Fragments {
+        seen: now,
+        source_port: 0,
+        destination_port: 0,
+        held: 0,
+        protocol: 0,
+        reserved: 0,
+    };
+    // SAFETY: the value is read at once.
+    if let Some(before) = unsafe { FRAGMENTS.get(&key) }
+        && now.wrapping_sub(before.seen) <= FRAGMENT_NS
+    {
+        if before.protocol != 0 {
+            work.parsed.protocol = before.protocol;
+            work.parsed.tuple.source_port = before.source_port;
+            work.parsed.tuple.destination_port = before.destination_port;
+            return Standing::Known;
         }
-        Fragment::Later => {
-            // SAFETY: the value is read at once.
-            let Some(first) = (unsafe { FRAGMENTS.get(&key(parsed, port)) }) else {
-                return false;
-            };
-            // SAFETY: a helper that reads a clock.
-            let age = unsafe { bpf_ktime_get_ns() }.wrapping_sub(first.seen);
-            if first.known == 0 || age > FRAGMENT_NS {
-                return false;
+        entry.held = before.held;
+    }
+    let hold = hold || ADDRESSES.get_ptr(&key.destination).is_some();
+    if !hold || entry.held >= MAX_HELD || !keep(ctx, &key, entry.held) {
+        return Standing::Unknown;
+    }
+    entry.held += 1;
+    match FRAGMENTS.insert(&key, &entry, u64::from(BPF_ANY)) {
+        Ok(()) => Standing::Done,
+        Err(_) => Standing::Unknown,
+    }
+}
+
+/// Lets the frame wait; says whether it could.
+#[inline(never)]
+fn keep(ctx: &TcContext, datagram: &FragmentKey, number: u16) -> bool {
+    let Some(holding) = HOLDING.get_ptr_mut(0) else {
+        return false;
+    };
+    let length = ctx.len();
+    if length == 0 || length > HELD_LEN as u32 {
+        return false;
+    }
+    let key = HeldKey {
+        datagram: *datagram,
+        number: u32::from(number),
+    };
+    // SAFETY: the buffer is this CPU's own, and as long as the longest length.
+    unsafe {
+        (*holding).length = length;
+        let frame = (&raw mut (*holding).frame).cast();
+        bpf_skb_load_bytes(skb(ctx).cast(), 0, frame, length) == 0
+            && HELD.insert(&key, &*holding, u64::from(BPF_ANY)).is_ok()
+    }
+}
+
+/// Receives the first fragment once more, and then all that have waited for it.
+#[inline(never)]
+fn release(ctx: &TcContext, datagram: &FragmentKey, held: u16) {
+    let device = ifindex(ctx);
+    let ingress = u64::from(BPF_F_INGRESS);
+    let changed = u64::from(BPF_F_RECOMPUTE_CSUM | BPF_F_INVALIDATE_HASH);
+    // SAFETY: the context is the program's own, as for all helpers below.
+    unsafe { bpf_clone_redirect(skb(ctx), device, ingress) };
+    let mut key = HeldKey {
+        datagram: *datagram,
+        number: 0,
+    };
+    for number in 0..MAX_HELD {
+        if number >= held {
+            break;
+        }
+        key.number = u32::from(number);
+        // SAFETY: an entry that is evicted meanwhile is memory of the map still.
+        let Some(frame) = (unsafe { HELD.get(&key) }) else {
+            continue;
+        };
+        let length = frame.length;
+        if length == 0 || length > HELD_LEN as u32 {
+            continue;
+        }
+        // SAFETY: the frame is at least as long as its length.
+        unsafe {
+            if bpf_skb_change_tail(skb(ctx), length, 0) == 0
+                && bpf_skb_store_bytes(
+                    skb(ctx).cast(),
+                    0,
+                    frame.frame.as_ptr().cast(),
+                    length,
+                    changed,
+                ) == 0
+            {
+                bpf_clone_redirect(skb(ctx), device, ingress);
             }
-            parsed.tuple.source_port = first.source_port;
-            parsed.tuple.destination_port = first.destination_port;
-            true
         }
+        let _ = HELD.remove(&key);
     }
 }

@@ -13,7 +13,7 @@ use bpf_bridge_common::{
 
 use crate::{
     flow::{self, Found},
-    fragments,
+    fragments::{self, Standing},
     shared::{count_drop, ifindex, skb},
     skb::Skb,
     work::{From, Work},
@@ -67,14 +67,17 @@ fn remember(ctx: &TcContext, work: &mut Work, port: u32) -> Result<(), DropReaso
     if Skb(ctx).is_tagged() || !work.read(ctx, ETH_HLEN) {
         return Ok(());
     }
-    if work.parsed.is_icmp() {
-        return if work.read_error(ctx) {
-            show_error(ctx, work, port)
-        } else {
-            Ok(())
-        };
+    // Nothing waits here: it says that it may not, and the stack sends in order.
+    if !matches!(
+        fragments::complete(ctx, work, ifindex(ctx), false),
+        Standing::Known
+    ) {
+        return Ok(());
     }
-    if !work.parsed.is_transport() || !fragments::complete(&mut work.parsed, ifindex(ctx)) {
+    if work.parsed.is_icmp() && work.read_error(ctx) {
+        return show_error(ctx, work, port);
+    }
+    if !work.parsed.is_transport() {
         return Ok(());
     }
     let tuple = &work.parsed.tuple;

@@ -8,7 +8,8 @@ use bpf_bridge_common::{
 };
 
 use crate::{
-    fragments, reply, request,
+    fragments::{self, Standing},
+    reply, request,
     shared::{PORTS, count_drop, ifindex, to_host},
     skb::Skb,
     work::{From, Outcome, Work},
@@ -48,16 +49,18 @@ fn translate(ctx: &TcContext, work: &mut Work, port: &Port) -> Outcome {
         return None;
     }
     let publishes = port.flags & PORT_PUBLISHED != 0;
-    if work.parsed.is_icmp() {
-        if !work.read_error(ctx) {
-            return None;
-        }
+    match fragments::complete(ctx, work, work.from.ifindex, publishes) {
+        Standing::Known => {}
+        Standing::Unknown => return None,
+        Standing::Done => return Some(Ok(TC_ACT_SHOT)),
+    }
+    if work.parsed.is_icmp() && work.read_error(ctx) {
         if publishes && let Some(done) = reply::undo_error(ctx, work, port) {
             return Some(done);
         }
         return request::lead_error(ctx, work);
     }
-    if !work.parsed.is_transport() || !fragments::complete(&mut work.parsed, work.from.ifindex) {
+    if !work.parsed.is_transport() {
         return None;
     }
     if publishes && let Some(done) = reply::undo(ctx, work, port) {

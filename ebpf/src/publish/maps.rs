@@ -5,8 +5,9 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use bpf_bridge_common::layout::{
-    Address, Flow, FlowKey, FragmentKey, Fragments, MAX_ADDRESSES, MAX_FLOWS, MAX_FRAGMENTS,
-    MAX_PEERS, MAX_PUBLISHED, Node, PeerKey, Published, PublishedKey, Socket,
+    Address, Flow, FlowKey, FragmentKey, Fragments, Held, HeldKey, MAX_ADDRESSES, MAX_FLOWS,
+    MAX_FRAGMENTS, MAX_HELD_TOTAL, MAX_PEERS, MAX_PUBLISHED, Node, PeerKey, Published,
+    PublishedKey, Socket,
 };
 
 use crate::shared::ON_DEMAND;
@@ -25,6 +26,9 @@ pub(crate) static FLOWS: LruHashMap<FlowKey, Flow, { MAX_FLOWS as usize }> = Lru
 #[btf_map]
 pub(crate) static FRAGMENTS: LruHashMap<FragmentKey, Fragments, { MAX_FRAGMENTS as usize }> =
     LruHashMap::new();
+
+#[btf_map]
+pub(crate) static HELD: LruHashMap<HeldKey, Held, { MAX_HELD_TOTAL as usize }> = LruHashMap::new();
 
 #[btf_map]
 pub(crate) static ADDRESSES: HashMap<Address, u8, { MAX_ADDRESSES as usize }, ON_DEMAND> =

@@ -9,7 +9,8 @@ use aya_ebpf::{
 use bpf_bridge_common::frame::ETH_HLEN;
 
 use crate::{
-    fragments, request,
+    fragments::{self, Standing},
+    request,
     shared::{count_drop, ifindex},
     skb::Skb,
     work::{From, Outcome, Work},
@@ -59,15 +60,16 @@ fn lead(ctx: &TcContext, work: &mut Work, l3: usize) -> Outcome {
     if !work.read(ctx, l3) {
         return None;
     }
-    if work.parsed.is_icmp() {
-        return if work.read_error(ctx) {
-            request::lead_error(ctx, work)
-        } else {
-            None
-        };
+    match fragments::complete(ctx, work, 0, false) {
+        Standing::Known => {}
+        Standing::Unknown => return None,
+        Standing::Done => return Some(Ok(TC_ACT_SHOT)),
     }
-    if !work.parsed.is_transport() || !fragments::complete(&mut work.parsed, 0) {
-        return None;
+    if work.parsed.is_transport() {
+        request::lead(ctx, work)
+    } else if work.parsed.is_icmp() && work.read_error(ctx) {
+        request::lead_error(ctx, work)
+    } else {
+        None
     }
-    request::lead(ctx, work)
 }
