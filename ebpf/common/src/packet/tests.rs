@@ -300,7 +300,7 @@ fn what_cannot_be_told_of_a_quoted_packet() {
         fragmented.outer.part = Part::First(8);
         assert_eq!(read_quoted(&fragmented), None, "the error is a fragment");
 
-        let open = error(Shape::tcp(version), kind);
+        let open = error(Shape::plain(version, Transport::Other), kind);
         let packet = open.build(&tuple(version, 1), &tuple(version, 2));
         let mut frame = Frame::new(version, &packet, &[]);
         let at = match version {
