@@ -16,7 +16,7 @@ use crate::{
 #[inline(always)]
 pub fn rewrite(packet: &mut impl Packet, parsed: &Parsed, to: &Tuple) -> Option<()> {
     let new_ports = ports_to_write(parsed, to)?;
-    let covered = parsed.version == Version::V4 || parsed.checksum.is_some();
+    let covered = parsed.checksum.is_some();
     let addresses = write_addresses(packet, parsed, &to.source, &to.destination, covered)?;
     if new_ports {
         let ports = ports(to);
@@ -132,7 +132,8 @@ fn ports_to_write(parsed: &Parsed, to: &Tuple) -> Option<bool> {
 /// Writes both addresses, and corrects the header's checksum if it has one; the
 /// difference is what other checksums with a pseudo-header change by.
 ///
-/// `covered`: a checksum in the packet makes up for the change.
+/// `covered`: a checksum behind the header makes up for the change. In IPv4 the header's
+/// own does.
 #[inline(always)]
 fn write_addresses(
     packet: &mut impl Packet,

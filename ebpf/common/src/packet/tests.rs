@@ -86,6 +86,41 @@ fn other_protocols_are_not_ip() {
 }
 
 #[test]
+fn a_header_is_not_looked_for_far_away() {
+    let packet = Shape::tcp(Version::V4).build(&tuple(Version::V4, 1));
+    for (l3, read) in [(MAX_L3, true), (MAX_L3 + 1, false), (70_000, false)] {
+        let mut frame = Frame(std::vec![0; l3]);
+        frame.0.extend(&packet);
+        assert_eq!(parse(&frame, l3, ETH_P_IP).is_some(), read, "{l3}");
+    }
+}
+
+#[test]
+fn a_protocol_number_means_the_same_in_its_own_version_only() {
+    // ICMPv6 in IPv4, and ICMP in IPv6: nobody's checksum, and no error.
+    for (version, at, protocol) in [(Version::V4, 9, 58), (Version::V6, 6, 1)] {
+        let packet = error(Shape::tcp(version), 3).build(&tuple(version, 1), &tuple(version, 2));
+        let mut frame = Frame::new(version, &packet, &[]);
+        frame.0[ETH_HLEN + at] = protocol;
+        let parsed = frame.parse(version).unwrap();
+        assert_eq!(parsed.protocol, protocol);
+        assert_eq!(parsed.checksum, None);
+        assert_eq!(quoted(&frame, &parsed), None);
+    }
+}
+
+#[test]
+fn nothing_behind_a_later_fragments_header_is_read() {
+    let mut shape = Shape::tcp(Version::V6);
+    shape.part = Part::Later(1);
+    for next in [0, 43, 44, 50, 51, 60, 135, 58] {
+        let parsed = patched(&shape, 40, &[next]).unwrap();
+        assert_eq!((parsed.protocol, parsed.l4), (next, ETH_HLEN as u16 + 48));
+        assert_eq!((parsed.checksum, parsed.has_ports()), (None, false));
+    }
+}
+
+#[test]
 fn a_frame_that_ends_too_soon_is_not_read() {
     for version in VERSIONS {
         for (transport, needed) in [
@@ -264,6 +299,17 @@ fn what_cannot_be_told_of_a_quoted_packet() {
         let mut fragmented = error(Shape::tcp(version), kind);
         fragmented.outer.part = Part::First(8);
         assert_eq!(read_quoted(&fragmented), None, "the error is a fragment");
+
+        let open = error(Shape::plain(version, Transport::Other), kind);
+        let packet = open.build(&tuple(version, 1), &tuple(version, 2));
+        let mut frame = Frame::new(version, &packet, &[]);
+        let at = match version {
+            Version::V4 => 2,
+            Version::V6 => 4,
+        };
+        frame.0[ETH_HLEN + at..][..2].fill(0);
+        let outer = frame.parse(version).unwrap();
+        assert_eq!(quoted(&frame, &outer), None, "who knows where it ends");
 
         // Ports need four bytes, whatever stands in the padding.
         let whole = error(Shape::tcp(version), kind);
