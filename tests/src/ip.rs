@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use crate::{Frame, MacAddr};
+use crate::{Captured, Frame, MacAddr};
 
 /// An IP packet: of the version of its addresses, which must be the same.
 #[derive(Debug, Clone)]
@@ -210,6 +210,19 @@ impl Frame {
             _ => Self::IPV4,
         };
         Self::new(destination, source, ethertype, packet)
+    }
+}
+
+impl Captured {
+    /// The source address of an IP packet.
+    #[must_use]
+    pub fn ip_source(&self) -> Option<IpAddr> {
+        let field = |at| self.bytes.get(at..);
+        match self.ethertype() {
+            Frame::IPV4 => Some(IpAddr::from(*field(26)?.first_chunk::<4>()?)),
+            Frame::IPV6 => Some(IpAddr::from(*field(22)?.first_chunk::<16>()?)),
+            _ => None,
+        }
     }
 }
 
