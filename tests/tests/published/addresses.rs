@@ -70,9 +70,7 @@ fn outside_and_pods_reach_a_new_address_at_once() -> Result<()> {
 fn the_node_itself_reaches_a_new_address_after_the_next_call() -> Result<()> {
     let node = Node::new()?;
     let _outside = node.outside()?;
-    let mut config = Network::dual_stack(&node);
-    config["cniVersion"] = "1.1.0".into();
-    let network = Network::from_list(&node, crate::conflist(config));
+    let network = network(&node);
     let _server = Server::new(&network, "server")?;
     change(&node, "add")?;
     status(&network)?;
@@ -102,9 +100,7 @@ fn the_node_itself_reaches_a_new_address_after_the_next_call() -> Result<()> {
 #[test]
 fn a_new_uplink_is_found_by_the_next_call() -> Result<()> {
     let node = Node::new()?;
-    let mut config = Network::dual_stack(&node);
-    config["cniVersion"] = "1.1.0".into();
-    let network = Network::from_list(&node, crate::conflist(config));
+    let network = network(&node);
     let _server = Server::new(&network, "server")?;
     let outside = node.outside()?;
     status(&network)?;

@@ -36,10 +36,10 @@ fn a_portmap_behind_us_finds_nothing_to_do() -> Result<()> {
     let outside = node.outside()?;
     let portmap = json!({"type": "portmap", "capabilities": {"portMappings": true}});
     let mut list = conflist(Network::dual_stack(&node));
-    list["plugins"]
-        .as_array_mut()
-        .context("no list")?
-        .push(portmap);
+    // The newest that Debian's portmap speaks.
+    list["cniVersion"] = json!("1.0.0");
+    let plugins = list["plugins"].as_array_mut();
+    plugins.context("no list")?.push(portmap);
     let network = Network::from_list(&node, list);
     let server = Server::new(&network, "server")?;
     let neighbour = network.pod("neighbour")?;
@@ -74,6 +74,7 @@ fn without_the_capability_ports_are_portmaps() -> Result<()> {
     let node = Node::new()?;
     let outside = node.outside()?;
     let mut list = conflist(Network::dual_stack(&node));
+    list["cniVersion"] = json!("1.0.0");
     list["plugins"] = json!([
         list["plugins"][0],
         {"type": "portmap", "capabilities": {"portMappings": true}},
@@ -207,6 +208,7 @@ fn other_programs_on_the_uplink_see_what_is_not_published() -> Result<()> {
     // It stays when ours is added again, and when ours goes.
     network.del(server.attachment())?;
     node_is_silent()?;
+    drop(server);
     let server = Server::new(&network, "server")?;
     answers()?;
     node_is_silent()?;

@@ -16,6 +16,7 @@ mod packets;
 mod reach;
 
 use std::{
+    io::{self, ErrorKind},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     panic::resume_unwind,
     thread,
@@ -51,16 +52,16 @@ fn network(node: &Node) -> Network<'_> {
 
 /// A conflist of a configuration that gets the capability.
 fn conflist(mut config: Value) -> Value {
-    let (version, name) = (config["cniVersion"].take(), config["name"].take());
+    config["cniVersion"].take();
+    let name = config["name"].take();
     let publishes = json!({"portMappings": true});
-    let plugins = if config["type"] == "bridge" {
+    if config["type"] == "bridge" {
         config["hairpinMode"] = json!(true);
-        json!([config, {"type": "portmap", "capabilities": publishes}])
-    } else {
-        config["capabilities"] = publishes;
-        json!([config])
-    };
-    json!({"cniVersion": version, "name": name, "plugins": plugins})
+        let portmap = json!({"type": "portmap", "capabilities": publishes});
+        return json!({"cniVersion": "1.0.0", "name": name, "plugins": [config, portmap]});
+    }
+    config["capabilities"] = publishes;
+    json!({"cniVersion": "1.1.0", "name": name, "plugins": [config]})
 }
 
 /// A second network, on a bridge of its own.
@@ -169,4 +170,11 @@ fn meets_nobody(from: &Namespace, to: impl Into<IpAddr>) -> Result<()> {
     });
     ensure!(met.iter().all(Result::is_err), "{server}: {met:?}");
     Ok(())
+}
+
+/// Whether an error came from one of the kernel's, of this kind.
+fn is(error: &anyhow::Error, kind: ErrorKind) -> bool {
+    error
+        .downcast_ref::<io::Error>()
+        .is_some_and(|error| error.kind() == kind)
 }

@@ -14,7 +14,7 @@ use bpf_bridge_tests::{
 };
 use nix::sys::socket::{setsockopt, sockopt};
 
-use crate::{GATEWAYS, HOST_PORT, NODE, PATIENCE, POD_PORT, Server, network, ports, settle};
+use crate::{GATEWAYS, HOST_PORT, NODE, PATIENCE, POD_PORT, Server, is, network, ports, settle};
 
 /// A pod that publishes [`ports`] and sends back what it gets.
 fn echo(network: &Network) -> Result<(Pod, Vec<EchoServer>)> {
@@ -195,11 +195,8 @@ fn a_closed_port_of_the_pod_is_a_refusal() -> Result<()> {
                 client.tcp_echo(published(address), b"anyone?", PATIENCE),
             ] {
                 let error = error.err().context("an answer of nobody")?;
-                let kind = error
-                    .downcast_ref::<std::io::Error>()
-                    .map(std::io::Error::kind);
                 ensure!(
-                    kind == Some(ErrorKind::ConnectionRefused),
+                    is(&error, ErrorKind::ConnectionRefused),
                     "{who} to {address}: {error:#}"
                 );
             }
@@ -470,9 +467,17 @@ fn a_client_may_use_the_same_port_again() -> Result<()> {
             local.set_port(4242);
             for round in 0..20_u8 {
                 let context = || format!("round {round}, {who} to {server}");
-                let mut stream = client
-                    .tcp_connect_from(local, server, PATIENCE)
-                    .with_context(context)?;
+                let mut stream = None;
+                wait_for("closed socket", PATIENCE, || {
+                    // Until it is executed, what another test starts has a copy.
+                    let connected = client.tcp_connect_from(local, server, PATIENCE);
+                    stream = match connected {
+                        Err(error) if is(&error, ErrorKind::AddrNotAvailable) => None,
+                        other => Some(other.with_context(context)?),
+                    };
+                    Ok(stream.is_some())
+                })?;
+                let mut stream = stream.context("no connection")?;
                 stream.set_read_timeout(Some(PATIENCE))?;
                 stream.write_all(&[round])?;
                 let mut echo = [0];

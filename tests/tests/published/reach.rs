@@ -86,10 +86,9 @@ fn of(pod: &Pod) -> Result<[IpAddr; 2]> {
 fn everyone_reaches_the_pod(node: &Node, surroundings: &Surroundings) -> Result<()> {
     let network = network(node);
     let other = other_network(node);
-    let server = Server::new(&network, "server")?;
     let neighbour = network.pod("neighbour")?;
     let foreigner = other.pod("foreigner")?;
-    settle(node);
+    let server = Server::new(&network, "server")?;
 
     let [second, on_loopback, other_uplink, elsewheres] =
         [SECOND, ON_LOOPBACK, OTHER_UPLINK, ELSEWHERE].map(parsed);
