@@ -20,6 +20,7 @@
 //! with what it tests.
 
 mod cgroup;
+mod ip;
 mod namespace;
 mod node;
 mod packet;
@@ -28,10 +29,11 @@ mod pod;
 mod snapshot;
 mod traffic;
 
+pub use ip::Packet;
 pub use namespace::{Namespace, Offload, Process, wait_for};
 pub use node::{Node, Outside, Sandbox};
 pub use packet::{Captured, Frame, MacAddr, PacketSocket};
 pub use plugin::{Attachment, Call, CniError, Network, Reply, Verb, plugin_binary};
 pub use pod::Pod;
 pub use snapshot::Snapshot;
-pub use traffic::{EchoServer, TransferReport, digest};
+pub use traffic::{Client, EchoServer, Meeting, TransferReport, digest};

@@ -5,7 +5,7 @@ use std::{
     fs::File,
     io::Write as _,
     net::{IpAddr, UdpSocket},
-    os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
+    os::fd::{AsRawFd as _, OwnedFd},
     path::Path,
     process::{Child, Command, Output, Stdio},
     thread,
@@ -265,6 +265,21 @@ impl Namespace {
             .collect())
     }
 
+    /// Connects two namespaces by a veth pair, with both ends up.
+    ///
+    /// # Errors
+    ///
+    /// That one of the two has a device of that name already.
+    pub fn connect(&self, device: &str, peer: &Self, peer_device: &str) -> Result<()> {
+        // The descriptor is this process's own, which `ip` can look through.
+        let net = format!("/proc/{}/fd/{}", std::process::id(), peer.net.as_raw_fd());
+        self.run(&format!(
+            "ip link add {device} type veth peer name {peer_device} netns {net}"
+        ))?;
+        self.ip(&format!("link set {device} up"))?;
+        peer.ip(&format!("link set {peer_device} up"))
+    }
+
     /// Pings an address: `count` echo requests, 50 ms apart, each waited for three
     /// seconds at most.
     ///
@@ -303,6 +318,26 @@ impl Namespace {
     ///
     /// That there is no such device, or it does not know of offloads.
     pub fn offload(&self, device: &str, offload: Offload) -> Result<bool> {
+        Ok(self.ethtool(device, offload as u32, 0)? != 0)
+    }
+
+    /// Switches an offload of a device on or off.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::offload`], or that this one cannot be changed.
+    pub fn set_offload(&self, device: &str, offload: Offload, on: bool) -> Result<()> {
+        // Each command that asks is followed by the one that sets.
+        self.ethtool(device, offload as u32 + 1, on.into())?;
+        ensure!(
+            self.offload(device, offload)? == on,
+            "{offload:?} of {device} cannot be changed"
+        );
+        Ok(())
+    }
+
+    /// Runs a command of ethtool that takes or returns a number.
+    fn ethtool(&self, device: &str, command: u32, data: u32) -> Result<u32> {
         /// `struct ethtool_value` of `linux/ethtool.h`.
         #[repr(C)]
         struct EthtoolValue {
@@ -311,10 +346,7 @@ impl Namespace {
         }
         self.within(|| {
             let socket = UdpSocket::bind("0.0.0.0:0").context("opening a socket")?;
-            let mut value = EthtoolValue {
-                cmd: offload as u32,
-                data: 0,
-            };
+            let mut value = EthtoolValue { cmd: command, data };
             // SAFETY: an all-zero ifreq is a valid value of that plain C struct.
             let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
             ensure!(
@@ -330,16 +362,11 @@ impl Namespace {
             let done = unsafe { libc::ioctl(socket.as_raw_fd(), SIOCETHTOOL, &raw mut request) };
             ensure!(
                 done == 0,
-                "asking {device} for its offloads: {}",
+                "ethtool command {command:#x} of {device}: {}",
                 std::io::Error::last_os_error()
             );
-            Ok(value.data != 0)
+            Ok(value.data)
         })
-    }
-
-    /// The network namespace, to move a device to it.
-    pub(crate) fn net(&self) -> std::os::fd::BorrowedFd<'_> {
-        self.net.as_fd()
     }
 }
 

@@ -4,7 +4,7 @@ use std::{
     fs::{self, File},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     ops::Deref,
-    os::{fd::AsRawFd as _, unix::fs::symlink},
+    os::unix::fs::symlink,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -130,27 +130,31 @@ impl Node {
         Ok(())
     }
 
+    /// Makes another machine, connected to nothing, to be [connected].
+    ///
+    /// [connected]: Namespace::connect
+    ///
+    /// # Errors
+    ///
+    /// That the kernel refused.
+    pub fn machine(&self) -> Result<Namespace> {
+        let machine = self.namespace.new_network(|| Ok(()))?;
+        machine.ip("link set lo up")?;
+        // A new network namespace takes its IPv4 settings from the machine's.
+        machine.set_sysctl("net.ipv4.ip_forward", "0")?;
+        Ok(machine)
+    }
+
     /// Makes the node's neighbour: a machine on the other side of `uplink0`.
     ///
     /// # Errors
     ///
     /// That the node already has one.
     pub fn outside(&self) -> Result<Outside> {
-        let namespace = self.namespace.new_network(|| Ok(()))?;
-        namespace.ip("link set lo up")?;
-        // The descriptor is this process's own, which `ip` can look through.
-        let net = format!(
-            "/proc/{}/fd/{}",
-            std::process::id(),
-            namespace.net().as_raw_fd()
-        );
-        self.namespace.run(&format!(
-            "ip link add {} type veth peer name eth0 netns {net}",
-            Outside::UPLINK
-        ))?;
+        let namespace = self.machine()?;
+        self.connect(Outside::UPLINK, &namespace, "eth0")?;
         self.namespace.ip(&format!(
-            "link set {uplink} up\n\
-             addr add {v4}/24 dev {uplink}\n\
+            "addr add {v4}/24 dev {uplink}\n\
              addr add {v6}/64 dev {uplink} nodad\n\
              route add default via {far_v4}\n\
              route add default via {far_v6}",
@@ -161,8 +165,7 @@ impl Node {
             far_v6 = Outside::V6,
         ))?;
         namespace.ip(&format!(
-            "link set eth0 up\n\
-             addr add {}/24 dev eth0\n\
+            "addr add {}/24 dev eth0\n\
              addr add {}/64 dev eth0 nodad",
             Outside::V4,
             Outside::V6

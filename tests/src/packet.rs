@@ -18,7 +18,7 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
 };
 
-use crate::Namespace;
+use crate::{Namespace, Packet};
 
 /// An Ethernet address.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -174,13 +174,8 @@ impl Frame {
         body.extend(address.octets());
         body.extend([2, 1]);
         body.extend(mac.0);
-        Self::icmp6(
-            MacAddr::of_multicast(all_nodes),
-            mac,
-            address,
-            all_nodes,
-            &mut body,
-        )
+        let packet = Packet::icmp6(address.into(), all_nodes.into(), body);
+        Self::ip(MacAddr::of_multicast(all_nodes), mac, &packet.bytes())
     }
 
     /// A neighbour solicitation for `target`, to its solicited-node group. From
@@ -205,47 +200,9 @@ impl Frame {
             body.extend([1, 1]);
             body.extend(mac.0);
         }
-        Self::icmp6(MacAddr::of_multicast(group), mac, source, group, &mut body)
+        let packet = Packet::icmp6(source.into(), group.into(), body);
+        Self::ip(MacAddr::of_multicast(group), mac, &packet.bytes())
     }
-
-    /// An ICMPv6 packet with hop limit 255; `body` gets its checksum.
-    fn icmp6(
-        destination_mac: MacAddr,
-        source_mac: MacAddr,
-        source: Ipv6Addr,
-        destination: Ipv6Addr,
-        body: &mut [u8],
-    ) -> Self {
-        let length = u16::try_from(body.len()).unwrap_or(u16::MAX);
-        let mut pseudo = Vec::new();
-        pseudo.extend(source.octets());
-        pseudo.extend(destination.octets());
-        pseudo.extend(u32::from(length).to_be_bytes());
-        pseudo.extend([0, 0, 0, 58]);
-        pseudo.extend(&*body);
-        let [high, low] = internet_checksum(&pseudo).to_be_bytes();
-        body[2] = high;
-        body[3] = low;
-        let mut packet = vec![0x60, 0, 0, 0];
-        packet.extend(length.to_be_bytes());
-        packet.extend([58, 255]);
-        packet.extend(source.octets());
-        packet.extend(destination.octets());
-        packet.extend(&*body);
-        Self::new(destination_mac, source_mac, Self::IPV6, &packet)
-    }
-}
-
-/// RFC 1071.
-fn internet_checksum(bytes: &[u8]) -> u16 {
-    let mut sum: u64 = bytes
-        .chunks(2)
-        .map(|pair| u64::from(u16::from_be_bytes([pair[0], *pair.get(1).unwrap_or(&0)])))
-        .sum();
-    while sum > 0xffff {
-        sum = (sum & 0xffff) + (sum >> 16);
-    }
-    !u16::try_from(sum).unwrap_or(0)
 }
 
 /// A frame that arrived.

@@ -32,6 +32,17 @@ impl Network<'_> {
         self.pod_with(sandbox, attachment)
     }
 
+    /// As [`Self::pod`], with ports to publish: the capability `portMappings`.
+    ///
+    /// # Errors
+    ///
+    /// The plugin's error.
+    pub fn pod_with_ports(&self, name: &str, ports: Value) -> Result<Pod> {
+        let sandbox = self.node().sandbox(name)?;
+        let attachment = sandbox.attachment().capability("portMappings", ports);
+        self.pod_with(sandbox, attachment)
+    }
+
     /// Attaches a sandbox with arguments of the caller's.
     ///
     /// # Errors

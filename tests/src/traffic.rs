@@ -4,6 +4,7 @@ use std::{
     hash::Hasher as _,
     io::{self, Read, Write as _},
     net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    os::fd::AsRawFd as _,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -13,6 +14,13 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
+use nix::sys::{
+    socket::{
+        AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, setsockopt, socket,
+        sockopt,
+    },
+    time::TimeVal,
+};
 
 use crate::Namespace;
 
@@ -20,6 +28,9 @@ use crate::Namespace;
 const POLL: Duration = Duration::from_millis(20);
 
 /// Sends back what it gets, over TCP and UDP on the same port, until dropped.
+///
+/// One with a name says a line before: its name, and whom it sees. Over TCP once,
+/// over UDP in every datagram. [`Namespace::meet`] is its client.
 #[derive(Debug)]
 pub struct EchoServer {
     address: SocketAddr,
@@ -50,6 +61,15 @@ impl EchoServer {
     ///
     /// As [`Self::start`], or that the port is taken.
     pub fn start_on(namespace: &Namespace, address: SocketAddr) -> Result<Self> {
+        Self::start_as(namespace, address, "")
+    }
+
+    /// Listens with a name.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::start_on`].
+    pub fn start_as(namespace: &Namespace, address: SocketAddr, name: &str) -> Result<Self> {
         let (tcp, udp) = namespace.within(|| {
             let tcp = TcpListener::bind(address)
                 .with_context(|| format!("listening on {address} over TCP"))?;
@@ -63,12 +83,12 @@ impl EchoServer {
         udp.set_read_timeout(Some(POLL))?;
         let threads = vec![
             thread::spawn({
-                let stop = Arc::clone(&stop);
-                move || serve_tcp(&tcp, &stop)
+                let (name, stop) = (name.to_owned(), Arc::clone(&stop));
+                move || serve_tcp(&tcp, &name, &stop)
             }),
             thread::spawn({
-                let stop = Arc::clone(&stop);
-                move || serve_udp(&udp, &stop)
+                let (name, stop) = (name.to_owned(), Arc::clone(&stop));
+                move || serve_udp(&udp, &name, &stop)
             }),
         ];
         Ok(Self {
@@ -94,20 +114,38 @@ impl Drop for EchoServer {
     }
 }
 
+/// The unspecified address of the family of `other`, and no port.
+fn any_like(other: SocketAddr) -> SocketAddr {
+    match other {
+        SocketAddr::V4(_) => ([0; 4], 0).into(),
+        SocketAddr::V6(_) => ([0; 16], 0).into(),
+    }
+}
+
 fn is_taken(error: &anyhow::Error) -> bool {
     error
         .downcast_ref::<io::Error>()
         .is_some_and(|error| error.kind() == io::ErrorKind::AddrInUse)
 }
 
-fn serve_tcp(listener: &TcpListener, stop: &AtomicBool) {
+/// The line that a server says first.
+fn greeting(name: &str, client: SocketAddr) -> Vec<u8> {
+    if name.is_empty() {
+        return Vec::new();
+    }
+    format!("{name} {client}\n").into_bytes()
+}
+
+fn serve_tcp(listener: &TcpListener, name: &str, stop: &AtomicBool) {
     while !stop.load(Ordering::Relaxed) {
         match listener.accept() {
-            Ok((stream, _)) => {
+            Ok((stream, client)) => {
+                let greeting = greeting(name, client);
                 // Ends when the client does, or has said nothing for a while.
                 thread::spawn(move || {
                     let _ = stream.set_nonblocking(false);
                     let _ = stream.set_read_timeout(Some(Duration::from_secs(10)));
+                    let _ = (&stream).write_all(&greeting);
                     let _ = io::copy(&mut &stream, &mut &stream);
                     let _ = stream.shutdown(Shutdown::Both);
                 });
@@ -117,12 +155,55 @@ fn serve_tcp(listener: &TcpListener, stop: &AtomicBool) {
     }
 }
 
-fn serve_udp(socket: &UdpSocket, stop: &AtomicBool) {
+fn serve_udp(socket: &UdpSocket, name: &str, stop: &AtomicBool) {
     let mut buffer = vec![0; 65_536];
     while !stop.load(Ordering::Relaxed) {
         if let Ok((length, from)) = socket.recv_from(&mut buffer) {
-            let _ = socket.send_to(&buffer[..length], from);
+            let answer = [&greeting(name, from), &buffer[..length]].concat();
+            let _ = socket.send_to(&answer, from);
         }
+    }
+}
+
+/// How a client reaches a server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Client {
+    /// Over one connection.
+    Tcp,
+    /// From a UDP socket that is connected.
+    Udp,
+    /// From a UDP socket that names the destination of each datagram.
+    UnconnectedUdp,
+}
+
+impl Client {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Tcp, Self::Udp, Self::UnconnectedUdp];
+}
+
+/// Whom a client met behind an address.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Meeting {
+    /// The server's name.
+    pub server: String,
+    /// Whom the server sees.
+    pub client: SocketAddr,
+}
+
+impl Meeting {
+    /// What an [`EchoServer`] with a name answered to `message`.
+    ///
+    /// # Errors
+    ///
+    /// That it is something else.
+    pub fn parse(answer: &[u8], message: &[u8]) -> Result<Self> {
+        let parse = || {
+            let text = std::str::from_utf8(answer.strip_suffix(message)?).ok()?;
+            let (server, client) = text.strip_suffix('\n')?.split_once(' ')?;
+            let (server, client) = (server.to_owned(), client.parse().ok()?);
+            Some(Self { server, client })
+        };
+        parse().with_context(|| format!("no greeting in {:?}", String::from_utf8_lossy(answer)))
     }
 }
 
@@ -144,6 +225,111 @@ impl TransferReport {
 }
 
 impl Namespace {
+    /// Speaks to a server with a name (see [`EchoServer::start_as`]), all within
+    /// `limit` and without sending anything twice.
+    ///
+    /// The client must see the server where it asked for it: by the address that
+    /// its socket says to be connected to, and that datagrams come from.
+    ///
+    /// # Errors
+    ///
+    /// That there was no answer, or from elsewhere.
+    pub fn meet(&self, client: Client, server: SocketAddr, limit: Duration) -> Result<Meeting> {
+        self.meet_from(client, any_like(server), server, limit)
+    }
+
+    /// As [`Self::meet`], from an address of the caller's choice.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::meet`], or that the address is not one of the namespace's or
+    /// taken.
+    pub fn meet_from(
+        &self,
+        client: Client,
+        local: SocketAddr,
+        server: SocketAddr,
+        limit: Duration,
+    ) -> Result<Meeting> {
+        let message = b"who is there?";
+        let answer = match client {
+            Client::Tcp => {
+                let mut stream = self.tcp_connect_from(local, server, limit)?;
+                let peer = stream.peer_addr()?;
+                ensure!(peer == server, "connected to {peer}, not {server}");
+                stream.set_read_timeout(Some(limit))?;
+                stream.write_all(message)?;
+                stream.shutdown(Shutdown::Write)?;
+                let mut answer = Vec::new();
+                stream
+                    .read_to_end(&mut answer)
+                    .with_context(|| format!("waiting for the answer from {server}"))?;
+                answer
+            }
+            Client::Udp | Client::UnconnectedUdp => {
+                let socket = self.within(|| Ok(UdpSocket::bind(local)?))?;
+                socket.set_read_timeout(Some(limit))?;
+                if client == Client::Udp {
+                    // Looked at in the namespace, as every program does.
+                    self.within(|| Ok(socket.connect(server)?))?;
+                    let peer = socket.peer_addr()?;
+                    ensure!(peer == server, "connected to {peer}, not {server}");
+                    socket.send(message)
+                } else {
+                    socket.send_to(message, server)
+                }
+                .with_context(|| format!("sending to {server}"))?;
+                let mut answer = vec![0; 65_536];
+                let (length, from) = socket
+                    .recv_from(&mut answer)
+                    .with_context(|| format!("waiting for the answer from {server}"))?;
+                ensure!(from == server, "{from} answered, not {server}");
+                answer.truncate(length);
+                answer
+            }
+        };
+        Meeting::parse(&answer, message)
+    }
+
+    /// Connects from an address and port of the caller's choice, which others
+    /// may use at the same time.
+    ///
+    /// # Errors
+    ///
+    /// That there is no such address, or no connection within `limit`.
+    pub fn tcp_connect_from(
+        &self,
+        local: SocketAddr,
+        server: SocketAddr,
+        limit: Duration,
+    ) -> Result<TcpStream> {
+        let family = if server.is_ipv4() {
+            AddressFamily::Inet
+        } else {
+            AddressFamily::Inet6
+        };
+        let socket = self.within(|| {
+            let socket = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)
+                .context("opening a socket")?;
+            setsockopt(&socket, sockopt::ReuseAddr, &true)?;
+            // This limits connect, too.
+            let seconds = i64::try_from(limit.as_secs())?;
+            let micros = i64::from(limit.subsec_micros());
+            setsockopt(
+                &socket,
+                sockopt::SendTimeout,
+                &TimeVal::new(seconds, micros),
+            )?;
+            bind(socket.as_raw_fd(), &SockaddrStorage::from(local))
+                .with_context(|| format!("binding to {local}"))?;
+            connect(socket.as_raw_fd(), &SockaddrStorage::from(server))
+                .map_err(io::Error::from)
+                .with_context(|| format!("connecting to {server}"))?;
+            Ok(socket)
+        })?;
+        Ok(socket.into())
+    }
+
     /// Connects to an echo server and sends `message`, which must come back,
     /// all within `limit`.
     ///
@@ -178,11 +364,7 @@ impl Namespace {
         limit: Duration,
     ) -> Result<Duration> {
         self.within(|| {
-            let any: SocketAddr = match server {
-                SocketAddr::V4(_) => ([0; 4], 0).into(),
-                SocketAddr::V6(_) => ([0; 16], 0).into(),
-            };
-            let socket = UdpSocket::bind(any)?;
+            let socket = UdpSocket::bind(any_like(server))?;
             socket.connect(server)?;
             socket.set_read_timeout(Some(limit))?;
             let start = Instant::now();

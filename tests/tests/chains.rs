@@ -4,7 +4,7 @@
 use std::{net::IpAddr, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
-use bpf_bridge_tests::{EchoServer, MacAddr, Network, Node, Outside, Pod, Snapshot};
+use bpf_bridge_tests::{EchoServer, MacAddr, Network, Node, Outside, Snapshot};
 use serde_json::{Value, json};
 
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -21,12 +21,6 @@ fn chain(node: &Node, others: &[Value]) -> Result<Value> {
     Ok(json!({"cniVersion": "1.0.0", "name": "net", "plugins": plugins}))
 }
 
-fn pod_with_ports(network: &Network, name: &str, ports: Value) -> Result<Pod> {
-    let sandbox = network.node().sandbox(name)?;
-    let attachment = sandbox.attachment().capability("portMappings", ports);
-    network.pod_with(sandbox, attachment)
-}
-
 #[test]
 fn portmap_publishes_ports_to_everyone() -> Result<()> {
     let node = Node::new()?;
@@ -41,7 +35,7 @@ fn portmap_publishes_ports_to_everyone() -> Result<()> {
         {"hostPort": 8080, "containerPort": 7, "protocol": "tcp"},
         {"hostPort": 8080, "containerPort": 7, "protocol": "udp"},
     ]);
-    let pod = pod_with_ports(&network, "server", ports)?;
+    let pod = network.pod_with_ports("server", ports)?;
     let on = |address: IpAddr| EchoServer::start_on(&pod, (address, 7).into());
     let servers = [on(pod.v4()?.into())?, on(pod.v6()?.into())?];
     // No CHECK of the chain: that of portmap 1.1.1 fails behind any bridge.

@@ -1,11 +1,19 @@
 //! That the harness itself works, without any plugin of ours: what it says must
 //! be believed by every other test.
 
-use std::{fs, net::IpAddr, path::Path, process::Command, time::Duration};
+use std::{
+    fs,
+    io::{Read as _, Write as _},
+    net::{IpAddr, UdpSocket},
+    path::Path,
+    process::Command,
+    time::Duration,
+};
 
 use anyhow::{Result, ensure};
 use bpf_bridge_tests::{
-    EchoServer, Frame, MacAddr, Namespace, Node, PacketSocket, Snapshot, Verb, wait_for,
+    Client, EchoServer, Frame, MacAddr, Meeting, Namespace, Node, Offload, Packet, PacketSocket,
+    Snapshot, Verb, wait_for,
 };
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -165,15 +173,16 @@ fn frames_of_arp_and_neighbour_discovery_are_understood_by_the_kernel() -> Resul
                 && seen.bytes[21] == 2)?
             .is_some()
     );
-    socket.send(&Frame::solicitation(
-        mac,
-        "fd00::1".parse()?,
-        "fd00::2".parse()?,
-    ))?;
+    let question = Frame::solicitation(mac, "fd00::1".parse()?, "fd00::2".parse()?);
     let advertised = |seen: &bpf_bridge_tests::Captured| {
         seen.ethertype() == Frame::IPV6 && seen.bytes.get(54) == Some(&136)
     };
-    ensure!(socket.receive(SECOND, advertised)?.is_some());
+    // On a busy machine the kernel takes its time to have the address.
+    wait_for("advertisement", SECOND, || {
+        socket.send(&question)?;
+        let answer = socket.receive(Duration::from_millis(100), advertised)?;
+        Ok(answer.is_some())
+    })?;
 
     // A neighbour that moves is believed to have moved.
     let neighbour =
@@ -190,6 +199,110 @@ fn frames_of_arp_and_neighbour_discovery_are_understood_by_the_kernel() -> Resul
             Ok(neighbour(address)?.contains("00:02"))
         })?;
     }
+    Ok(())
+}
+
+#[test]
+fn ip_packets_are_understood_by_the_kernel() -> Result<()> {
+    let node = node()?;
+    let (_, a, b) = pair(&node)?;
+    a.ip("addr add fd00::1/64 dev eth0 nodad")?;
+    b.ip("addr add fd00::2/64 dev eth0 nodad")?;
+    let wire = PacketSocket::open(&a, "eth0")?;
+    let (from, to) = (
+        MacAddr::of_device(&a, "eth0")?,
+        MacAddr::of_device(&b, "eth0")?,
+    );
+    for (client, server) in [("10.0.0.1", "10.0.0.2"), ("fd00::1", "fd00::2")] {
+        let (client, server): (IpAddr, IpAddr) = (client.parse()?, server.parse()?);
+        let (client, server) = ((client, 4000).into(), (server, 4001).into());
+        let _server = EchoServer::start_as(&b, server, "b")?;
+        let socket = a.within(|| Ok(UdpSocket::bind(client)?))?;
+        socket.set_read_timeout(Some(SECOND))?;
+        let payload: Vec<u8> = (0..=255).cycle().take(3000).collect();
+        let short = Packet::udp(client, server, &payload[..500]);
+        let long = Packet::udp(client, server, &payload);
+        let backwards = |packet: &Packet| -> Vec<Vec<u8>> {
+            packet.fragments(7, 1200).into_iter().rev().collect()
+        };
+        for (packets, length) in [
+            (vec![short.bytes()], 500),
+            (vec![short.clone().with_options().bytes()], 500),
+            (vec![short.with_hop_by_hop_options().bytes()], 500),
+            (long.fragments(8, 1000), 3000),
+            (backwards(&long), 3000),
+            (backwards(&long.clone().with_options()), 3000),
+        ] {
+            for packet in &packets {
+                wire.send(&Frame::ip(to, from, packet))?;
+            }
+            let mut answer = vec![0; 4000];
+            let received = socket.recv(&mut answer)?;
+            let meeting = Meeting::parse(&answer[..received], &payload[..length])?;
+            ensure!(meeting.server == "b" && meeting.client == client);
+        }
+
+        // A router's complaint about what the server sent.
+        let answer = Packet::udp(server, client, &payload);
+        let complaint = Packet::too_big(client.ip(), &answer, 1300);
+        wire.send(&Frame::ip(to, from, &complaint.bytes()))?;
+        wait_for("smaller path", SECOND, || {
+            let route = b.run(&format!("ip route get {}", client.ip()))?;
+            Ok(route.contains("mtu 1300"))
+        })?;
+
+        // A reset for nobody is ignored, one for a connection ends it.
+        let stream = a.tcp_connect_from((client.ip(), 4002).into(), server, SECOND)?;
+        stream.set_read_timeout(Some(SECOND))?;
+        let mut greeting = [0; 2];
+        (&stream).read_exact(&mut greeting)?;
+        ensure!(&greeting == b"b ");
+        wire.send(&Frame::ip(
+            to,
+            from,
+            &Packet::tcp_reset((client.ip(), 4002).into(), server, 1).bytes(),
+        ))?;
+        (&stream).write_all(b"still there?")?;
+        ensure!((&stream).read(&mut greeting)? > 0);
+    }
+    Ok(())
+}
+
+#[test]
+fn offloads_can_be_switched() -> Result<()> {
+    let node = node()?;
+    let (_, a, _b) = pair(&node)?;
+    for offload in [
+        Offload::TxChecksum,
+        Offload::TcpSegmentation,
+        Offload::GenericSegmentation,
+    ] {
+        ensure!(a.offload("eth0", offload)?, "{offload:?}");
+    }
+    a.set_offload("eth0", Offload::TxChecksum, false)?;
+    // It needs the other.
+    ensure!(!a.offload("eth0", Offload::TcpSegmentation)?);
+    a.set_offload("eth0", Offload::GenericSegmentation, false)?;
+    a.set_offload("eth0", Offload::TxChecksum, true)
+}
+
+#[test]
+fn a_meeting_tells_whom_the_server_sees() -> Result<()> {
+    let node = node()?;
+    let (address, a, b) = pair(&node)?;
+    let _server = EchoServer::start_as(&b, (address(), 4000).into(), "b")?;
+    for client in Client::ALL {
+        let local = "10.0.0.1:4001".parse()?;
+        let meeting = a.meet_from(client, local, (address(), 4000).into(), SECOND)?;
+        ensure!(
+            meeting.server == "b" && meeting.client == local,
+            "{meeting:?}"
+        );
+        ensure!(a.meet(client, (address(), 4002).into(), SECOND).is_err());
+    }
+    // One without a name is not met.
+    let silent = EchoServer::start(&b, address())?;
+    ensure!(a.meet(Client::Udp, silent.address(), SECOND).is_err());
     Ok(())
 }
 
