@@ -4,8 +4,8 @@ use aya_ebpf::{
     EbpfContext as _,
     bindings::{
         BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NO_NEIGH,
-        BPF_FIB_LKUP_RET_NOT_FWDED, BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LOOKUP_OUTPUT,
-        bpf_fib_lookup as Lookup, bpf_redir_neigh,
+        BPF_FIB_LKUP_RET_NOT_FWDED, BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup as Lookup,
+        bpf_redir_neigh,
     },
     helpers::{bpf_fib_lookup, bpf_redirect_neigh},
     programs::TcContext,
@@ -35,9 +35,9 @@ fn zeroed() -> Lookup {
 }
 
 #[inline(always)]
-fn ask(ctx: &TcContext, lookup: &mut Lookup, flags: u32) -> u32 {
+fn ask(ctx: &TcContext, lookup: &mut Lookup) -> u32 {
     // SAFETY: the structure is of the length that is given with it.
-    unsafe { bpf_fib_lookup(ctx.as_ptr(), lookup, size_of::<Lookup>() as i32, flags) as u32 }
+    unsafe { bpf_fib_lookup(ctx.as_ptr(), lookup, size_of::<Lookup>() as i32, 0) as u32 }
 }
 
 /// What would become of a packet from `source` to `destination`, if `via` (a device
@@ -47,7 +47,7 @@ fn fate(ctx: &TcContext, via: u32, source: &Address, destination: &Address) -> u
     let mut lookup = zeroed();
     lookup.ifindex = via;
     set_addresses(&mut lookup, source, destination);
-    ask(ctx, &mut lookup, 0)
+    ask(ctx, &mut lookup)
 }
 
 #[inline(always)]
@@ -71,7 +71,8 @@ fn set_addresses(lookup: &mut Lookup, source: &Address, destination: &Address) {
 /// The kernel says of an address that is the node's that it does not forward to it;
 /// of one without a route it says the same. So where it says that, either the
 /// plugin has seen the address on a device of the node, or there must be a default
-/// route: then no address is without one.
+/// route: then no address is without one. (Of link-local addresses it always says
+/// that; they are the plugin's affair.)
 #[inline(never)]
 pub(crate) fn is_local(ctx: &TcContext, via: u32, source: &Address, address: &Address) -> bool {
     if address.is_loopback() || address.is_group() {
@@ -103,8 +104,6 @@ fn elsewhere(address: &Address) -> Address {
 pub(crate) struct Question {
     /// Its protocol.
     pub(crate) protocol: u8,
-    /// Whether the destination is a neighbour on `device`.
-    pub(crate) on_link: bool,
     /// The length in bytes of the longest packet on the wire, without the link's
     /// header; 0 for any.
     pub(crate) length: u16,
@@ -122,29 +121,36 @@ pub(crate) fn send(ctx: &TcContext, tuple: &Tuple, question: &Question) -> Way {
     lookup.__bindgen_anon_1.tot_len = question.length;
     lookup.ifindex = question.device;
     set_addresses(&mut lookup, &tuple.source, &tuple.destination);
-    let flags = if question.on_link {
-        BPF_FIB_LOOKUP_OUTPUT
-    } else {
-        0
-    };
-    match ask(ctx, &mut lookup, flags) {
+    match ask(ctx, &mut lookup) {
         BPF_FIB_LKUP_RET_SUCCESS | BPF_FIB_LKUP_RET_NO_NEIGH => {}
         BPF_FIB_LKUP_RET_FRAG_NEEDED => return Way::TooBig,
         _ => return Way::None,
     }
-    // SAFETY: the structure is made of numbers.
-    let mut neighbor: bpf_redir_neigh = unsafe { core::mem::zeroed() };
-    neighbor.nh_family = u32::from(lookup.family);
     // SAFETY: the kernel has written the next hop there, of the family that it says;
     // an IPv4 one is the first word.
-    neighbor.__bindgen_anon_1.ipv6_nh = unsafe { lookup.__bindgen_anon_4.ipv6_dst };
+    let next_hop = unsafe { lookup.__bindgen_anon_4.ipv6_dst };
+    Way::Out(to_neighbor(lookup.ifindex, lookup.family, next_hop))
+}
+
+/// Sends a packet to a neighbour on `device`.
+#[inline(always)]
+pub(crate) fn send_on_link(device: u32, neighbor: &Address) -> Way {
+    Way::Out(to_neighbor(device, AF_INET6, neighbor.words()))
+}
+
+#[inline(always)]
+fn to_neighbor(device: u32, family: u8, address: [u32; 4]) -> i32 {
+    // SAFETY: the structure is made of numbers.
+    let mut neighbor: bpf_redir_neigh = unsafe { core::mem::zeroed() };
+    neighbor.nh_family = u32::from(family);
+    neighbor.__bindgen_anon_1.ipv6_nh = address;
     // SAFETY: the structure is of the length that is given with it.
-    Way::Out(unsafe {
+    unsafe {
         bpf_redirect_neigh(
-            lookup.ifindex,
+            device,
             &mut neighbor,
             size_of::<bpf_redir_neigh>() as i32,
             0,
         ) as i32
-    })
+    }
 }

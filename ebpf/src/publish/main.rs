@@ -23,6 +23,7 @@ mod fragments;
 mod from_host;
 mod from_pod;
 mod maps;
+mod own;
 mod reply;
 mod request;
 #[path = "../shared.rs"]

@@ -10,6 +10,7 @@ use crate::{
     fib,
     flow::{self, Found},
     maps::published,
+    own,
     skb::Skb,
     work::{Outcome, Work},
 };
@@ -32,7 +33,9 @@ pub(crate) fn lead(ctx: &TcContext, work: &mut Work) -> Outcome {
     work.account = pod.port;
     let found = flow::find(&mut work.key, &work.flow, &work.from);
     if found != Found::Known {
-        if !fib::is_local(ctx, pod.segment, &tuple.source, &tuple.destination) {
+        if !fib::is_local(ctx, pod.segment, &tuple.source, &tuple.destination)
+            || own::is_own(ctx, tuple, protocol)
+        {
             return None;
         }
         if found == Found::Full || !flow::make(&work.key, &mut work.flow, &work.from) {

@@ -13,7 +13,10 @@ use aya_ebpf::{
 };
 use bpf_bridge_common::layout::{Address, PeerKey, Published, Socket};
 
-use crate::maps::{ADDRESSES, NODE, PEERS, published};
+use crate::{
+    maps::{ADDRESSES, NODE, PEERS, published},
+    own,
+};
 
 /// The hooks can also refuse; these never do.
 const GO_ON: i32 = 1;
@@ -32,8 +35,8 @@ macro_rules! hooks {
 hooks! {
     connect4: connect4 = ask::<V4>;
     connect6: connect6 = ask::<V6>;
-    sendmsg4: sendmsg4 = ask::<V4>;
-    sendmsg6: sendmsg6 = ask::<V6>;
+    sendmsg4: sendmsg4 = send::<V4>;
+    sendmsg6: sendmsg6 = send::<V6>;
     recvmsg4: recvmsg4 = hear::<V4>;
     recvmsg6: recvmsg6 = hear::<V6>;
     getpeername4: getpeername4 = hear::<V4>;
@@ -97,12 +100,35 @@ impl Family for V6 {
     }
 }
 
-/// connect and sendmsg: whoever asks for a published port gets the pod.
+/// connect: whoever asks for a published port gets the pod.
 #[inline(always)]
 fn ask<F: Family>(ctx: &SockAddrContext) {
+    if is_of_node(ctx) {
+        lead::<F>(ctx);
+    }
+}
+
+/// sendmsg without a connection: the same, and the answer must find its way back.
+#[inline(always)]
+fn send<F: Family>(ctx: &SockAddrContext) {
     if !is_of_node(ctx) {
         return;
     }
+    // SAFETY: the context is valid for as long as the program runs, and so is its
+    // socket.
+    let port = unsafe {
+        let socket = (*ctx.sock_addr).__bindgen_anon_1.sk;
+        if socket.is_null() {
+            return;
+        }
+        (*socket).src_port as u16
+    };
+    own::remember(&socket::<F>(ctx), port);
+    lead::<F>(ctx);
+}
+
+#[inline(always)]
+fn lead<F: Family>(ctx: &SockAddrContext) {
     let asked = socket::<F>(ctx);
     // SAFETY: the context is valid for as long as the program runs.
     let protocol = unsafe { (*ctx.sock_addr).protocol } as u8;

@@ -1,0 +1,123 @@
+//! Connections of the node's own processes: their packets are not for pods, whatever
+//! number the processes speak from.
+
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::{
+        BPF_ANY, bpf_sock_tuple, bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1 as TupleV4,
+        bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2 as TupleV6,
+    },
+    helpers::{bpf_sk_lookup_udp, bpf_sk_release, bpf_skc_lookup_tcp},
+    programs::TcContext,
+};
+use bpf_bridge_common::{
+    layout::{Address, Flow, FlowKey, PublishedKey, Socket},
+    packet::{IPPROTO_TCP, IPPROTO_UDP, Tuple},
+};
+
+use crate::maps::{FLOWS, PUBLISHED};
+
+/// States of `net/tcp_states.h`; a connected UDP socket is established.
+const ESTABLISHED: u32 = 1;
+const TIME_WAIT: u32 = 6;
+const LISTEN: u32 = 10;
+/// `BPF_F_CURRENT_NETNS` of `linux/bpf.h`.
+const CURRENT_NETNS: u64 = u64::MAX;
+
+/// The key of what a socket of the node asks without a connection, as the answer to it
+/// says it. No pod has port 0.
+#[inline(always)]
+fn key(answer: &Tuple) -> FlowKey {
+    FlowKey {
+        pod: Address::UNSPECIFIED,
+        client: answer.source,
+        port: 0,
+        pod_port: answer.destination_port,
+        client_port: answer.source_port,
+        protocol: IPPROTO_UDP,
+        reserved: [0; 3],
+    }
+}
+
+/// Remembers that a socket of the node, which speaks from `port`, asks somebody
+/// without a connection, if that number is published.
+#[inline(always)]
+pub(crate) fn remember(asked: &Socket, port: u16) {
+    let published = PublishedKey {
+        address: asked.address.unspecified_like(),
+        port,
+        protocol: IPPROTO_UDP,
+        reserved: 0,
+    };
+    if PUBLISHED.get_ptr(&published).is_none() {
+        return;
+    }
+    let answer = Tuple {
+        source: asked.address,
+        destination: Address::UNSPECIFIED,
+        source_port: asked.port as u16,
+        destination_port: port,
+    };
+    let flow = Flow {
+        original: Address::UNSPECIFIED,
+        client: asked.address,
+        original_port: port,
+        client_port: asked.port as u16,
+        from: 0,
+        client_mac: [0; 6],
+        gateway_mac: [0; 6],
+    };
+    let _ = FLOWS.insert(&key(&answer), &flow, u64::from(BPF_ANY));
+}
+
+/// Whether the packet belongs to a connection of the node's own.
+#[inline(never)]
+pub(crate) fn is_own(ctx: &TcContext, packet: &Tuple, protocol: u8) -> bool {
+    // SAFETY: the structure is made of numbers.
+    let mut tuple: bpf_sock_tuple = unsafe { core::mem::zeroed() };
+    let (source, destination) = (packet.source.words(), packet.destination.words());
+    let (sport, dport) = (packet.source_port.to_be(), packet.destination_port.to_be());
+    let size = if packet.destination.is_v4() {
+        tuple.__bindgen_anon_1.ipv4 = TupleV4 {
+            saddr: source[3],
+            daddr: destination[3],
+            sport,
+            dport,
+        };
+        size_of::<TupleV4>()
+    } else {
+        tuple.__bindgen_anon_1.ipv6 = TupleV6 {
+            saddr: source,
+            daddr: destination,
+            sport,
+            dport,
+        };
+        size_of::<TupleV6>()
+    } as u32;
+    // SAFETY: the structure is at least as long as what is given with it, and each
+    // socket that is found is released.
+    unsafe {
+        if protocol == IPPROTO_TCP {
+            let socket = bpf_skc_lookup_tcp(ctx.as_ptr(), &mut tuple, size, CURRENT_NETNS, 0);
+            if socket.is_null() {
+                return false;
+            }
+            let state = (*socket).state;
+            bpf_sk_release(socket.cast());
+            state != LISTEN && state != TIME_WAIT
+        } else if protocol == IPPROTO_UDP {
+            if FLOWS.get_ptr(&key(packet)).is_some() {
+                return true;
+            }
+            let socket = bpf_sk_lookup_udp(ctx.as_ptr(), &mut tuple, size, CURRENT_NETNS, 0);
+            if socket.is_null() {
+                return false;
+            }
+            let state = (*socket).state;
+            bpf_sk_release(socket.cast());
+            state == ESTABLISHED
+        } else {
+            false
+        }
+    }
+}
