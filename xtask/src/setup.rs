@@ -43,7 +43,7 @@ const PROGRAMS: &[Program] = {
         ("iperf3", "iperf3", &[Demo]),
         ("strace", "strace", &[Test]),
         ("iptables", "iptables", &[Test, Bench]),
-        ("busybox", "busybox-static", &[Test]),
+        ("busybox", "busybox-static", &[Demo, Test]),
         ("runc", "runc", &[Test]),
         ("containerd", "containerd", &[Test]),
         ("podman", "podman", &[Test]),

@@ -33,8 +33,8 @@ const CALLED_PORTS: usize = 22_000;
 /// How many of the others a pod of bpf-bridge's has: each is an entry of one hash
 /// map, whoever has it.
 const PORTS_OF_A_POD: usize = 100;
-/// How often one port more is published on a node that has many.
-const CALLS_BESIDE: usize = 4;
+/// Calls where a port is the first of a node, or one more beside many.
+const FEW_CALLS: usize = 4;
 
 /// How long this part will take, in ms.
 pub(super) fn estimate(settings: &Settings) -> u64 {
@@ -97,8 +97,12 @@ pub(super) fn measure(settings: &Settings, recipe: &Recipe, plan: &Plan) -> Resu
             .map(|&contender| Lane::new(contender, recipe, of_a_pod))
             .collect()
     };
-    let mut measurements = Vec::new();
+    plan.say("ADD and DEL of a first port".to_owned());
     let mut used = lanes(1)?;
+    let mut measurements = calls(&used, 1, FEW_CALLS, "1 port, the node's first")?;
+    for lane in &mut used {
+        lane.publish(1).with_context(|| lane.whose("1 port"))?;
+    }
     for &(ports, rounds) in &settings.port_calls {
         let what = plural(ports);
         plan.say(format!("ADD and DEL of {what}"));
@@ -107,6 +111,9 @@ pub(super) fn measure(settings: &Settings, recipe: &Recipe, plan: &Plan) -> Resu
     }
     for (of_a_pod, levels) in &settings.ports {
         let mut lanes = lanes(*of_a_pod)?;
+        for lane in &mut lanes {
+            lane.prepare().with_context(|| lane.whose("1 port"))?;
+        }
         for &ports in levels {
             let mut on = plural(ports);
             if *of_a_pod > 1 {
@@ -121,7 +128,7 @@ pub(super) fn measure(settings: &Settings, recipe: &Recipe, plan: &Plan) -> Resu
             if ports > 1 {
                 plan.say(format!("ADD and DEL beside {on}"));
                 let what = format!("1 port beside {on}");
-                measurements.extend(calls(&lanes, 1, CALLS_BESIDE, &what)?);
+                measurements.extend(calls(&lanes, 1, FEW_CALLS, &what)?);
             }
         }
         used.append(&mut lanes);
@@ -165,7 +172,7 @@ impl Lane {
         let outside = arena.node.outside()?;
         let pod = arena.node.sandbox("published")?;
         let caller = arena.node.sandbox("caller")?;
-        let mut lane = Self {
+        let lane = Self {
             arena,
             outside,
             pod,
@@ -182,11 +189,6 @@ impl Lane {
                  link set pod up")?;
             lane.pod
                 .ip("addr add 10.77.0.3/16 dev eth0\nlink set eth0 up")?;
-        } else {
-            lane.publish(1)?;
-        }
-        if lane.arena.runs_portmap() {
-            lane.compare_rules()?;
         }
         Ok(lane)
     }
@@ -204,6 +206,16 @@ impl Lane {
     fn del(&self, attachment: &Attachment, added: &Added) -> Result<Duration> {
         let arena = &self.arena;
         arena.node.within(|| arena.del_here(attachment, added))
+    }
+
+    /// Publishes the port that is measured. So there are the chains that rules for
+    /// others are written to.
+    fn prepare(&mut self) -> Result<()> {
+        self.publish(1)?;
+        if self.arena.runs_portmap() {
+            self.compare_rules()?;
+        }
+        Ok(())
     }
 
     /// Publishes ports until there are `count`, the last of them the one that is
