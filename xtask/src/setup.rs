@@ -42,7 +42,7 @@ const PROGRAMS: &[Program] = {
         ("bpftool", "bpftool", &[Demo, Test]),
         ("iperf3", "iperf3", &[Demo]),
         ("strace", "strace", &[Test]),
-        ("iptables", "iptables", &[Test, Bench]),
+        ("iptables", "iptables", &[Demo, Test, Bench]),
         ("busybox", "busybox-static", &[Demo, Test]),
         ("runc", "runc", &[Test]),
         ("containerd", "containerd", &[Test]),

@@ -61,15 +61,18 @@ pub(super) fn fetch(node: &Node, outside: &Outside, client: &Pod, server: &Pod) 
             let page = format!("http://{}/", SocketAddr::from((address, HOST_PORT)));
             let start = Instant::now();
             let text = from
-                .run(&format!("busybox wget -T 5 -q -O - {page}"))
+                .run(&format!("timeout 10 busybox wget -q -O - {page}"))
                 .with_context(|| format!("fetching {page} from {name}"))?;
             let time = milliseconds(start.elapsed());
             println!("  {name:8} {page:38} {time:>10}  {}", plain(text.trim()));
         }
     }
-    println!(
-        "\nThe pod's 127.0.0.1 is its own, and the node has no rule of iptables for any of it."
-    );
+    let mut rules = 0;
+    for program in ["iptables-save", "ip6tables-save"] {
+        let saved = node.run(program)?;
+        rules += saved.lines().filter(|line| line.starts_with("-A")).count();
+    }
+    println!("\n  iptables rules on the node: {rules}");
     Ok(())
 }
 
