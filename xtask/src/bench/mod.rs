@@ -215,7 +215,12 @@ fn measure(arguments: &Arguments, settings: &Settings, recipe: &Recipe) -> Resul
             .find(|pair| pair.arena.contender == Contender::BpfBridge);
         if let Some(ours) = ours.filter(|_| wanted(Part::Programs)) {
             plan.say("run time of the programs".to_owned());
-            report.programs = Some(program::measure(ours, settings.slice, settings.cpu)?);
+            report.programs = Some(program::measure(
+                ours,
+                recipe,
+                settings.slice,
+                settings.cpu,
+            )?);
         }
     }
     let mut published = None;

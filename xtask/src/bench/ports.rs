@@ -33,8 +33,8 @@ const CALLED_PORTS: usize = 22_000;
 /// How many of the others a pod of bpf-bridge's has: each is an entry of one hash
 /// map, whoever has it.
 const PORTS_OF_A_POD: usize = 100;
-/// Calls where a port is the first of a node, or one more beside many.
-const FEW_CALLS: usize = 4;
+/// How often one port more is published on a node that has many.
+const CALLS_BESIDE: usize = 4;
 
 /// How long this part will take, in ms.
 pub(super) fn estimate(settings: &Settings) -> u64 {
@@ -91,28 +91,28 @@ struct Lane {
 
 /// Measures with more and more ports on the nodes.
 pub(super) fn measure(settings: &Settings, recipe: &Recipe, plan: &Plan) -> Result<Ports> {
-    let lanes = |of_a_pod| -> Result<Vec<Lane>> {
-        let contenders = settings.contenders.iter();
-        contenders
-            .map(|&contender| Lane::new(contender, recipe, of_a_pod))
-            .collect()
-    };
-    plan.say("ADD and DEL of a first port".to_owned());
-    let mut used = lanes(1)?;
-    let mut measurements = calls(&used, 1, FEW_CALLS, "1 port, the node's first")?;
-    for lane in &mut used {
-        lane.publish(1).with_context(|| lane.whose("1 port"))?;
-    }
-    for &(ports, rounds) in &settings.port_calls {
-        let what = plural(ports);
-        plan.say(format!("ADD and DEL of {what}"));
-        measurements.extend(calls(&used, ports, rounds, &what)?);
-        plan.advance(rounds as u64 * round(ports));
-    }
+    let mut measurements = Vec::new();
+    let mut firsts = Vec::new();
+    let mut used = Vec::new();
     for (of_a_pod, levels) in &settings.ports {
-        let mut lanes = lanes(*of_a_pod)?;
-        for lane in &mut lanes {
-            lane.prepare().with_context(|| lane.whose("1 port"))?;
+        plan.say("making nodes".to_owned());
+        let mut lanes = Vec::new();
+        for (number, &contender) in settings.contenders.iter().enumerate() {
+            let mut lane = Lane::new(contender, recipe, *of_a_pod)?;
+            let first = lane.prepare().with_context(|| lane.whose("a first port"))?;
+            if firsts.len() == number {
+                firsts.push((contender, Vec::new()));
+            }
+            firsts[number].1.extend(first.map(milliseconds));
+            lanes.push(lane);
+        }
+        if used.is_empty() {
+            for &(ports, rounds) in &settings.port_calls {
+                let what = plural(ports);
+                plan.say(format!("ADD and DEL of {what}"));
+                measurements.extend(calls(&lanes, ports, rounds, &what)?);
+                plan.advance(rounds as u64 * round(ports));
+            }
         }
         for &ports in levels {
             let mut on = plural(ports);
@@ -128,11 +128,12 @@ pub(super) fn measure(settings: &Settings, recipe: &Recipe, plan: &Plan) -> Resu
             if ports > 1 {
                 plan.say(format!("ADD and DEL beside {on}"));
                 let what = format!("1 port beside {on}");
-                measurements.extend(calls(&lanes, 1, FEW_CALLS, &what)?);
+                measurements.extend(calls(&lanes, 1, CALLS_BESIDE, &what)?);
             }
         }
         used.append(&mut lanes);
     }
+    measurements.insert(0, call("ADD, 1 port, a node's first", firsts));
     let mut notes = vec![
         "Ports: a machine outside connects to the node; the pod that has the port was added \
          last, the other ports are of one pod each, unless it says otherwise."
@@ -184,9 +185,9 @@ impl Lane {
         };
         if contender == Contender::Floor {
             lane.outside
-                .ip("link add pod type veth peer name eth0 netns published\n\
-                 addr add 10.77.0.2/16 dev pod\n\
-                 link set pod up")?;
+                .run("ip link add pod type veth peer name eth0 netns published")?;
+            lane.outside
+                .ip("addr add 10.77.0.2/16 dev pod\nlink set pod up")?;
             lane.pod
                 .ip("addr add 10.77.0.3/16 dev eth0\nlink set eth0 up")?;
         }
@@ -208,14 +209,14 @@ impl Lane {
         arena.node.within(|| arena.del_here(attachment, added))
     }
 
-    /// Publishes the port that is measured. So there are the chains that rules for
-    /// others are written to.
-    fn prepare(&mut self) -> Result<()> {
+    /// Publishes a first port, with which come the programs, or the chains that
+    /// rules for others are written to; returns how long that took.
+    fn prepare(&mut self) -> Result<Option<Duration>> {
         self.publish(1)?;
         if self.arena.runs_portmap() {
             self.compare_rules()?;
         }
-        Ok(())
+        Ok(self.published.as_ref().map(|added| added.time))
     }
 
     /// Publishes ports until there are `count`, the last of them the one that is
@@ -401,8 +402,8 @@ fn calls(lanes: &[Lane], ports: usize, rounds: usize, what: &str) -> Result<Vec<
             let added = lane.add(&attachment)?;
             let deleted = lane.del(&attachment, &added)?;
             if round >= warm_up {
-                adds.push(added.time.as_secs_f64() * 1e3);
-                dels.push(deleted.as_secs_f64() * 1e3);
+                adds.push(milliseconds(added.time));
+                dels.push(milliseconds(deleted));
             }
         }
     }
@@ -413,15 +414,24 @@ fn calls(lanes: &[Lane], ports: usize, rounds: usize, what: &str) -> Result<Vec<
             ((contender, adds), (contender, dels))
         })
         .unzip();
-    Ok([("ADD", adds), ("DEL", dels)]
-        .map(|(verb, values)| Measurement {
-            name: format!("{verb}, {what}"),
-            unit: "ms",
-            better: Better::Lower,
-            additive: true,
-            values,
-        })
-        .into())
+    Ok(vec![
+        call(&format!("ADD, {what}"), adds),
+        call(&format!("DEL, {what}"), dels),
+    ])
+}
+
+fn call(name: &str, values: Vec<(Contender, Vec<f64>)>) -> Measurement {
+    Measurement {
+        name: name.to_owned(),
+        unit: "ms",
+        better: Better::Lower,
+        additive: true,
+        values,
+    }
+}
+
+fn milliseconds(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
 }
 
 /// Connections through the port that was published last.

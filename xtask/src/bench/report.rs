@@ -87,10 +87,11 @@ impl Report {
             }
         }
         if let Some(programs) = &self.programs {
-            for (traffic, time) in &programs.runs {
+            for run in &programs.runs {
                 let _ = writeln!(
                     text,
-                    "| program on the port, {traffic} (ns a run) | {time:.0} | | | | |"
+                    "| program `{}`, {} (ns a run) | {:.0} | | | | |",
+                    run.program, run.traffic, run.time
                 );
             }
             for program in &programs.programs {
