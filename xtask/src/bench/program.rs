@@ -301,9 +301,12 @@ impl<'a> Pins<'a> {
             .find(|path| path.file_name().is_some_and(|file| file == name))
             .with_context(|| format!("no program {name} below {PINS}"))?;
         self.node.within(|| {
-            let info = ProgramInfo::from_pin(path);
-            if info.is_ok() || !path.components().any(|part| part.as_os_str() == "links") {
-                return info.with_context(|| format!("opening the pin {}", path.display()));
+            if !path
+                .parent()
+                .is_some_and(|directory| directory.ends_with("links"))
+            {
+                return ProgramInfo::from_pin(path)
+                    .with_context(|| format!("opening the pin {}", path.display()));
             }
             let link = FdLink::from(PinnedLink::from_pin(path)?);
             let id = link.info()?.program_id();
