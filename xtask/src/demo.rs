@@ -54,7 +54,10 @@ pub(crate) fn run() -> Result<()> {
     .into_iter()
     .map(|(name, ports)| add(&network, name, ports))
     .collect::<Result<Vec<_>>>()?;
-    println!("\nThe first of them loaded the programs, as happens once after a boot.");
+    println!(
+        "\nThe first of them loaded the programs, and the first with a published port those for it, as \
+         happens once after a boot."
+    );
 
     let gateway = text(&conflist["plugins"][0], "bridge")?;
     picture::draw(&node, &outside, &pods, gateway)?;
