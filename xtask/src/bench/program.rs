@@ -23,6 +23,7 @@ use super::{
     measurement::Contender,
     node::{Arena, Chain, PORT_MAPPINGS, Recipe},
     peer::{Connector, Ends, Flow, Transport},
+    statistics::Summary,
     traffic::{Pair, UDP_FLOW, UDP_RR},
 };
 
@@ -43,6 +44,9 @@ const PROGRAMS: [&str; 8] = [
     "from_host",
     CONNECT,
 ];
+
+/// How often the time is taken; what counts is the median.
+const SLICES: usize = 5;
 
 /// The port that is published, on the node and in the pod.
 const HOST_PORT: u16 = 8080;
@@ -280,16 +284,21 @@ impl<'a> Pins<'a> {
         mut traffic: impl FnMut() -> Result<()>,
     ) -> Result<Run> {
         traffic()?;
-        let before = self.info(program)?;
-        traffic()?;
-        let after = self.info(program)?;
-        let count = after.run_count() - before.run_count();
-        ensure!(count > 0, "the program {program} did not run for {name}");
-        let time = after.run_time() - before.run_time();
+        let mut means = Vec::new();
+        for _ in 0..SLICES {
+            let before = self.info(program)?;
+            traffic()?;
+            let after = self.info(program)?;
+            let count = after.run_count() - before.run_count();
+            ensure!(count > 0, "the program {program} did not run for {name}");
+            let time = after.run_time() - before.run_time();
+            means.push(time.as_nanos() as f64 / count as f64);
+        }
+        let summary = Summary::of(&means).context("nothing was measured")?;
         Ok(Run {
             program,
             traffic: name.to_owned(),
-            time: time.as_nanos() as f64 / count as f64,
+            time: summary.median,
         })
     }
 
