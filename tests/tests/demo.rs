@@ -72,7 +72,34 @@ fn the_demo_shows_every_way_and_ends() {
         assert_eq!(line.matches(" ms").count(), 2, "{line}");
         assert_eq!(line.matches(" Gbit/s").count(), 2, "{line}");
     }
-    for line in ["[eBPF: port] ── pod-c  eth0", "NEIGHBORS", "DEL pod-c"] {
+    // Who fetches which page, and as who the pod sees that.
+    for (from, page, client) in [
+        ("outside", "198.51.100.2:8080", "198.51.100.1"),
+        ("outside", "[2001:db8:ffff::2]:8080", "2001:db8:ffff::1"),
+        ("node", "127.0.0.1:8080", "10.88.0.1"),
+        ("node", "[::1]:8080", "fd00:88::1"),
+        ("pod-a", "198.51.100.2:8080", "10.88.0.1"),
+        ("pod-a", "[2001:db8:ffff::2]:8080", "fd00:88::1"),
+        ("pod-a", "10.88.0.1:8080", "10.88.0.1"),
+        ("pod-b", "198.51.100.2:8080", "10.88.0.1"),
+    ] {
+        let page = format!("http://{page}/");
+        let line = text
+            .lines()
+            .map(|line| line.split_whitespace().collect::<Vec<_>>())
+            .find(|words| words.starts_with(&[from, &page]))
+            .unwrap_or_else(|| panic!("no {page} from {from} in {text}"));
+        assert_eq!(line.last(), Some(&client), "{text}");
+    }
+    for line in [
+        "[eBPF: port] ── pod-c  eth0",
+        "NEIGHBORS",
+        "[eBPF: uplink]",
+        "PUBLISHED  0.0.0.0:8080 is 10.88.0.3:80 at veth",
+        "PUBLISHED  [::]:8080 is [fd00:88::3]:80 at veth",
+        "iptables rules on the node: 0",
+        "DEL pod-c",
+    ] {
         assert!(text.contains(line), "no {line} in {text}");
     }
 }

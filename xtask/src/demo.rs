@@ -1,5 +1,5 @@
 //! `cargo xtask demo`: a node with three pods, what the plugin set up for them,
-//! and traffic between all that can talk.
+//! traffic between all that can talk, and a page behind a published port.
 //!
 //! The node, the pods and the machine outside are namespaces that live in this
 //! process's file descriptors, pins and leases included (see
@@ -7,6 +7,7 @@
 //! by whatever signal.
 
 mod picture;
+mod published;
 mod traffic;
 
 use std::{
@@ -16,7 +17,7 @@ use std::{
 
 use anyhow::{Context as _, Result, anyhow};
 use bpf_bridge_tests::{Network, Node, Pod, Snapshot};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::{
     build,
@@ -45,15 +46,25 @@ pub(crate) fn run() -> Result<()> {
     }
 
     println!("A runtime attaches three pods to {CONFLIST}:\n");
-    let pods = ["pod-a", "pod-b", "pod-c"]
-        .into_iter()
-        .map(|name| add(&network, name))
-        .collect::<Result<Vec<_>>>()?;
-    println!("\nThe first of them loaded the programs, as happens once after a boot.");
+    let pods = [
+        ("pod-a", json!([])),
+        ("pod-b", published::mappings()),
+        ("pod-c", json!([])),
+    ]
+    .into_iter()
+    .map(|(name, ports)| add(&network, name, ports))
+    .collect::<Result<Vec<_>>>()?;
+    println!(
+        "\nThe first of them loaded the programs, and the first with a published port those for it, as \
+         happens once after a boot."
+    );
 
     let gateway = text(&conflist["plugins"][0], "bridge")?;
     picture::draw(&node, &outside, &pods, gateway)?;
     traffic::measure(&node, &outside, &pods)?;
+    if let [a, b, ..] = &pods[..] {
+        published::fetch(&node, &outside, a, b)?;
+    }
     picture::counters(&node, &pods)?;
 
     println!("\nThe runtime detaches them:\n");
@@ -85,10 +96,10 @@ fn subnets(conflist: &Value) -> impl Iterator<Item = &str> {
         .filter_map(|range| range["subnet"].as_str())
 }
 
-/// Makes a sandbox and attaches it, and says so.
-fn add(network: &Network<'_>, name: &str) -> Result<Pod> {
+/// Makes a sandbox, attaches it with published ports, and says so.
+fn add(network: &Network<'_>, name: &str, ports: Value) -> Result<Pod> {
     let sandbox = network.node().sandbox(name)?;
-    let attachment = sandbox.attachment();
+    let attachment = sandbox.attachment().capability("portMappings", ports);
     let start = Instant::now();
     let pod = network.pod_with(sandbox, attachment)?;
     let addresses: Vec<_> = pod.addresses().iter().map(ToString::to_string).collect();

@@ -8,11 +8,12 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use bpf_bridge_tests::Sandbox;
+use serde_json::json;
 
 use super::{
     Plan, Settings,
     measurement::{Better, Contender, Measurement},
-    node::{Arena, Recipe},
+    node::{Arena, Chain, Recipe},
 };
 
 /// ADDs, and then DELs, that are made at once.
@@ -50,7 +51,7 @@ pub(super) struct Latency {
 pub(super) fn measure(settings: &Settings, recipe: &Recipe, plan: &Plan) -> Result<Latency> {
     let mut arenas = Vec::new();
     for &contender in &settings.contenders {
-        arenas.push(Arena::new(contender, recipe)?);
+        arenas.push(Arena::new(contender, recipe, Chain::Plain)?);
     }
     let mut found = Latency {
         measurements: Vec::new(),
@@ -88,7 +89,7 @@ fn fill(arenas: &mut [Arena], pods: usize, plan: &Plan) -> Result<()> {
                 scope.spawn(move || {
                     let name = arena.contender.name();
                     arena
-                        .fill(pods, || plan.advance(ESTIMATED_POD))
+                        .fill(pods, |_| json!([]), || plan.advance(ESTIMATED_POD))
                         .with_context(|| format!("filling the node of {name}"))
                 })
             })

@@ -32,6 +32,8 @@ pub(super) fn describe(recipe: &Recipe, cpu: usize) -> Value {
         "revision": revision(),
         "stock": banner(&recipe.stock.join("bridge")),
         "stockHostLocal": banner(&recipe.stock.join("host-local")),
+        "stockPortmap": banner(&recipe.stock.join("portmap")),
+        "iptables": line("iptables", "--version"),
     })
 }
 
@@ -57,6 +59,17 @@ fn revision() -> Option<String> {
         .ok()
         .filter(|output| output.status.success())?;
     Some(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}
+
+/// The first line that a program prints.
+fn line(program: &str, argument: &str) -> Option<String> {
+    let output = Command::new(program)
+        .arg(argument)
+        .stdin(Stdio::null())
+        .output()
+        .ok()?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    Some(text.lines().next()?.to_owned())
 }
 
 /// What a plugin calls itself when nobody asks it anything.

@@ -13,6 +13,7 @@ mod measurement;
 mod memory;
 mod node;
 mod peer;
+mod ports;
 mod program;
 mod report;
 mod statistics;
@@ -76,6 +77,8 @@ enum Part {
     Traffic,
     /// The kernel's account of the eBPF programs.
     Programs,
+    /// Published ports: connections, ADD and DEL.
+    Ports,
     /// ADD and DEL.
     Calls,
 }
@@ -94,6 +97,12 @@ struct Settings {
     levels: Vec<usize>,
     /// How often many calls are made at once.
     crowds: usize,
+    /// Numbers of published ports on the node, by how many of them a pod has.
+    ports: Vec<(usize, Vec<usize>)>,
+    /// Rounds of traffic through one of them.
+    port_rounds: usize,
+    /// ADDs and DELs: of how many ports, and how often.
+    port_calls: Vec<(usize, usize)>,
     /// Where both ends of all traffic run.
     cpu: usize,
 }
@@ -153,6 +162,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     ));
     report.write(&path)?;
     println!("{}", report.table());
+    for note in &report.notes {
+        println!("{note}");
+    }
     println!(
         "The interval of a comparison is that of the median, with 95 % confidence; \"same\": \
          the difference is smaller than the noise.\nAll samples: {}",
@@ -167,6 +179,9 @@ fn measure(arguments: &Arguments, settings: &Settings, recipe: &Recipe) -> Resul
     if wanted(Part::Traffic) {
         length += traffic::estimate(settings);
     }
+    if wanted(Part::Ports) {
+        length += ports::estimate(settings);
+    }
     if wanted(Part::Calls) {
         length += latency::estimate(settings);
     }
@@ -176,6 +191,7 @@ fn measure(arguments: &Arguments, settings: &Settings, recipe: &Recipe) -> Resul
         settings: settings.to_json(),
         against: recipe.against.clone(),
         measurements: Vec::new(),
+        notes: Vec::new(),
         programs: None,
         first_memory: Vec::new(),
         memory: Vec::new(),
@@ -199,8 +215,19 @@ fn measure(arguments: &Arguments, settings: &Settings, recipe: &Recipe) -> Resul
             .find(|pair| pair.arena.contender == Contender::BpfBridge);
         if let Some(ours) = ours.filter(|_| wanted(Part::Programs)) {
             plan.say("run time of the programs".to_owned());
-            report.programs = Some(program::measure(ours, settings.slice, settings.cpu)?);
+            report.programs = Some(program::measure(
+                ours,
+                recipe,
+                settings.slice,
+                settings.cpu,
+            )?);
         }
+    }
+    let mut published = None;
+    if wanted(Part::Ports) {
+        let ports = published.insert(ports::measure(settings, recipe, &plan)?);
+        report.measurements.append(&mut ports.measurements);
+        report.notes.append(&mut ports.notes);
     }
     // Last, because thousands of namespaces are taken down afterwards.
     if wanted(Part::Calls) {
@@ -210,6 +237,8 @@ fn measure(arguments: &Arguments, settings: &Settings, recipe: &Recipe) -> Resul
         report.memory = latency.memory;
     }
     plan.bar.finish_and_clear();
+    // Taking its nodes down would have disturbed the calls.
+    drop(published);
     Ok(report)
 }
 
@@ -218,7 +247,7 @@ fn size(contender: Contender, recipe: &Recipe) -> Option<u64> {
     let files = match contender {
         Contender::BpfBridge => vec![recipe.plugin.clone()],
         Contender::Stock if recipe.against.is_some() => recipe.against.iter().cloned().collect(),
-        Contender::Stock => ["bridge", "host-local"]
+        Contender::Stock => ["bridge", "host-local", "portmap"]
             .map(|name| recipe.stock.join(name))
             .into(),
         Contender::Floor => return None,
@@ -249,6 +278,9 @@ impl Settings {
                 calls: 20,
                 levels: vec![0, 100],
                 crowds: 2,
+                ports: vec![(1, vec![1, 1000])],
+                port_rounds: 12,
+                port_calls: vec![(0, 6), (1, 6), (100, 1)],
                 cpu,
             }
         } else {
@@ -260,6 +292,9 @@ impl Settings {
                 calls: 100,
                 levels: vec![0, 100, 1000],
                 crowds: 6,
+                ports: vec![(1, vec![1, 100, 1000]), (100, vec![1000, 10_000])],
+                port_rounds: 15,
+                port_calls: vec![(0, 20), (1, 20), (10, 15), (100, 6), (500, 3)],
                 cpu,
             }
         })
@@ -274,6 +309,9 @@ impl Settings {
             "pods": self.levels,
             "callsAtOnce": latency::AT_ONCE,
             "crowds": self.crowds,
+            "portsByThoseOfAPod": self.ports,
+            "portRounds": self.port_rounds,
+            "portCalls": self.port_calls,
         })
     }
 }

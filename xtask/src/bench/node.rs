@@ -2,6 +2,7 @@
 
 use std::{
     fs::{self, File},
+    net::IpAddr,
     os::unix::fs::symlink,
     path::{Path, PathBuf},
     process::Command,
@@ -23,6 +24,12 @@ use super::{
     memory,
 };
 
+/// The name of the network on every node.
+pub(super) const NETWORK: &str = "bench";
+
+/// The capability by which a runtime publishes ports.
+pub(super) const PORT_MAPPINGS: &str = "portMappings";
+
 /// What the nodes of a run have in common.
 pub(super) struct Recipe {
     /// The plugin under test.
@@ -36,11 +43,20 @@ pub(super) struct Recipe {
     pub(super) disk: PathBuf,
 }
 
+/// What is asked of the plugins besides attaching pods.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Chain {
+    /// Nothing: the stock chain is `bridge` alone.
+    Plain,
+    /// To publish ports: the stock chain has `portmap` in it.
+    Publishing,
+}
+
 /// A node on which one contender attaches pods.
 pub(super) struct Arena {
     pub(super) contender: Contender,
     pub(super) node: Node,
-    config: Value,
+    conflist: Value,
     netlink: Netlink,
     filled: usize,
     // Below the node's mounts.
@@ -55,20 +71,31 @@ pub(super) struct Added {
 }
 
 impl Added {
-    /// The address of a pod, or that of its gateway; of IPv4.
-    pub(super) fn v4(&self, key: &str) -> Result<std::net::IpAddr> {
+    /// The IPv4 address of a pod, or that of its gateway.
+    pub(super) fn v4(&self, key: &str) -> Result<IpAddr> {
+        self.addresses(key)
+            .find(IpAddr::is_ipv4)
+            .with_context(|| format!("no IPv4 {key} in {}", self.result))
+    }
+
+    /// The IPv6 address of a pod, or that of its gateway.
+    pub(super) fn v6(&self, key: &str) -> Result<IpAddr> {
+        self.addresses(key)
+            .find(IpAddr::is_ipv6)
+            .with_context(|| format!("no IPv6 {key} in {}", self.result))
+    }
+
+    fn addresses(&self, key: &str) -> impl Iterator<Item = IpAddr> {
         self.result["ips"]
             .as_array()
             .into_iter()
             .flatten()
-            .filter_map(|ip| ip[key].as_str()?.split('/').next()?.parse().ok())
-            .find(std::net::IpAddr::is_ipv4)
-            .with_context(|| format!("no IPv4 {key} in {}", self.result))
+            .filter_map(move |ip| ip[key].as_str()?.split('/').next()?.parse().ok())
     }
 }
 
 impl Arena {
-    pub(super) fn new(contender: Contender, recipe: &Recipe) -> Result<Self> {
+    pub(super) fn new(contender: Contender, recipe: &Recipe, chain: Chain) -> Result<Self> {
         let against = recipe.against.as_ref();
         let against = against.filter(|_| contender == Contender::Stock);
         let node = Node::with_plugin(against.unwrap_or(&recipe.plugin))?;
@@ -83,7 +110,7 @@ impl Arena {
                 None::<&str>,
             )
             .context("mounting a directory for addresses")?;
-            for plugin in ["bridge", "host-local"] {
+            for plugin in ["bridge", "host-local", "portmap"] {
                 let link = Path::new(Node::CNI_PATH).join(plugin);
                 let _ = fs::remove_file(&link);
                 symlink(recipe.stock.join(plugin), &link)?;
@@ -98,15 +125,9 @@ impl Arena {
             }
             Ok(())
         })?;
-        let plugin = if contender == Contender::Stock && against.is_none() {
-            "bridge"
-        } else {
-            node.plugin()
-        };
-        let config = json!({
-            "cniVersion": "1.0.0",
-            "name": "bench",
-            "type": plugin,
+        let stock = contender == Contender::Stock && against.is_none();
+        let mut first = json!({
+            "type": if stock { "bridge" } else { node.plugin() },
             "bridge": "cni0",
             "isGateway": true,
             "isDefaultGateway": true,
@@ -116,11 +137,24 @@ impl Arena {
                 "ranges": [[{"subnet": Network::V4_SUBNET}], [{"subnet": Network::V6_SUBNET}]],
             },
         });
+        let capabilities = json!({PORT_MAPPINGS: true});
+        let plugins = match chain {
+            Chain::Plain => json!([first]),
+            Chain::Publishing if stock => json!([
+                first,
+                {"type": "portmap", "backend": "iptables", "capabilities": capabilities},
+            ]),
+            Chain::Publishing => {
+                first["capabilities"] = capabilities;
+                json!([first])
+            }
+        };
+        let conflist = json!({"cniVersion": "1.0.0", "name": NETWORK, "plugins": plugins});
         let netlink = Netlink::open(&node)?;
         Ok(Self {
             contender,
             node,
-            config,
+            conflist,
             netlink,
             filled: 0,
             _disk: disk,
@@ -149,15 +183,24 @@ impl Arena {
 
     /// Calls ADD in the node that the calling thread is in.
     pub(super) fn add_here(&self, attachment: &Attachment) -> Result<Added> {
-        let reply = self
-            .call(Verb::Add)
-            .stdin(&self.config)
-            .attachment(attachment)
-            .run_here()?;
-        Ok(Added {
-            time: reply.duration,
-            result: reply.success()?,
-        })
+        let mut added = Added {
+            time: Duration::ZERO,
+            result: Value::Null,
+        };
+        for mut config in self.configs(attachment)? {
+            if !added.result.is_null() {
+                config["prevResult"] = added.result;
+            }
+            let reply = call(Verb::Add, &config).attachment(attachment).run_here()?;
+            added.time += reply.duration;
+            added.result = reply.success()?;
+        }
+        Ok(added)
+    }
+
+    /// What the plugins of the chain read, in its order.
+    fn configs(&self, attachment: &Attachment) -> Result<Vec<Value>> {
+        Network::from_list(&self.node, self.conflist.clone()).configs(Some(attachment))
     }
 
     /// Detaches a sandbox again; returns how long that took.
@@ -173,19 +216,14 @@ impl Arena {
 
     /// Calls DEL in the node that the calling thread is in.
     pub(super) fn del_here(&self, attachment: &Attachment, added: &Added) -> Result<Duration> {
-        let mut config = self.config.clone();
-        config["prevResult"] = added.result.clone();
-        let reply = self
-            .call(Verb::Del)
-            .stdin(&config)
-            .attachment(attachment)
-            .run_here()?;
-        ensure!(reply.success()?.is_null(), "DEL wrote {}", reply.stdout);
-        Ok(reply.duration)
-    }
-
-    fn call(&self, verb: Verb) -> Call {
-        Call::new(self.config["type"].as_str().unwrap_or_default(), verb)
+        let mut time = Duration::ZERO;
+        for mut config in self.configs(attachment)?.into_iter().rev() {
+            config["prevResult"] = added.result.clone();
+            let reply = call(Verb::Del, &config).attachment(attachment).run_here()?;
+            ensure!(reply.success()?.is_null(), "DEL wrote {}", reply.stdout);
+            time += reply.duration;
+        }
+        Ok(time)
     }
 
     /// Attaches and detaches a sandbox; returns the most memory that a call had
@@ -195,9 +233,9 @@ impl Arena {
             return Ok(None);
         }
         self.node.within(|| {
-            let call = |verb: Verb, config: &Value| {
-                let plugin = config["type"].as_str().unwrap_or_default();
-                let attachment = sandbox.attachment();
+            let attachment = sandbox.attachment();
+            let peak = |verb: Verb, config: &Value| {
+                let plugin = type_of(config);
                 let mut command = Command::new(Path::new(Node::CNI_PATH).join(plugin));
                 command.env("CNI_COMMAND", verb.as_str()).envs([
                     ("CNI_PATH", Node::CNI_PATH),
@@ -208,17 +246,44 @@ impl Arena {
                 memory::peak(command, &config.to_string())
                     .with_context(|| format!("{} {plugin}", verb.as_str()))
             };
-            let (result, add) = call(Verb::Add, &self.config)?;
-            let mut config = self.config.clone();
-            config["prevResult"] = serde_json::from_str(&result)?;
-            let (_, del) = call(Verb::Del, &config)?;
-            Ok(Some(add.max(del)))
+            let mut most = 0;
+            let mut result = Value::Null;
+            let configs = self.configs(&attachment)?;
+            for mut config in configs.clone() {
+                if !result.is_null() {
+                    config["prevResult"] = result;
+                }
+                let (text, add) = peak(Verb::Add, &config)?;
+                result = serde_json::from_str(&text)?;
+                most = most.max(add);
+            }
+            for mut config in configs.into_iter().rev() {
+                config["prevResult"] = result.clone();
+                most = most.max(peak(Verb::Del, &config)?.1);
+            }
+            Ok(Some(most))
         })
     }
 
-    /// Attaches pods until there are `count`, each in a namespace of its own.
-    /// They vanish with the node. `progress` is called after each.
-    pub(super) fn fill(&mut self, count: usize, progress: impl Fn() + Sync) -> Result<()> {
+    /// Whether ports are published by the stock plugin.
+    pub(super) fn runs_portmap(&self) -> bool {
+        self.conflist["plugins"][1]["type"] == "portmap"
+    }
+
+    /// How many pods [`Self::fill`] has attached.
+    pub(super) fn filled(&self) -> usize {
+        self.filled
+    }
+
+    /// Attaches pods until there are `count`, each in a namespace of its own, and
+    /// with the port mappings that `ports` tells by its number. They vanish with
+    /// the node. `progress` is called after each.
+    pub(super) fn fill(
+        &mut self,
+        count: usize,
+        ports: impl Fn(usize) -> Value + Sync,
+        progress: impl Fn() + Sync,
+    ) -> Result<()> {
         let start = self.filled;
         self.node.within(|| {
             let node = floor::open_namespace(Path::new("/proc/thread-self/ns/net"))?;
@@ -236,7 +301,9 @@ impl Arena {
                     self.netlink.create(&name, &inside)?;
                     self.netlink.set_up(&name)?;
                 } else {
-                    self.add_here(&Attachment::new(&name, &path, "eth0"))
+                    let attachment = Attachment::new(&name, &path, "eth0")
+                        .capability(PORT_MAPPINGS, ports(number));
+                    self.add_here(&attachment)
                         .with_context(|| format!("attaching pod {number}"))?;
                 }
                 progress();
@@ -246,4 +313,12 @@ impl Arena {
         self.filled = count;
         Ok(())
     }
+}
+
+fn call(verb: Verb, config: &Value) -> Call {
+    Call::new(type_of(config), verb).stdin(config)
+}
+
+fn type_of(config: &Value) -> &str {
+    config["type"].as_str().unwrap_or_default()
 }

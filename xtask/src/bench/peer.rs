@@ -5,7 +5,8 @@
 //! then the asker goes on. A quota of 1 is a ping-pong (TCP_RR, UDP_RR), one of
 //! megabytes a stream, and one of some dozens of datagrams a flow of packets of
 //! which none is ever lost, which the usual blasters cannot promise when both
-//! ends share a CPU.
+//! ends share a CPU. [`Connector`] does the first of these with a connection for
+//! each byte (TCP_CRR).
 //!
 //! Both ends run on one CPU: there the cost of a packet is all that decides, and
 //! figures repeat within a per cent. On two, the wake-ups between the CPUs weigh
@@ -13,8 +14,8 @@
 
 use std::{
     io::{self, Read as _, Write as _},
-    net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
-    os::fd::{AsFd as _, OwnedFd},
+    net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
+    os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
     process::{Child, Command, Stdio},
     str::FromStr,
     thread,
@@ -24,13 +25,24 @@ use std::{
 use anyhow::{Context as _, Error, Result, bail, ensure};
 use bpf_bridge_tests::Namespace;
 use nix::{
+    libc,
     sched::{CpuSet, sched_setaffinity},
-    sys::{prctl::set_pdeathsig, signal::Signal},
+    sys::{
+        prctl::set_pdeathsig,
+        signal::Signal,
+        socket::{
+            AddressFamily, SockFlag, SockType, SockaddrStorage, connect, setsockopt, socket,
+            sockopt,
+        },
+    },
     unistd::Pid,
 };
 
+use super::statistics::Summary;
+
 /// How long the asker waits for an answer; on one node nothing takes this long.
 const LOST: Duration = Duration::from_secs(2);
+const LOST_MS: u32 = 2000;
 /// How much is given to the kernel at once.
 const CHUNK: usize = 128 * 1024;
 
@@ -41,6 +53,20 @@ pub(super) enum Transport {
     Tcp { quota: usize },
     /// `quota` datagrams of `size` bytes there, one back.
     Udp { quota: usize, size: usize },
+    /// A TCP connection for one byte there and one back.
+    Connections,
+}
+
+/// Where a flow starts and where it ends.
+pub(super) struct Ends<'a> {
+    pub(super) from: &'a Namespace,
+    pub(super) to: &'a Namespace,
+    /// One of the addresses of `to`, and a port; 0 is one of the kernel's choice.
+    pub(super) listen: SocketAddr,
+    /// What `from` connects to, if that is not where `to` listens.
+    pub(super) through: Option<SocketAddr>,
+    /// The CPU of both ends.
+    pub(super) cpu: usize,
 }
 
 /// What the hidden option `--peer` says: the transport, its quota, and the CPU.
@@ -55,6 +81,7 @@ impl PeerTask {
         match self.transport {
             Transport::Tcp { quota } => format!("tcp:{quota}:{}", self.cpu),
             Transport::Udp { quota, .. } => format!("udp:{quota}:{}", self.cpu),
+            Transport::Connections => format!("connections:1:{}", self.cpu),
         }
     }
 
@@ -68,6 +95,7 @@ impl PeerTask {
         match self.transport {
             Transport::Tcp { quota } => answer_tcp(&TcpListener::from(socket), quota),
             Transport::Udp { quota, .. } => answer_udp(&UdpSocket::from(socket), quota),
+            Transport::Connections => answer_connections(&TcpListener::from(socket)),
         }
     }
 }
@@ -84,7 +112,8 @@ impl FromStr for PeerTask {
         let transport = match transport {
             "tcp" => Transport::Tcp { quota },
             "udp" => Transport::Udp { quota, size: 0 },
-            _ => bail!("neither tcp nor udp"),
+            "connections" => Transport::Connections,
+            _ => bail!("neither tcp, udp nor connections"),
         };
         let cpu = cpu.parse().context("the CPU")?;
         Ok(Self { transport, cpu })
@@ -121,13 +150,65 @@ fn answer_udp(socket: &UdpSocket, quota: usize) -> Result<()> {
     }
 }
 
+fn answer_connections(listener: &TcpListener) -> Result<()> {
+    loop {
+        let (mut stream, _) = listener.accept()?;
+        stream.read_exact(&mut [0])?;
+        stream.write_all(&[0])?;
+        // The asker ends it, by a reset.
+        let _ = stream.read(&mut [0]);
+    }
+}
+
+/// The process that answers; killed on drop.
+#[derive(Debug)]
+struct Peer(Child);
+
+impl Peer {
+    /// Listens at the end of `ends`; returns where to connect to, too.
+    ///
+    /// Must be called by the main thread: the peer ends with the thread that
+    /// started it.
+    fn start(ends: &Ends<'_>, transport: Transport) -> Result<(Self, SocketAddr)> {
+        let (socket, address): (OwnedFd, SocketAddr) = ends
+            .to
+            .within(|| {
+                Ok(if let Transport::Udp { .. } = transport {
+                    let socket = UdpSocket::bind(ends.listen)?;
+                    let address = socket.local_addr()?;
+                    (socket.into(), address)
+                } else {
+                    let socket = TcpListener::bind(ends.listen)?;
+                    let address = socket.local_addr()?;
+                    (socket.into(), address)
+                })
+            })
+            .with_context(|| format!("listening on {}", ends.listen))?;
+        let cpu = ends.cpu;
+        let peer = Command::new("/proc/self/exe")
+            .args(["bench", "--peer", &PeerTask { transport, cpu }.argument()])
+            .stdin(Stdio::from(socket))
+            .spawn()
+            .context("starting a peer")?;
+        Ok((Self(peer), ends.through.unwrap_or(address)))
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 /// A flow from one namespace to another, at rest until it is run.
 #[derive(Debug)]
 pub(super) struct Flow {
     transport: Transport,
     cpu: usize,
     socket: Socket,
-    peer: Child,
+    _peer: Peer,
 }
 
 #[derive(Debug)]
@@ -137,43 +218,11 @@ enum Socket {
 }
 
 impl Flow {
-    /// Connects `from` to a peer of its own at `address`, which is one of `to`'s.
+    /// Connects to a peer of its own.
     ///
-    /// Must be called by the main thread: the peer ends with the thread that
-    /// started it.
-    pub(super) fn start(
-        from: &Namespace,
-        to: &Namespace,
-        address: IpAddr,
-        transport: Transport,
-        cpu: usize,
-    ) -> Result<Self> {
-        let any: SocketAddr = match address {
-            IpAddr::V4(_) => ([0; 4], 0).into(),
-            IpAddr::V6(_) => ([0; 16], 0).into(),
-        };
-        let (listener, server): (OwnedFd, SocketAddr) = to
-            .within(|| {
-                Ok(match transport {
-                    Transport::Tcp { .. } => {
-                        let socket = TcpListener::bind((address, 0))?;
-                        let server = socket.local_addr()?;
-                        (socket.into(), server)
-                    }
-                    Transport::Udp { .. } => {
-                        let socket = UdpSocket::bind((address, 0))?;
-                        let server = socket.local_addr()?;
-                        (socket.into(), server)
-                    }
-                })
-            })
-            .with_context(|| format!("listening on {address}"))?;
-        let task = PeerTask { transport, cpu };
-        let peer = Command::new("/proc/self/exe")
-            .args(["bench", "--peer", &task.argument()])
-            .stdin(Stdio::from(listener))
-            .spawn()
-            .context("starting a peer")?;
+    /// Must be called by the main thread, as [`Peer::start`].
+    pub(super) fn start(ends: &Ends<'_>, transport: Transport) -> Result<Self> {
+        let (peer, server) = Peer::start(ends, transport)?;
         let connect = || -> Result<Socket> {
             Ok(match transport {
                 Transport::Tcp { .. } => {
@@ -184,23 +233,27 @@ impl Flow {
                     Socket::Tcp(stream)
                 }
                 Transport::Udp { .. } => {
+                    let any: SocketAddr = match server {
+                        SocketAddr::V4(_) => ([0; 4], 0).into(),
+                        SocketAddr::V6(_) => ([0; 16], 0).into(),
+                    };
                     let socket = UdpSocket::bind(any)?;
                     socket.connect(server)?;
                     socket.set_read_timeout(Some(LOST))?;
                     Socket::Udp(socket)
                 }
+                Transport::Connections => bail!("many connections are not one flow"),
             })
         };
-        let mut flow = Flight { peer: Some(peer) };
-        let socket = from
+        let socket = ends
+            .from
             .within(connect)
             .with_context(|| format!("connecting to {server}"))?;
-        let peer = flow.peer.take().context("a peer that was taken")?;
         Ok(Self {
             transport,
-            cpu,
+            cpu: ends.cpu,
             socket,
-            peer,
+            _peer: peer,
         })
     }
 
@@ -219,12 +272,90 @@ impl Flow {
     }
 }
 
+/// Connects again and again: each connection carries one byte each way.
+pub(super) struct Connector<'a> {
+    from: &'a Namespace,
+    server: SocketAddr,
+    cpu: usize,
+    _peer: Peer,
+}
+
+/// What came of connecting.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Connections {
+    /// Connections a second, from the first packet to the last.
+    pub(super) rate: f64,
+    /// The median of how long `connect` took, in µs.
+    pub(super) connect: f64,
+}
+
+impl<'a> Connector<'a> {
+    /// Must be called by the main thread, as [`Peer::start`].
+    pub(super) fn start(ends: &Ends<'a>) -> Result<Self> {
+        let (peer, server) = Peer::start(ends, Transport::Connections)?;
+        Ok(Self {
+            from: ends.from,
+            server,
+            cpu: ends.cpu,
+            _peer: peer,
+        })
+    }
+
+    /// Makes connections for a time.
+    pub(super) fn run(&self, time: Duration) -> Result<Connections> {
+        self.from.within(|| {
+            pin(self.cpu)?;
+            let mut connects = Vec::new();
+            let start = Instant::now();
+            loop {
+                let connect = transact(self.server)
+                    .with_context(|| format!("connecting to {}", self.server))?;
+                connects.push(connect.as_secs_f64() * 1e6);
+                let elapsed = start.elapsed();
+                if elapsed >= time {
+                    let rate = connects.len() as f64 / elapsed.as_secs_f64();
+                    let summary = Summary::of(&connects).context("no connection was made")?;
+                    let connect = summary.median;
+                    return Ok(Connections { rate, connect });
+                }
+            }
+        })
+    }
+}
+
+/// One connection; returns how long it took until it was made.
+fn transact(server: SocketAddr) -> Result<Duration> {
+    let family = match server {
+        SocketAddr::V4(_) => AddressFamily::Inet,
+        SocketAddr::V6(_) => AddressFamily::Inet6,
+    };
+    let socket = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    // A reset at its end: else its port could not be used again for a minute,
+    // and there are no more than some 28,000 of them.
+    let linger = libc::linger {
+        l_onoff: 1,
+        l_linger: 0,
+    };
+    setsockopt(&socket, sockopt::Linger, &linger)?;
+    setsockopt(&socket, sockopt::TcpUserTimeout, &LOST_MS)?;
+    let start = Instant::now();
+    connect(socket.as_raw_fd(), &SockaddrStorage::from(server))?;
+    let connected = start.elapsed();
+    let mut stream = TcpStream::from(socket);
+    stream.write_all(&[0]).context("sending")?;
+    stream
+        .read_exact(&mut [0])
+        .context("waiting for the answer")?;
+    Ok(connected)
+}
+
 fn transactions(socket: &mut Socket, transport: Transport, time: Duration) -> Result<f64> {
     let message = vec![
         0;
         match transport {
             Transport::Tcp { quota } => quota.min(CHUNK),
             Transport::Udp { size, .. } => size,
+            Transport::Connections => 0,
         }
     ];
     let mut answer = [0; 16];
@@ -259,31 +390,6 @@ fn transactions(socket: &mut Socket, transport: Transport, time: Duration) -> Re
             return Ok(f64::from(done) / elapsed.as_secs_f64());
         }
     }
-}
-
-/// A peer whose flow is not connected yet.
-struct Flight {
-    peer: Option<Child>,
-}
-
-impl Drop for Flight {
-    fn drop(&mut self) {
-        if let Some(peer) = &mut self.peer {
-            end(peer);
-        }
-    }
-}
-
-impl Drop for Flow {
-    fn drop(&mut self) {
-        end(&mut self.peer);
-    }
-}
-
-fn end(peer: &mut Child) {
-    // It may have ended by itself.
-    let _ = peer.kill();
-    let _ = peer.wait();
 }
 
 /// Binds the calling thread to a CPU.

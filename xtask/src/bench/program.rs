@@ -2,26 +2,55 @@
 
 use std::{
     fs,
+    net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use anyhow::{Context as _, Result, ensure};
 use aya::{
-    programs::ProgramInfo,
+    programs::{
+        ProgramInfo,
+        links::{FdLink, PinnedLink},
+        loaded_programs,
+    },
     sys::{Stats, enable_stats},
 };
-use bpf_bridge_tests::Node;
+use bpf_bridge_tests::{Namespace, Node, Outside, Sandbox};
 use serde_json::{Value, json};
 
-use super::traffic::{Pair, UDP_FLOW, UDP_RR};
+use super::{
+    measurement::Contender,
+    node::{Arena, Chain, PORT_MAPPINGS, Recipe},
+    peer::{Connector, Ends, Flow, Transport},
+    statistics::Summary,
+    traffic::{Pair, UDP_FLOW, UDP_RR},
+};
 
 /// Where bpf-bridge pins what it loads.
 const PINS: &str = "/sys/fs/bpf/bpf-bridge";
-/// The program on every port.
+/// The programs that run by themselves; the others' time is in that of their callers.
 const PORT: &str = "port";
+const UPLINK: &str = "uplink";
+const CONNECT: &str = "connect4";
 /// All that is loaded, by the names of the pins.
-const PROGRAMS: [&str; 3] = [PORT, "responder", "flood"];
+const PROGRAMS: [&str; 8] = [
+    PORT,
+    "responder",
+    "flood",
+    UPLINK,
+    "uplink_l3",
+    "from_pod",
+    "from_host",
+    CONNECT,
+];
+
+/// How often the time is taken; what counts is the median.
+const SLICES: usize = 5;
+
+/// The port that is published, on the node and in the pod.
+const HOST_PORT: u16 = 8080;
+const POD_PORT: u16 = 80;
 
 /// One program.
 pub(super) struct Program {
@@ -32,12 +61,19 @@ pub(super) struct Program {
     pub(super) jited: u32,
 }
 
+/// How long a program runs.
+pub(super) struct Run {
+    pub(super) program: &'static str,
+    pub(super) traffic: String,
+    /// The mean of what the kernel counted, in ns. It has the two clock readings in
+    /// it that measure it, and the programs that this one calls.
+    pub(super) time: f64,
+}
+
 /// What there is to say of the programs.
 pub(super) struct Programs {
     pub(super) programs: Vec<Program>,
-    /// Traffic, and the mean run time of the program on the port with it, in ns.
-    /// It has the two clock readings in it that measure it.
-    pub(super) runs: Vec<(&'static str, f64)>,
+    pub(super) runs: Vec<Run>,
 }
 
 impl Programs {
@@ -52,62 +88,243 @@ impl Programs {
         let runs: Vec<Value> = self
             .runs
             .iter()
-            .map(|(traffic, time)| json!({"traffic": traffic, "nanosecondsPerRun": time}))
+            .map(|run| json!({"program": run.program, "traffic": run.traffic, "nanosecondsPerRun": run.time}))
             .collect();
         json!({"programs": programs, "runs": runs})
     }
 }
 
-/// Looks at the programs of a node of bpf-bridge's while it has traffic.
-pub(super) fn measure(pair: &Pair, slice: Duration, cpu: usize) -> Result<Programs> {
-    let node = &pair.arena.node;
-    let pins = node.within(|| {
-        let mut pins = Vec::new();
-        find(Path::new(PINS), &mut pins)?;
-        Ok(pins)
-    })?;
-    let mut programs = Vec::new();
-    let pin = |name: &str| {
-        let named = |pin: &&PathBuf| pin.file_name().is_some_and(|file| file == name);
-        pins.iter()
-            .find(named)
-            .with_context(|| format!("no program {name} below {PINS}"))
-    };
-    for name in PROGRAMS {
-        let info = open(node, pin(name)?)?;
-        programs.push(Program {
-            name: name.to_owned(),
-            verified: info.verified_instruction_count(),
-            jited: info.size_jitted(),
-        });
-    }
-    let port = pin(PORT)?;
+/// Looks at the programs of nodes of bpf-bridge's while they have traffic: of one
+/// without published ports, and of one with.
+pub(super) fn measure(
+    pair: &Pair,
+    recipe: &Recipe,
+    slice: Duration,
+    cpu: usize,
+) -> Result<Programs> {
     // Switched on for as long as the descriptor is open, in place of the
     // machine's sysctl.
     let _statistics = enable_stats(Stats::RunTime).context("switching run time statistics on")?;
     let mut runs = Vec::new();
+    let plain = Pins::of(&pair.arena.node)?;
     for (name, transport, to_host) in [
         ("pod to pod, UDP_RR", UDP_RR, false),
         ("pod to pod, UDP, 64 bytes", UDP_FLOW, false),
         ("pod to host, UDP_RR", UDP_RR, true),
+        ("pod to host, UDP, 64 bytes", UDP_FLOW, true),
     ] {
         let mut flow = pair.flow(transport, to_host, cpu)?;
-        flow.run(slice)?;
-        let before = open(node, port)?;
-        flow.run(slice)?;
-        let after = open(node, port)?;
-        let count = after.run_count() - before.run_count();
-        ensure!(count > 0, "the program {PORT} did not run for {name}");
-        let time = after.run_time() - before.run_time();
-        runs.push((name, time.as_nanos() as f64 / count as f64));
+        runs.push(plain.time(PORT, name, || flow.run(slice).map(drop))?);
     }
+    let publisher = Publisher::new(recipe)?;
+    let pins = Pins::of(&publisher.arena.node)?;
+    publisher.time(&pins, slice, cpu, &mut runs)?;
+    let programs = PROGRAMS
+        .iter()
+        .map(|name| {
+            let info = pins.info(name)?;
+            Ok(Program {
+                name: (*name).to_owned(),
+                verified: info.verified_instruction_count(),
+                jited: info.size_jitted(),
+            })
+        })
+        .collect::<Result<_>>()?;
     Ok(Programs { programs, runs })
 }
 
-fn open(node: &Node, pin: &Path) -> Result<ProgramInfo> {
-    node.within(|| {
-        ProgramInfo::from_pin(pin).with_context(|| format!("opening the pin {}", pin.display()))
-    })
+/// A node with a published port.
+struct Publisher {
+    arena: Arena,
+    outside: Outside,
+    /// A pod with the port, and one without.
+    server: Sandbox,
+    other: Sandbox,
+    server_v4: IpAddr,
+    other_v4: IpAddr,
+    host_v4: IpAddr,
+}
+
+impl Publisher {
+    fn new(recipe: &Recipe) -> Result<Self> {
+        let arena = Arena::new(Contender::BpfBridge, recipe, Chain::Publishing)?;
+        let outside = arena.node.outside()?;
+        let server = arena.node.sandbox("server")?;
+        let other = arena.node.sandbox("other")?;
+        let ports = json!([
+            {"hostPort": HOST_PORT, "containerPort": POD_PORT, "protocol": "udp"},
+            {"hostPort": HOST_PORT, "containerPort": POD_PORT, "protocol": "tcp"},
+        ]);
+        let publishing = server.attachment().capability(PORT_MAPPINGS, ports);
+        let added = arena.node.within(|| arena.add_here(&publishing))?;
+        let server_v4 = added.v4("address")?;
+        let host_v4 = added.v4("gateway")?;
+        let other_v4 = arena.add(&other)?.v4("address")?;
+        Ok(Self {
+            arena,
+            outside,
+            server,
+            other,
+            server_v4,
+            other_v4,
+            host_v4,
+        })
+    }
+
+    /// Measures every way that a packet can take.
+    fn time(
+        &self,
+        pins: &Pins<'_>,
+        slice: Duration,
+        cpu: usize,
+        runs: &mut Vec<Run>,
+    ) -> Result<()> {
+        let node: &Namespace = &self.arena.node;
+        let ends = |from, to, listen: (IpAddr, u16), through: Option<SocketAddr>| Ends {
+            from,
+            to,
+            listen: listen.into(),
+            through,
+            cpu,
+        };
+        let port = SocketAddr::from((Outside::NODE_V4, HOST_PORT));
+        let published = || {
+            let server = (self.server_v4, POD_PORT);
+            ends(&self.outside, &self.server, server, Some(port))
+        };
+        let to_other = || ends(&self.server, &self.other, (self.other_v4, 0), None);
+        let to_host = |pod| ends(pod, node, (self.host_v4, 0), None);
+        let uplink = (Outside::NODE_V4.into(), 0);
+        let not_published = || ends(&self.outside, node, uplink, None);
+        let tests: [(&'static str, &str, Ends<'_>, Transport); 9] = [
+            (
+                PORT,
+                "pod to pod, UDP, 64 bytes, a port is published",
+                to_other(),
+                UDP_FLOW,
+            ),
+            (
+                PORT,
+                "pod to host, UDP_RR, another pod's port is published",
+                to_host(&self.other),
+                UDP_RR,
+            ),
+            (
+                PORT,
+                "pod to host, UDP, 64 bytes, another pod's port is published",
+                to_host(&self.other),
+                UDP_FLOW,
+            ),
+            (
+                PORT,
+                "pod to host, UDP_RR, a port of it is published",
+                to_host(&self.server),
+                UDP_RR,
+            ),
+            (
+                PORT,
+                "reply of a published port, UDP_RR",
+                published(),
+                UDP_RR,
+            ),
+            (UPLINK, "to a published port, UDP_RR", published(), UDP_RR),
+            (
+                UPLINK,
+                "to a published port, UDP, 64 bytes",
+                published(),
+                UDP_FLOW,
+            ),
+            (
+                UPLINK,
+                "to the node itself, UDP_RR",
+                not_published(),
+                UDP_RR,
+            ),
+            (
+                UPLINK,
+                "to the node itself, UDP, 64 bytes",
+                not_published(),
+                UDP_FLOW,
+            ),
+        ];
+        for (program, name, ends, transport) in tests {
+            let mut flow = Flow::start(&ends, transport)?;
+            runs.push(pins.time(program, name, || flow.run(slice).map(drop))?);
+        }
+        // A process of the node that talks to another: nothing is published there.
+        let local = ends(node, node, (IpAddr::from([127, 0, 0, 1]), 0), None);
+        let connector = Connector::start(&local)?;
+        let name = "connect to what is not published";
+        runs.push(pins.time(CONNECT, name, || connector.run(slice).map(drop))?);
+        Ok(())
+    }
+}
+
+/// What a node has pinned.
+struct Pins<'a> {
+    node: &'a Node,
+    paths: Vec<PathBuf>,
+}
+
+impl<'a> Pins<'a> {
+    fn of(node: &'a Node) -> Result<Self> {
+        let paths = node.within(|| {
+            let mut paths = Vec::new();
+            find(Path::new(PINS), &mut paths)?;
+            Ok(paths)
+        })?;
+        Ok(Self { node, paths })
+    }
+
+    /// How long `program` runs while there is `traffic`; what comes first warms up.
+    fn time(
+        &self,
+        program: &'static str,
+        name: &str,
+        mut traffic: impl FnMut() -> Result<()>,
+    ) -> Result<Run> {
+        traffic()?;
+        let mut means = Vec::new();
+        for _ in 0..SLICES {
+            let before = self.info(program)?;
+            traffic()?;
+            let after = self.info(program)?;
+            let count = after.run_count() - before.run_count();
+            ensure!(count > 0, "the program {program} did not run for {name}");
+            let time = after.run_time() - before.run_time();
+            means.push(time.as_nanos() as f64 / count as f64);
+        }
+        let summary = Summary::of(&means).context("nothing was measured")?;
+        Ok(Run {
+            program,
+            traffic: name.to_owned(),
+            time: summary.median,
+        })
+    }
+
+    /// The kernel's account of a program, of which it, or its link, is pinned.
+    fn info(&self, name: &str) -> Result<ProgramInfo> {
+        let path = self
+            .paths
+            .iter()
+            .find(|path| path.file_name().is_some_and(|file| file == name))
+            .with_context(|| format!("no program {name} below {PINS}"))?;
+        self.node.within(|| {
+            if !path
+                .parent()
+                .is_some_and(|directory| directory.ends_with("links"))
+            {
+                return ProgramInfo::from_pin(path)
+                    .with_context(|| format!("opening the pin {}", path.display()));
+            }
+            let link = FdLink::from(PinnedLink::from_pin(path)?);
+            let id = link.info()?.program_id();
+            loaded_programs()
+                .filter_map(Result::ok)
+                .find(|info| info.id() == id)
+                .with_context(|| format!("no program at the link {}", path.display()))
+        })
+    }
 }
 
 fn find(directory: &Path, pins: &mut Vec<PathBuf>) -> Result<()> {

@@ -21,6 +21,8 @@ pub(super) struct Report {
     /// The build of bpf-bridge that stood in for the stock plugins.
     pub(super) against: Option<PathBuf>,
     pub(super) measurements: Vec<Measurement>,
+    /// What one must know to read them.
+    pub(super) notes: Vec<String>,
     pub(super) programs: Option<Programs>,
     /// The most memory that a call had resident, in bytes: of the first pod of a
     /// node, and of a later one.
@@ -85,10 +87,11 @@ impl Report {
             }
         }
         if let Some(programs) = &self.programs {
-            for (traffic, time) in &programs.runs {
+            for run in &programs.runs {
                 let _ = writeln!(
                     text,
-                    "| program on the port, {traffic} (ns a run) | {time:.0} | | | | |"
+                    "| program `{}`, {} (ns a run) | {:.0} | | | | |",
+                    run.program, run.traffic, run.time
                 );
             }
             for program in &programs.programs {
@@ -118,6 +121,7 @@ impl Report {
             "settings": self.settings,
             "against": self.against,
             "measurements": self.measurements.iter().map(Measurement::to_json).collect::<Vec<_>>(),
+            "notes": self.notes,
             "programs": self.programs.as_ref().map(Programs::to_json),
             "peakMemoryOfFirstBytes": bytes(&self.first_memory),
             "peakMemoryBytes": bytes(&self.memory),

@@ -8,8 +8,8 @@ use bpf_bridge_tests::{Namespace, Sandbox};
 use super::{
     Plan, Settings,
     measurement::{Better, Contender, Measurement},
-    node::{Arena, Recipe},
-    peer::{Flow, Transport},
+    node::{Arena, Chain, Recipe},
+    peer::{Ends, Flow, Transport},
 };
 
 /// Datagrams that are under way at once: far fewer than a socket's buffer holds.
@@ -29,9 +29,9 @@ enum Tell {
 }
 
 /// A flow first runs for this part of a slice, which does not count.
-const WARM_UP: u32 = 5;
+pub(super) const WARM_UP: u32 = 5;
 /// About how long it takes to connect one.
-const CONNECT: Duration = Duration::from_millis(8);
+pub(super) const CONNECT: Duration = Duration::from_millis(8);
 
 /// What is measured: its name, the traffic, how it is told, and whether the host
 /// is the other end.
@@ -45,7 +45,7 @@ const TESTS: [Test; 6] = [
     ("pod to host, TCP_RR", TCP_RR, Tell::Time, true),
     ("pod to host, UDP_RR", UDP_RR, Tell::Time, true),
 ];
-const TCP_RR: Transport = Transport::Tcp { quota: 1 };
+pub(super) const TCP_RR: Transport = Transport::Tcp { quota: 1 };
 const TCP_STREAM: Transport = Transport::Tcp { quota: STRETCH };
 pub(super) const UDP_RR: Transport = Transport::Udp { quota: 1, size: 1 };
 pub(super) const UDP_FLOW: Transport = Transport::Udp {
@@ -106,7 +106,7 @@ pub(super) struct Pair {
 
 impl Pair {
     pub(super) fn new(contender: Contender, recipe: &Recipe) -> Result<Self> {
-        let arena = Arena::new(contender, recipe)?;
+        let arena = Arena::new(contender, recipe, Chain::Plain)?;
         let first = arena.node.sandbox("first")?;
         let second = arena.node.sandbox("second")?;
         let (second_v4, host_v4);
@@ -141,7 +141,14 @@ impl Pair {
             } else {
                 (&self.second, self.second_v4)
             };
-        Flow::start(&self.first, to, address, transport, cpu)
+        let ends = Ends {
+            from: &self.first,
+            to,
+            listen: (address, 0).into(),
+            through: None,
+            cpu,
+        };
+        Flow::start(&ends, transport)
             .with_context(|| format!("on the node of {}", self.arena.contender.name()))
     }
 }

@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    net::{IpAddr, Ipv6Addr},
+    net::{IpAddr, Ipv6Addr, SocketAddr},
 };
 
 use anyhow::{Context as _, Result, anyhow};
@@ -14,15 +14,25 @@ use super::{list, text};
 
 /// The directory that the plugin pins its maps in, for this ABI.
 const MAPS: &str = "/sys/fs/bpf/bpf-bridge/v1/maps";
-/// The directory of its programs, built without log lines.
-const PROGRAMS: &str = "/sys/fs/bpf/bpf-bridge/v1/off";
+/// The programs that are shown: of every port, built without log lines, and those
+/// that came with the first published port.
+const PROGRAMS: [&str; 6] = [
+    "/sys/fs/bpf/bpf-bridge/v1/off/port",
+    "/sys/fs/bpf/bpf-bridge/v1/off/responder",
+    "/sys/fs/bpf/bpf-bridge/v1/off/flood",
+    "/sys/fs/bpf/bpf-bridge/v1/publish/uplink",
+    "/sys/fs/bpf/bpf-bridge/v1/publish/from_pod",
+    "/sys/fs/bpf/bpf-bridge/v1/publish/from_host",
+];
+/// Where the links to devices are, by ifindex.
+const UPLINK: &str = "/sys/fs/bpf/bpf-bridge/v1/links/uplink-";
 
 /// Prints the devices and their addresses, the programs, and the map entries.
 pub(super) fn draw(node: &Node, outside: &Outside, pods: &[Pod], gateway: &str) -> Result<()> {
     println!("\nDevices:\n");
     println!("  outside  {}", device(outside, "eth0")?);
     println!("     │");
-    println!("  node     {}", device(node, Outside::UPLINK)?);
+    println!("  node     {}", uplink(node, Outside::UPLINK)?);
     println!("     │     the node's stack: routes, firewall, services");
     println!("  node     {}", device(node, gateway)?);
     println!("     │");
@@ -39,11 +49,15 @@ pub(super) fn draw(node: &Node, outside: &Outside, pods: &[Pod], gateway: &str) 
         );
     }
 
-    println!("\nPrograms, loaded once and shared by all ports:\n");
-    for name in ["port", "responder", "flood"] {
-        let program = node.json(&format!("bpftool -j prog show pinned {PROGRAMS}/{name}"))?;
+    println!(
+        "\nPrograms, loaded once and shared by all ports; the last three with the first published \
+         port:\n"
+    );
+    for path in PROGRAMS {
+        let program = node.json(&format!("bpftool -j prog show pinned {path}"))?;
         println!(
-            "  {name:10} id {:<5} {:>5} bytes of machine code",
+            "  {:10} id {:<5} {:>5} bytes of machine code",
+            text(&program, "name")?,
             program["id"].to_string(),
             program["bytes_jited"].to_string(),
         );
@@ -71,6 +85,19 @@ pub(super) fn draw(node: &Node, outside: &Outside, pods: &[Pod], gateway: &str) 
             "  NEIGHBORS  {} has {} at {}",
             mac(&value["mac"]),
             address(&key["address"])?,
+            name_of(&names, &value["port"]),
+        );
+    }
+    for (key, value) in entries(node, "PUBLISHED")? {
+        let socket = |at: &Value, port: &str| -> Result<SocketAddr> {
+            let number = at[port].as_u64().and_then(|port| port.try_into().ok());
+            let number: u16 = number.with_context(|| format!("no {port} in {at}"))?;
+            Ok((address(&at["address"])?, number).into())
+        };
+        println!(
+            "  PUBLISHED  {} is {} at {}",
+            socket(&key, "port")?,
+            socket(&value, "pod_port")?,
             name_of(&names, &value["port"]),
         );
     }
@@ -142,6 +169,15 @@ fn device(namespace: &Namespace, name: &str) -> Result<String> {
     Ok(words.join("  "))
 }
 
+/// An uplink with the program at its ingress.
+fn uplink(node: &Node, name: &str) -> Result<String> {
+    let index = &node.device(name)?["ifindex"];
+    let link = node.json(&format!("bpftool -j link show pinned {UPLINK}{index}"))?;
+    let program = node.json(&format!("bpftool -j prog show id {}", link["prog_id"]))?;
+    let program = text(&program, "name")?;
+    Ok(format!("{}  [eBPF: {program}]", device(node, name)?))
+}
+
 /// A port with the program at its ingress.
 fn port(node: &Node, name: &str) -> Result<String> {
     let filters = node.json(&format!("tc -j filter show dev {name} ingress"))?;
@@ -203,7 +239,14 @@ fn mac(value: &Value) -> String {
 
 /// An IP address as maps have it: IPv4 mapped into IPv6.
 fn address(value: &Value) -> Result<IpAddr> {
-    let octets: Vec<_> = bytes(value).collect();
+    // Words, where the programs handle it by words.
+    let octets: Vec<_> = match &value["__0"] {
+        Value::Null => bytes(value).collect(),
+        words => list(words)
+            .filter_map(|word| u32::try_from(word.as_u64()?).ok())
+            .flat_map(u32::to_ne_bytes)
+            .collect(),
+    };
     let octets: [u8; 16] = octets
         .try_into()
         .map_err(|_| anyhow!("{value} is no address"))?;

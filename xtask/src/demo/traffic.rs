@@ -79,10 +79,16 @@ fn serve(namespace: &Namespace) -> Result<bpf_bridge_tests::Process> {
     let mut iperf3 = Command::new("iperf3");
     iperf3.arg("--server");
     let server = namespace.spawn(&iperf3, Path::new("/dev/null"))?;
-    wait_for("iperf3 server", Duration::from_secs(5), || {
-        Ok(!namespace.run("ss -Hltn sport = :5201")?.is_empty())
-    })?;
+    listening(namespace, "iperf3 server", 5201)?;
     Ok(server)
+}
+
+/// Waits until a server listens.
+pub(super) fn listening(namespace: &Namespace, what: &str, port: u16) -> Result<()> {
+    wait_for(what, Duration::from_secs(5), || {
+        let sockets = namespace.run(&format!("ss -Hltn sport = :{port}"))?;
+        Ok(!sockets.is_empty())
+    })
 }
 
 /// The rate at which a TCP stream's bytes arrived, in bits per second.
