@@ -6,7 +6,7 @@
 
 use aya_ebpf::{
     EbpfContext as _,
-    bindings::{BPF_ANY, bpf_sock_addr},
+    bindings::{BPF_ANY, bpf_sock, bpf_sock_addr},
     helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie},
     macros::cgroup_sock_addr,
     programs::SockAddrContext,
@@ -53,6 +53,12 @@ trait Family {
     ///
     /// As above.
     unsafe fn set_address(ctx: *mut bpf_sock_addr, address: &Address);
+    /// What the socket is bound to.
+    ///
+    /// # Safety
+    ///
+    /// The socket is one of the family.
+    unsafe fn bound(socket: *const bpf_sock) -> Address;
 }
 
 struct V4;
@@ -69,6 +75,12 @@ impl Family for V4 {
     unsafe fn set_address(ctx: *mut bpf_sock_addr, address: &Address) {
         // SAFETY: the caller's.
         unsafe { (*ctx).user_ip4 = address.words()[3] };
+    }
+
+    #[inline(always)]
+    unsafe fn bound(socket: *const bpf_sock) -> Address {
+        // SAFETY: the caller's.
+        Address::v4(unsafe { (*socket).src_ip4 }.to_ne_bytes())
     }
 }
 
@@ -98,6 +110,19 @@ impl Family for V6 {
             (&raw mut (*ctx).user_ip6[3]).write_volatile(d);
         }
     }
+
+    #[inline(always)]
+    unsafe fn bound(socket: *const bpf_sock) -> Address {
+        // SAFETY: the caller's.
+        Address::from_words(unsafe {
+            [
+                (&raw const (*socket).src_ip6[0]).read_volatile(),
+                (&raw const (*socket).src_ip6[1]).read_volatile(),
+                (&raw const (*socket).src_ip6[2]).read_volatile(),
+                (&raw const (*socket).src_ip6[3]).read_volatile(),
+            ]
+        })
+    }
 }
 
 /// connect: whoever asks for a published port gets the pod.
@@ -114,8 +139,7 @@ fn send<F: Family>(ctx: &SockAddrContext) {
     if !is_of_node(ctx) {
         return;
     }
-    // SAFETY: the context is valid for as long as the program runs, and so is its
-    // socket.
+    // SAFETY: as in `lead`.
     let port = unsafe {
         let socket = (*ctx.sock_addr).__bindgen_anon_1.sk;
         if socket.is_null() {
@@ -135,6 +159,17 @@ fn lead<F: Family>(ctx: &SockAddrContext) {
     let Some(pod) = serving(&asked, protocol) else {
         return;
     };
+    // Nothing leaves the node from a loopback address: who is bound to one is not led
+    // astray, but refused by the stack.
+    // SAFETY: the context is valid for as long as the program runs, and so is its
+    // socket.
+    let bound_to_loopback = unsafe {
+        let socket = (*ctx.sock_addr).__bindgen_anon_1.sk;
+        !socket.is_null() && F::bound(socket).is_loopback()
+    };
+    if bound_to_loopback {
+        return;
+    }
     let key = PeerKey {
         // SAFETY: as above.
         cookie: unsafe { bpf_get_socket_cookie(ctx.as_ptr()) },

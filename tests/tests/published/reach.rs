@@ -4,6 +4,7 @@ use std::{
     collections::BTreeSet,
     io::{BufRead as _, BufReader, Read as _, Write as _},
     net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6, UdpSocket},
+    time::Instant,
 };
 
 use anyhow::{Context as _, Result, ensure};
@@ -262,9 +263,9 @@ fn the_node_may_choose_the_address_that_it_comes_from() -> Result<()> {
 }
 
 /// A documented limit: whoever binds itself to a loopback address cannot be led to a
-/// pod, for nothing leaves the node from there. It is told at once.
+/// pod, for nothing leaves the node from there. It is refused at once.
 #[test]
-fn whoever_is_bound_to_loopback_is_told_that_no_pod_is_there() -> Result<()> {
+fn whoever_is_bound_to_a_loopback_address_is_refused() -> Result<()> {
     let node = Node::new()?;
     let _server = Server::new(&network(&node), "server")?;
     for loopback in parsed(["127.0.0.1", "::1"])? {
