@@ -21,6 +21,10 @@ pub(crate) fn lead(ctx: &TcContext, work: &mut Work) -> Outcome {
     let tuple = &work.parsed.tuple;
     let protocol = work.parsed.protocol;
     let pod = published(&tuple.destination, tuple.destination_port, protocol)?;
+    if work.from.segment != 0 {
+        work.note_client(ctx)?;
+    }
+    let tuple = &work.parsed.tuple;
     flow::describe(
         &mut work.key,
         &mut work.flow,

@@ -76,15 +76,16 @@ impl Work {
             Some(parsed) => self.parsed = parsed,
             None => return false,
         }
-        if self.from.linked {
-            let Some(macs) = skb.load(0) else {
-                return false;
-            };
-            let [a, b, c, d, e, f, g, h, i, j, k, l] = macs;
-            self.from.gateway_mac = [a, b, c, d, e, f];
-            self.from.client_mac = [g, h, i, j, k, l];
-        }
         true
+    }
+
+    /// Notes where a client on the same link is, so that it can be answered there.
+    #[inline(always)]
+    pub(crate) fn note_client(&mut self, ctx: &TcContext) -> Option<()> {
+        let [a, b, c, d, e, f, g, h, i, j, k, l] = Skb(ctx).load(0)?;
+        self.from.gateway_mac = [a, b, c, d, e, f];
+        self.from.client_mac = [g, h, i, j, k, l];
+        Some(())
     }
 
     /// Reads the packet that the packet at hand is an error about, and says whether
