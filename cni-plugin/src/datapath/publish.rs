@@ -406,58 +406,58 @@ impl Publication<'_> {
     }
 
     fn insert(&mut self, port: &NodePort, entry: Published) -> Result<(), Error> {
-        let written = refilled(|| {
-            self.published
-                .insert(Wire(port.key()), Wire(entry), NOEXIST)
-        });
-        match written {
-            Ok(()) => Ok(()),
-            Err(MapError::SyscallError(error))
-                if error.io_error.kind() == io::ErrorKind::AlreadyExists =>
-            {
-                Err(self.taken(port)?)
-            }
-            Err(source) => Err(failed("claiming", "PUBLISHED", &port.to_string(), source)),
-        }
-    }
-
-    /// The error about a port that is taken.
-    fn taken(&mut self, port: &NodePort) -> Result<Error, Error> {
-        let error = |owner: NodePort, entry: &Published| Error::Taken {
-            port: *port,
-            taken: owner,
-            owner: entry.port,
-        };
-        match self.entry(port)? {
-            Some(entry) if entry.specific == 0 => Ok(error(*port, &entry)),
-            _ => {
-                // On single addresses, of which there are few. Looked for only to
-                // name one.
-                let key = port.key();
-                let found =
-                    entries(&self.published, "PUBLISHED")?
-                        .into_iter()
-                        .find(|(other, entry)| {
-                            (other.port, other.protocol) == (key.port, key.protocol)
-                                && entry.specific == 0
-                                && address(other.address).is_ipv4() == port.address.is_ipv4()
-                        });
-                match found {
-                    Some((other, entry)) => {
-                        let owner = NodePort {
-                            address: address(other.address),
-                            ..*port
-                        };
-                        Ok(error(owner, &entry))
+        loop {
+            let written = refilled(|| {
+                self.published
+                    .insert(Wire(port.key()), Wire(entry), NOEXIST)
+            });
+            match written {
+                Ok(()) => return Ok(()),
+                Err(MapError::SyscallError(error))
+                    if error.io_error.kind() == io::ErrorKind::AlreadyExists =>
+                {
+                    if let Some(taken) = self.taken(port)? {
+                        return Err(taken);
                     }
-                    // Counted by a call that was killed before it wrote the entry.
-                    None => {
-                        remove(&mut self.published, "PUBLISHED", key)?;
-                        Ok(error(*port, &Service::NOBODY))
-                    }
+                }
+                Err(source) => {
+                    return Err(failed("claiming", "PUBLISHED", &port.to_string(), source));
                 }
             }
         }
+    }
+
+    /// The error about a port that is taken. It is not if only a count is in the way,
+    /// of a call that was killed between the count and what it counts; that goes.
+    fn taken(&mut self, port: &NodePort) -> Result<Option<Error>, Error> {
+        let error = |taken: NodePort, entry: &Published| {
+            Some(Error::Taken {
+                port: *port,
+                taken,
+                owner: entry.port,
+            })
+        };
+        if let Some(entry) = self.entry(port)?.filter(|entry| entry.specific == 0) {
+            return Ok(error(*port, &entry));
+        }
+        // On single addresses, of which there are few. Looked for only to name one.
+        let key = port.key();
+        let found = entries(&self.published, "PUBLISHED")?
+            .into_iter()
+            .find(|(other, entry)| {
+                (other.port, other.protocol) == (key.port, key.protocol)
+                    && entry.specific == 0
+                    && address(other.address).is_ipv4() == port.address.is_ipv4()
+            });
+        let Some((other, entry)) = found else {
+            remove(&mut self.published, "PUBLISHED", key)?;
+            return Ok(None);
+        };
+        let owner = NodePort {
+            address: address(other.address),
+            ..*port
+        };
+        Ok(error(owner, &entry))
     }
 
     /// Keeps count of the addresses that a number is published on.
