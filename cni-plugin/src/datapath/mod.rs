@@ -129,7 +129,7 @@ pub enum Error {
         port: publish::NodePort,
         /// What was published before.
         taken: publish::NodePort,
-        /// The ifindex of its owner's host veth, 0 if there is none.
+        /// The ifindex of its owner's host veth.
         owner: u32,
     },
     /// The node's control groups could not be used.

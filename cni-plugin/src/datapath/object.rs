@@ -98,6 +98,7 @@ pub(super) fn load(level: LogLevel) -> Result<(), Error> {
             ));
         }
     };
+    publish::fill_slots(level)?;
     for (name, slot) in PROGRAMS {
         let program = load_program(&mut ebpf, name)?;
         if let Some(slot) = slot {
@@ -116,7 +117,7 @@ pub(super) fn load(level: LogLevel) -> Result<(), Error> {
             source: std::io::Error::other(source),
         })?;
     }
-    publish::fill_slots(level)
+    Ok(())
 }
 
 pub(super) fn load_program<'a>(

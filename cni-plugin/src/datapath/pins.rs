@@ -20,7 +20,7 @@ use std::{
 use bpf_bridge_common::layout::ABI;
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
-use super::{Error, LogLevel};
+use super::{Error, LogLevel, publish::LAST};
 use crate::lock::{Lock, Mode};
 
 /// Where bpffs is expected to be mounted.
@@ -119,6 +119,9 @@ pub(super) fn remove_all() -> Result<(), Error> {
     for level in LogLevel::ALL {
         let _ = fs::remove_file(variant(level).join("port"));
     }
+    let _ = fs::remove_file(published(LAST));
+    // And nothing stays attached to maps that nobody finds any more.
+    let _ = fs::remove_dir_all(links());
     match fs::remove_dir_all(&path) {
         Err(source) if source.kind() != io::ErrorKind::NotFound => Err(Error::Pin { path, source }),
         _ => Ok(()),

@@ -14,7 +14,7 @@ use std::{
 };
 
 use aya::{
-    maps::{Array, MapError, ProgramArray},
+    maps::{Array, MapData, MapError, ProgramArray},
     programs::{
         CgroupAttachMode, CgroupSockAddr, ProgramError, SchedClassifier, TcAttachType,
         links::FdLink, tc::TcAttachOptions,
@@ -26,8 +26,8 @@ use bpf_bridge_common::layout::{
 use serde::{Deserialize, Serialize};
 
 use super::{
-    ANY, Datapath, Error, FILTER_HANDLE, FILTER_PRIORITY, LogLevel, Table, Wire, attach, entries,
-    failed, foreign, get, is_missing, object, pinned, pins, refilled, remove, set, table,
+    ANY, Datapath, Error, FILTER_HANDLE, FILTER_PRIORITY, LogLevel, Table, Wire, entries, failed,
+    foreign, get, is_missing, object, pinned, pins, refilled, remove, set, table,
 };
 use crate::{
     link::{Link, Netlink},
@@ -70,7 +70,7 @@ const MAPS: [&str; 7] = [
     "NODE",
 ];
 /// The pin that says that all is there.
-const LAST: &str = "uplink";
+pub(super) const LAST: &str = "uplink";
 
 /// One number of one protocol on an address of the node, or on all of a family: what a
 /// pod can claim.
@@ -155,6 +155,8 @@ impl Service {
     }
 }
 
+type Calls = ProgramArray<MapData>;
+
 /// Whether the programs are loaded.
 pub(super) fn is_loaded() -> bool {
     pins::published(LAST).exists()
@@ -163,6 +165,8 @@ pub(super) fn is_loaded() -> bool {
 /// Loads the programs, attaches those on sockets, and lets `port` call the others. The
 /// lock of the pins is held alone.
 pub(super) fn load() -> Result<(), Error> {
+    // What a call that was killed has left may be of maps that are gone.
+    remove_links()?;
     pins::create_published()?;
     let mut loader = object::loader();
     for name in MAPS {
@@ -203,8 +207,15 @@ pub(super) fn load() -> Result<(), Error> {
         let link = program.take_link(id).map_err(error)?;
         pin_link(FdLink::try_from(link), &pins::link(name))?;
     }
-    for (name, _) in CLASSIFIERS {
+    for (name, slot) in CLASSIFIERS {
         let program = object::load_program(&mut ebpf, name)?;
+        if let Some(slot) = slot {
+            for level in LogLevel::ALL {
+                if let Some(mut calls) = calls(level)? {
+                    fill(&mut calls, slot, name, program)?;
+                }
+            }
+        }
         let path = pins::published(name);
         // What a load that was killed has left.
         let _ = fs::remove_file(&path);
@@ -213,29 +224,42 @@ pub(super) fn load() -> Result<(), Error> {
             source: io::Error::other(source),
         })?;
     }
-    for level in LogLevel::ALL {
-        if attach::is_loaded(level) {
-            fill_slots(level)?;
+    Ok(())
+}
+
+/// Lets the programs of `level`, which are about to be loaded, call those of published
+/// ports, if there are any.
+pub(super) fn fill_slots(level: LogLevel) -> Result<(), Error> {
+    let Some(mut calls) = calls(level)? else {
+        return Ok(());
+    };
+    if !is_loaded() {
+        return clear_slots(&mut calls);
+    }
+    for (name, slot) in CLASSIFIERS {
+        if let Some(slot) = slot {
+            fill(&mut calls, slot, name, &open_classifier(name)?)?;
         }
     }
     Ok(())
 }
 
-/// Lets the programs of `level` call those of published ports, if they are loaded.
-pub(super) fn fill_slots(level: LogLevel) -> Result<(), Error> {
-    if !is_loaded() {
-        return Ok(());
-    }
-    let mut calls = calls(level)?;
-    for (name, slot) in CLASSIFIERS {
-        let Some(slot) = slot else { continue };
-        let program = open_classifier(name)?;
-        let fd = program
-            .fd()
-            .map_err(|source| Error::program(name, source))?;
-        calls
-            .set(slot, fd, 0)
-            .map_err(|source| failed("writing", "PROGRAMS", &slot, source))?;
+fn fill(calls: &mut Calls, slot: u32, name: &str, program: &SchedClassifier) -> Result<(), Error> {
+    let fd = program
+        .fd()
+        .map_err(|source| Error::program(name, source))?;
+    calls
+        .set(slot, fd, 0)
+        .map_err(|source| failed("writing", "PROGRAMS", &slot, source))
+}
+
+fn clear_slots(calls: &mut Calls) -> Result<(), Error> {
+    for slot in CLASSIFIERS.iter().filter_map(|(_, slot)| *slot) {
+        match calls.clear_index(&slot) {
+            Ok(()) => {}
+            Err(error) if is_missing(&error) => {}
+            Err(source) => return Err(failed("clearing", "PROGRAMS", &slot, source)),
+        }
     }
     Ok(())
 }
@@ -245,36 +269,37 @@ pub(super) fn unload() -> Result<(), Error> {
     // Its pin says that all is there, in case this is killed.
     let _ = fs::remove_file(pins::published(LAST));
     for level in LogLevel::ALL {
-        if !attach::is_loaded(level) {
-            continue;
-        }
-        let mut calls = calls(level)?;
-        for slot in CLASSIFIERS.iter().filter_map(|(_, slot)| *slot) {
-            match calls.clear_index(&slot) {
-                Ok(()) => {}
-                Err(error) if is_missing(&error) => {}
-                Err(source) => return Err(failed("clearing", "PROGRAMS", &slot, source)),
-            }
+        if let Some(mut calls) = calls(level)? {
+            clear_slots(&mut calls)?;
         }
     }
+    remove_links()?;
     let paths = MAPS.map(pins::map);
-    for path in [pins::links(), pins::published("")].iter().chain(&paths) {
-        let removed = if path.is_dir() {
-            fs::remove_dir_all(path)
-        } else {
-            fs::remove_file(path)
-        };
-        match removed {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                return Err(Error::Pin {
-                    path: path.clone(),
-                    source,
-                });
-            }
-            _ => {}
-        }
+    for path in [pins::published("")].iter().chain(&paths) {
+        remove_pins(path)?;
     }
     Ok(())
+}
+
+/// Detaches everything.
+fn remove_links() -> Result<(), Error> {
+    remove_pins(&pins::links())
+}
+
+/// Removes one pin, or a directory of pins.
+fn remove_pins(path: &Path) -> Result<(), Error> {
+    let removed = if path.is_dir() {
+        fs::remove_dir_all(path)
+    } else {
+        fs::remove_file(path)
+    };
+    match removed {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(Error::Pin {
+            path: path.to_owned(),
+            source,
+        }),
+        _ => Ok(()),
+    }
 }
 
 /// Takes the programs away if no port is published. The lock of the pins is held alone.
@@ -287,8 +312,15 @@ pub(super) fn unload_if_unused() -> Result<(), Error> {
     if in_use { Ok(()) } else { unload() }
 }
 
-fn calls(level: LogLevel) -> Result<ProgramArray<aya::maps::MapData>, Error> {
-    ProgramArray::try_from(super::pinned_at(&pins::variant(level).join("PROGRAMS"))?)
+/// The table by which the programs of `level` call each other, if it is pinned: that
+/// comes before them.
+fn calls(level: LogLevel) -> Result<Option<Calls>, Error> {
+    let path = pins::variant(level).join("PROGRAMS");
+    if !path.exists() {
+        return Ok(None);
+    }
+    Calls::try_from(super::pinned_at(&path)?)
+        .map(Some)
         .map_err(|source| foreign("PROGRAMS", &source))
 }
 
@@ -305,8 +337,6 @@ fn pin_link(
         source,
     };
     let link = link.map_err(|source| error(io::Error::other(source)))?;
-    // What a load that was killed has left.
-    let _ = fs::remove_file(path);
     link.pin(path)
         .map_err(|source| error(io::Error::other(source)))?;
     Ok(())
@@ -376,58 +406,58 @@ impl Publication<'_> {
     }
 
     fn insert(&mut self, port: &NodePort, entry: Published) -> Result<(), Error> {
-        let written = refilled(|| {
-            self.published
-                .insert(Wire(port.key()), Wire(entry), NOEXIST)
-        });
-        match written {
-            Ok(()) => Ok(()),
-            Err(MapError::SyscallError(error))
-                if error.io_error.kind() == io::ErrorKind::AlreadyExists =>
-            {
-                Err(self.taken(port)?)
-            }
-            Err(source) => Err(failed("claiming", "PUBLISHED", &port.to_string(), source)),
-        }
-    }
-
-    /// The error about a port that is taken.
-    fn taken(&mut self, port: &NodePort) -> Result<Error, Error> {
-        let error = |owner: NodePort, entry: &Published| Error::Taken {
-            port: *port,
-            taken: owner,
-            owner: entry.port,
-        };
-        match self.entry(port)? {
-            Some(entry) if entry.specific == 0 => Ok(error(*port, &entry)),
-            _ => {
-                // On single addresses, of which there are few. Looked for only to
-                // name one.
-                let key = port.key();
-                let found =
-                    entries(&self.published, "PUBLISHED")?
-                        .into_iter()
-                        .find(|(other, entry)| {
-                            (other.port, other.protocol) == (key.port, key.protocol)
-                                && entry.specific == 0
-                                && address(other.address).is_ipv4() == port.address.is_ipv4()
-                        });
-                match found {
-                    Some((other, entry)) => {
-                        let owner = NodePort {
-                            address: address(other.address),
-                            ..*port
-                        };
-                        Ok(error(owner, &entry))
+        loop {
+            let written = refilled(|| {
+                self.published
+                    .insert(Wire(port.key()), Wire(entry), NOEXIST)
+            });
+            match written {
+                Ok(()) => return Ok(()),
+                Err(MapError::SyscallError(error))
+                    if error.io_error.kind() == io::ErrorKind::AlreadyExists =>
+                {
+                    if let Some(taken) = self.taken(port)? {
+                        return Err(taken);
                     }
-                    // Counted by a call that was killed before it wrote the entry.
-                    None => {
-                        remove(&mut self.published, "PUBLISHED", key)?;
-                        Ok(error(*port, &Service::NOBODY))
-                    }
+                }
+                Err(source) => {
+                    return Err(failed("claiming", "PUBLISHED", &port.to_string(), source));
                 }
             }
         }
+    }
+
+    /// The error about a port that is taken. It is not if only a count is in the way,
+    /// of a call that was killed between the count and what it counts; that goes.
+    fn taken(&mut self, port: &NodePort) -> Result<Option<Error>, Error> {
+        let error = |taken: NodePort, entry: &Published| {
+            Some(Error::Taken {
+                port: *port,
+                taken,
+                owner: entry.port,
+            })
+        };
+        if let Some(entry) = self.entry(port)?.filter(|entry| entry.specific == 0) {
+            return Ok(error(*port, &entry));
+        }
+        // On single addresses, of which there are few. Looked for only to name one.
+        let key = port.key();
+        let found = entries(&self.published, "PUBLISHED")?
+            .into_iter()
+            .find(|(other, entry)| {
+                (other.port, other.protocol) == (key.port, key.protocol)
+                    && entry.specific == 0
+                    && address(other.address).is_ipv4() == port.address.is_ipv4()
+            });
+        let Some((other, entry)) = found else {
+            remove(&mut self.published, "PUBLISHED", key)?;
+            return Ok(None);
+        };
+        let owner = NodePort {
+            address: address(other.address),
+            ..*port
+        };
+        Ok(error(owner, &entry))
     }
 
     /// Keeps count of the addresses that a number is published on.

@@ -175,7 +175,7 @@ impl Netlink {
     ) -> Result<Vec<RouteNetlinkMessage>, LinkError> {
         for _ in 0..DUMP_ATTEMPTS {
             match self.exchange(message.clone(), NLM_F_REQUEST | NLM_F_DUMP, &operation) {
-                Ok(answer) if answer.interrupted && false => {}
+                Ok(answer) if answer.interrupted => {}
                 Ok(answer) => return Ok(answer.messages),
                 Err(error) if error.errno() == Some(nix::libc::EINTR) => {}
                 Err(error) => return Err(error),
