@@ -3,7 +3,7 @@
 
 use std::{
     fs::File,
-    io::{ErrorKind, Read as _, Write as _},
+    io::{self, ErrorKind, Read as _, Write as _},
     net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::fd::{AsFd as _, AsRawFd as _},
     thread,
@@ -322,13 +322,12 @@ fn packets_that_no_kernel_would_send_arrive() -> Result<()> {
     Ok(())
 }
 
-/// A server with one connection, in a pod that publishes [`ports`].
+/// Serves one connection.
 fn serve_one(
-    pod: &Pod,
-    address: IpAddr,
+    listener: &TcpListener,
     work: impl FnOnce(TcpStream) -> Result<()> + Send + 'static,
 ) -> Result<thread::JoinHandle<Result<()>>> {
-    let listener = pod.within(|| Ok(TcpListener::bind((address, POD_PORT))?))?;
+    let listener = listener.try_clone()?;
     Ok(thread::spawn(move || {
         let (stream, _) = listener.accept()?;
         stream.set_read_timeout(Some(PATIENCE))?;
@@ -340,7 +339,7 @@ fn join(server: thread::JoinHandle<Result<()>>) -> Result<()> {
     server.join().map_err(|_| anyhow!("the server panicked"))?
 }
 
-fn is_reset(result: std::io::Result<usize>) -> Result<()> {
+fn is_reset(result: io::Result<usize>) -> Result<()> {
     match result {
         Err(error) if error.kind() == ErrorKind::ConnectionReset => Ok(()),
         other => Err(anyhow!("not a reset but {other:?}")),
@@ -361,6 +360,11 @@ fn connections_end_as_their_ends_want_it() -> Result<()> {
         MacAddr::of_device(&outside, "eth0")?,
         MacAddr::of_device(&node, "uplink0")?,
     );
+    let listeners = pod.within(|| {
+        let addresses = [IpAddr::from(pod.v4()?), pod.v6()?.into()];
+        let listeners = addresses.map(|address| TcpListener::bind((address, POD_PORT)));
+        Ok(listeners.into_iter().collect::<io::Result<Vec<_>>>()?)
+    })?;
     let here: &Namespace = &outside;
     for (who, client, addresses) in [
         ("outside", here, NODE),
@@ -368,10 +372,7 @@ fn connections_end_as_their_ends_want_it() -> Result<()> {
         ("the pod itself", &pod, NODE),
         ("the node", &node, LOOPBACKS),
     ] {
-        for (address, of_pod) in addresses
-            .into_iter()
-            .zip([IpAddr::from(pod.v4()?), pod.v6()?.into()])
-        {
+        for (address, listener) in addresses.into_iter().zip(&listeners) {
             let server = published(address);
             let context = || format!("{who} to {server}");
             let connect = || -> Result<TcpStream> {
@@ -382,7 +383,7 @@ fn connections_end_as_their_ends_want_it() -> Result<()> {
             let mut all = Vec::new();
 
             // The client has nothing more to say, and the server answers then.
-            let task = serve_one(&pod, of_pod, |mut stream| {
+            let task = serve_one(listener, |mut stream| {
                 let mut question = Vec::new();
                 stream.read_to_end(&mut question)?;
                 thread::sleep(std::time::Duration::from_millis(20));
@@ -396,7 +397,7 @@ fn connections_end_as_their_ends_want_it() -> Result<()> {
             join(task).with_context(context)?;
 
             // The server has nothing to say, and listens.
-            let task = serve_one(&pod, of_pod, |mut stream| {
+            let task = serve_one(listener, |mut stream| {
                 stream.shutdown(Shutdown::Write)?;
                 let mut all = Vec::new();
                 stream.read_to_end(&mut all)?;
@@ -410,14 +411,12 @@ fn connections_end_as_their_ends_want_it() -> Result<()> {
             join(task).with_context(context)?;
 
             // Either resets.
-            let task = serve_one(&pod, of_pod, |mut stream| {
-                is_reset(stream.read(&mut [0; 1]))
-            })?;
+            let task = serve_one(listener, |mut stream| is_reset(stream.read(&mut [0; 1])))?;
             let stream = connect().with_context(context)?;
             reset_when_dropped(&stream)?;
             drop(stream);
             join(task).with_context(context)?;
-            let task = serve_one(&pod, of_pod, |stream| reset_when_dropped(&stream))?;
+            let task = serve_one(listener, |stream| reset_when_dropped(&stream))?;
             let mut stream = connect().with_context(context)?;
             is_reset(stream.read(&mut [0; 1])).with_context(context)?;
             join(task)?;
@@ -425,7 +424,7 @@ fn connections_end_as_their_ends_want_it() -> Result<()> {
             // A reset that neither sent. Hazard: spurious resets that change what
             // is remembered of a connection.
             if who == "outside" {
-                let task = serve_one(&pod, of_pod, |mut stream| {
+                let task = serve_one(listener, |mut stream| {
                     let mut byte = [0];
                     while stream.read(&mut byte)? == 1 {
                         stream.write_all(&byte)?;
