@@ -267,6 +267,9 @@ impl Namespace {
 
     /// Connects two namespaces by a veth pair, with both ends up.
     ///
+    /// Their IPv6 addresses need no duplicate address detection: without a
+    /// link-local address no neighbour would be asked for during the first seconds.
+    ///
     /// # Errors
     ///
     /// That one of the two has a device of that name already.
@@ -276,8 +279,11 @@ impl Namespace {
         self.run(&format!(
             "ip link add {device} type veth peer name {peer_device} netns {net}"
         ))?;
-        self.ip(&format!("link set {device} up"))?;
-        peer.ip(&format!("link set {peer_device} up"))
+        for (namespace, device) in [(self, device), (peer, peer_device)] {
+            namespace.set_sysctl(&format!("net/ipv6/conf/{device}/accept_dad"), "0")?;
+            namespace.ip(&format!("link set {device} up"))?;
+        }
+        Ok(())
     }
 
     /// Pings an address: `count` echo requests, 50 ms apart, each waited for three

@@ -4,6 +4,7 @@
 use std::{
     ffi::CString,
     io,
+    net::IpAddr,
     os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
 };
 
@@ -12,7 +13,7 @@ use bpf_bridge_tests::{EchoServer, MacAddr, Namespace, Network, Node, Outside};
 use nix::libc;
 use serde_json::json;
 
-use crate::{NODE, PATIENCE, POD_PORT, Server, conflist, listen, meets, network, ports};
+use crate::{HOST_PORT, NODE, PATIENCE, POD_PORT, Server, conflist, listen, meets, network, ports};
 
 /// The rules of portmap that translate, with the packets that each has seen.
 fn translations(node: &Node) -> Result<Vec<String>> {
@@ -58,7 +59,7 @@ fn a_portmap_behind_us_finds_nothing_to_do() -> Result<()> {
         }
     }
     for loopback in ["127.0.0.1", "::1"] {
-        meets(&node, loopback.parse::<std::net::IpAddr>()?, "server")?;
+        meets(&node, loopback.parse::<IpAddr>()?, "server")?;
     }
     for rule in translations(&node)? {
         ensure!(rule.starts_with("[0:0]"), "{rule}");
@@ -98,6 +99,58 @@ fn without_the_capability_ports_are_portmaps() -> Result<()> {
             .map_or(true, |text| text.contains("Found 0 elements")),
         "{entries:?}"
     );
+    Ok(())
+}
+
+/// What the host's stack brings to the pod, translated by its own rules, goes back to
+/// it: the law of the datapath.
+#[test]
+fn replies_to_what_netfilter_brought_go_back_to_it() -> Result<()> {
+    let node = Node::new()?;
+    let outside = node.outside()?;
+    let network = network(&node);
+    let other = crate::other_network(&node);
+    let foreigner = other.pod("foreigner")?;
+    let server = Server::new(&network, "server")?;
+    // As kube-proxy serves an address that nobody has.
+    let services: [IpAddr; 2] = ["10.96.0.1".parse()?, "fd96::1".parse()?];
+    for (service, iptables, pod) in [
+        (services[0], "iptables", server.v4()?.to_string()),
+        (services[1], "ip6tables", format!("[{}]", server.v6()?)),
+    ] {
+        for (chain, protocol) in [
+            ("PREROUTING", "tcp"),
+            ("PREROUTING", "udp"),
+            ("OUTPUT", "tcp"),
+            ("OUTPUT", "udp"),
+        ] {
+            node.run(&format!(
+                "{iptables} -t nat -A {chain} -d {service} -p {protocol} --dport {HOST_PORT} \
+                 -j DNAT --to-destination {pod}:{POD_PORT}"
+            ))?;
+        }
+    }
+    outside.route_to_node("10.96.0.0/16")?;
+    outside.route_to_node("fd96::/64")?;
+    let here: &Namespace = &outside;
+    let clients = [
+        ("outside", here),
+        ("a pod", &foreigner),
+        ("the node", &node),
+    ];
+    for (who, client) in clients {
+        for (service, published) in services.into_iter().zip(NODE) {
+            let seen = meets(client, service, "server").context(who)?;
+            // And at the same time, both as the same client.
+            let published = meets(client, published, "server").context(who)?;
+            for (seen, published) in seen.iter().zip(&published) {
+                ensure!(
+                    seen.client.ip() == published.client.ip() || who == "the node",
+                    "{who}: {seen:?}, {published:?}"
+                );
+            }
+        }
+    }
     Ok(())
 }
 

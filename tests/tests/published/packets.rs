@@ -2,9 +2,12 @@
 //! checksums, ends of connections.
 
 use std::{
-    io::{ErrorKind, Read as _, Write as _},
+    fs::File,
+    io::{self, ErrorKind, Read as _, Write as _},
     net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    os::fd::{AsFd as _, AsRawFd as _},
     thread,
+    time::Instant,
 };
 
 use anyhow::{Context as _, Result, anyhow, ensure};
@@ -12,7 +15,10 @@ use bpf_bridge_tests::{
     EchoServer, Frame, MacAddr, Meeting, Namespace, Network, Node, Offload, Outside, Packet,
     PacketSocket, Pod, wait_for,
 };
-use nix::sys::socket::{setsockopt, sockopt};
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::socket::{setsockopt, sockopt},
+};
 
 use crate::{GATEWAYS, HOST_PORT, NODE, PATIENCE, POD_PORT, Server, is, network, ports, settle};
 
@@ -257,8 +263,10 @@ fn packets_that_no_kernel_would_send_arrive() -> Result<()> {
         let payload: Vec<u8> = (0..=255).cycle().take(3000).collect();
         let short = || Packet::udp(client, server, &payload[..500]);
         let long = || Packet::udp(client, server, &payload);
-        let ordered = |packet: Packet, order: [usize; 3]| -> Vec<Vec<u8>> {
-            let fragments = packet.fragments(7, 1104);
+        let mut identification = 0;
+        let mut ordered = |packet: Packet, order: [usize; 3]| -> Vec<Vec<u8>> {
+            identification += 1;
+            let fragments = packet.fragments(identification, 1104);
             order.into_iter().map(|at| fragments[at].clone()).collect()
         };
         let mut table = vec![
@@ -270,17 +278,16 @@ fn packets_that_no_kernel_would_send_arrive() -> Result<()> {
                 500,
             ),
             (
-                "fragments with options",
-                ordered(long().with_options(), [0, 1, 2]),
-                3000,
+                "one fragment that is all",
+                short().fragments(101, 1104),
+                500,
             ),
+            ("small fragments", long().fragments(102, 64), 3000),
             (
-                "the same, first last",
-                ordered(long().with_options(), [2, 1, 0]),
+                "the same identification again",
+                long().fragments(102, 1104),
                 3000,
             ),
-            ("one fragment that is all", short().fragments(9, 1104), 500),
-            ("small fragments", long().fragments(10, 64), 3000),
         ];
         for order in [
             [0, 1, 2],
@@ -291,17 +298,21 @@ fn packets_that_no_kernel_would_send_arrive() -> Result<()> {
             [2, 1, 0],
         ] {
             table.push(("fragments", ordered(long(), order), 3000));
+            table.push((
+                "fragments with options",
+                ordered(long().with_options(), order),
+                3000,
+            ));
         }
-        // The same identification once more, now with another order: what is
-        // remembered of the last one must do no harm.
         for (what, packets, length) in table {
             for packet in &packets {
                 wire.send(&Frame::ip(to, from, packet))?;
             }
+            let order: Vec<usize> = packets.iter().map(Vec::len).collect();
             let mut answer = vec![0; 4000];
             let (received, source) = socket
                 .recv_from(&mut answer)
-                .with_context(|| format!("{what} to {server}"))?;
+                .with_context(|| format!("{what} of {order:?} bytes to {server}"))?;
             ensure!(source == server, "{what}: {source} answered");
             let met = Meeting::parse(&answer[..received], &payload[..length])
                 .with_context(|| format!("{what} to {server}"))?;
@@ -311,13 +322,12 @@ fn packets_that_no_kernel_would_send_arrive() -> Result<()> {
     Ok(())
 }
 
-/// A server with one connection, in a pod that publishes [`ports`].
+/// Serves one connection.
 fn serve_one(
-    pod: &Pod,
-    address: IpAddr,
+    listener: &TcpListener,
     work: impl FnOnce(TcpStream) -> Result<()> + Send + 'static,
 ) -> Result<thread::JoinHandle<Result<()>>> {
-    let listener = pod.within(|| Ok(TcpListener::bind((address, POD_PORT))?))?;
+    let listener = listener.try_clone()?;
     Ok(thread::spawn(move || {
         let (stream, _) = listener.accept()?;
         stream.set_read_timeout(Some(PATIENCE))?;
@@ -329,7 +339,7 @@ fn join(server: thread::JoinHandle<Result<()>>) -> Result<()> {
     server.join().map_err(|_| anyhow!("the server panicked"))?
 }
 
-fn is_reset(result: std::io::Result<usize>) -> Result<()> {
+fn is_reset(result: io::Result<usize>) -> Result<()> {
     match result {
         Err(error) if error.kind() == ErrorKind::ConnectionReset => Ok(()),
         other => Err(anyhow!("not a reset but {other:?}")),
@@ -350,6 +360,11 @@ fn connections_end_as_their_ends_want_it() -> Result<()> {
         MacAddr::of_device(&outside, "eth0")?,
         MacAddr::of_device(&node, "uplink0")?,
     );
+    let listeners = pod.within(|| {
+        let addresses = [IpAddr::from(pod.v4()?), pod.v6()?.into()];
+        let listeners = addresses.map(|address| TcpListener::bind((address, POD_PORT)));
+        Ok(listeners.into_iter().collect::<io::Result<Vec<_>>>()?)
+    })?;
     let here: &Namespace = &outside;
     for (who, client, addresses) in [
         ("outside", here, NODE),
@@ -357,10 +372,7 @@ fn connections_end_as_their_ends_want_it() -> Result<()> {
         ("the pod itself", &pod, NODE),
         ("the node", &node, LOOPBACKS),
     ] {
-        for (address, of_pod) in addresses
-            .into_iter()
-            .zip([IpAddr::from(pod.v4()?), pod.v6()?.into()])
-        {
+        for (address, listener) in addresses.into_iter().zip(&listeners) {
             let server = published(address);
             let context = || format!("{who} to {server}");
             let connect = || -> Result<TcpStream> {
@@ -371,7 +383,7 @@ fn connections_end_as_their_ends_want_it() -> Result<()> {
             let mut all = Vec::new();
 
             // The client has nothing more to say, and the server answers then.
-            let task = serve_one(&pod, of_pod, |mut stream| {
+            let task = serve_one(listener, |mut stream| {
                 let mut question = Vec::new();
                 stream.read_to_end(&mut question)?;
                 thread::sleep(std::time::Duration::from_millis(20));
@@ -385,7 +397,7 @@ fn connections_end_as_their_ends_want_it() -> Result<()> {
             join(task).with_context(context)?;
 
             // The server has nothing to say, and listens.
-            let task = serve_one(&pod, of_pod, |mut stream| {
+            let task = serve_one(listener, |mut stream| {
                 stream.shutdown(Shutdown::Write)?;
                 let mut all = Vec::new();
                 stream.read_to_end(&mut all)?;
@@ -399,14 +411,12 @@ fn connections_end_as_their_ends_want_it() -> Result<()> {
             join(task).with_context(context)?;
 
             // Either resets.
-            let task = serve_one(&pod, of_pod, |mut stream| {
-                is_reset(stream.read(&mut [0; 1]))
-            })?;
+            let task = serve_one(listener, |mut stream| is_reset(stream.read(&mut [0; 1])))?;
             let stream = connect().with_context(context)?;
             reset_when_dropped(&stream)?;
             drop(stream);
             join(task).with_context(context)?;
-            let task = serve_one(&pod, of_pod, |stream| reset_when_dropped(&stream))?;
+            let task = serve_one(listener, |stream| reset_when_dropped(&stream))?;
             let mut stream = connect().with_context(context)?;
             is_reset(stream.read(&mut [0; 1])).with_context(context)?;
             join(task)?;
@@ -414,7 +424,7 @@ fn connections_end_as_their_ends_want_it() -> Result<()> {
             // A reset that neither sent. Hazard: spurious resets that change what
             // is remembered of a connection.
             if who == "outside" {
-                let task = serve_one(&pod, of_pod, |mut stream| {
+                let task = serve_one(listener, |mut stream| {
                     let mut byte = [0];
                     while stream.read(&mut byte)? == 1 {
                         stream.write_all(&byte)?;
@@ -566,6 +576,88 @@ fn checksums_are_right_without_offloads() -> Result<()> {
                 namespace.set_offload(device, offload, true)?;
             }
         }
+    }
+    Ok(())
+}
+
+/// A tunnel of a program in the node, with packets as they are.
+struct Tunnel(File);
+
+nix::ioctl_write_ptr_bad!(
+    /// `TUNSETIFF` of `linux/if_tun.h`.
+    set_device,
+    0x4004_54ca,
+    nix::libc::ifreq
+);
+
+impl Tunnel {
+    fn new(node: &Namespace, device: &str) -> Result<Self> {
+        let tunnel = node.within(|| {
+            let tunnel = File::options()
+                .read(true)
+                .write(true)
+                .open("/dev/net/tun")
+                .context("opening /dev/net/tun")?;
+            // SAFETY: an all-zero ifreq is a valid value of that plain C struct.
+            let mut request: nix::libc::ifreq = unsafe { std::mem::zeroed() };
+            for (to, from) in request.ifr_name.iter_mut().zip(device.bytes()) {
+                *to = from.cast_signed();
+            }
+            request.ifr_ifru.ifru_flags = i16::try_from(nix::libc::IFF_TUN | nix::libc::IFF_NO_PI)?;
+            // SAFETY: the request is of the type that the command reads.
+            unsafe { set_device(tunnel.as_raw_fd(), &raw const request) }
+                .context("making a tunnel")?;
+            Ok(tunnel)
+        })?;
+        node.ip(&format!("link set {device} up"))?;
+        Ok(Self(tunnel))
+    }
+
+    /// The next packet that holds these bytes.
+    fn receive(&self, wanted: &[u8]) -> Result<Vec<u8>> {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            let mut waiting = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+            let left = PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO);
+            ensure!(
+                poll(&mut waiting, left)? > 0,
+                "nothing came out of the tunnel"
+            );
+            let mut packet = vec![0; 2000];
+            let length = (&self.0).read(&mut packet)?;
+            packet.truncate(length);
+            if packet.windows(wanted.len()).any(|window| window == wanted) {
+                return Ok(packet);
+            }
+        }
+    }
+}
+
+/// As WireGuard's and others: packets without Ethernet headers.
+#[test]
+fn an_uplink_may_have_no_ethernet_headers() -> Result<()> {
+    let node = Node::new()?;
+    let tunnel = Tunnel::new(&node, "tun0")?;
+    node.ip("addr add 203.0.113.2/24 dev tun0\naddr add 2001:db8:2::2/64 dev tun0 nodad")?;
+    let network = network(&node);
+    let _server = Server::new(&network, "server")?;
+    for (client, address) in [
+        ("203.0.113.1", "203.0.113.2"),
+        ("2001:db8:2::1", "2001:db8:2::2"),
+    ] {
+        let client = SocketAddr::new(client.parse()?, 4000);
+        let server = published(address.parse()?);
+        let request = Packet::udp(client, server, b"who is there?");
+        (&tunnel.0).write_all(&request.bytes())?;
+        let answer = format!("server {client}\nwho is there?");
+        let answer = answer.as_bytes();
+        let reply = tunnel.receive(answer).with_context(|| client.to_string())?;
+        // Byte by byte what one would send who has the node's address.
+        let mut expected = Packet::udp(server, client, answer).bytes();
+        let fields = if client.is_ipv4() { 1..12 } else { 1..8 };
+        expected[fields.clone()].copy_from_slice(&reply[fields]);
+        ensure!(reply == expected, "{reply:x?}\n{expected:x?}");
     }
     Ok(())
 }

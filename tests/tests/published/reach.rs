@@ -14,8 +14,8 @@ use bpf_bridge_tests::{
 };
 
 use crate::{
-    GATEWAYS, HOST_PORT, NODE, PATIENCE, POD_PORT, SILENCE, Server, listen, meets, meets_nobody,
-    network, other_network, settle,
+    GATEWAYS, HOST_PORT, NODE, PATIENCE, POD_PORT, SILENCE, Server, is, listen, meets,
+    meets_nobody, network, other_network, settle,
 };
 
 /// More addresses of the node: a second pair on its uplink, on the loopback
@@ -428,13 +428,18 @@ fn one_client_port_may_use_two_addresses_and_two_ports_at_once() -> Result<()> {
         second["hostPort"] = (HOST_PORT + 1).into();
         ports.as_array_mut().context("no array")?.push(second);
     }
-    let _server = Server::publishing(&network, "server", ports)?;
+    let server = Server::publishing(&network, "server", ports)?;
     let neighbour = network.pod("neighbour")?;
     settle(&node);
+    outside.route_to_node(Network::V4_SUBNET)?;
+    outside.route_to_node(Network::V6_SUBNET)?;
     let here: &Namespace = &outside;
     for (who, from) in [("outside", here), ("neighbour", &neighbour)] {
-        for (first, second) in NODE.into_iter().zip(parsed(SECOND)?) {
+        let addresses = NODE.into_iter().zip(parsed(SECOND)?).zip(of(&server)?);
+        for ((first, second), own) in addresses {
             let servers = [
+                // By its own address, without any translation.
+                SocketAddr::new(own, POD_PORT),
                 SocketAddr::new(first, HOST_PORT),
                 SocketAddr::new(second, HOST_PORT),
                 SocketAddr::new(first, HOST_PORT + 1),
