@@ -71,6 +71,9 @@ pub(super) struct Ports {
     pub(super) measurements: Vec<Measurement>,
     /// What one must know to read them.
     pub(super) notes: Vec<String>,
+    /// The most memory that a call had resident, in bytes, with the first port of a
+    /// node.
+    pub(super) memory: Vec<(Contender, u64)>,
     /// For as long as this lives, the nodes do.
     _lanes: Vec<Lane>,
 }
@@ -91,6 +94,12 @@ struct Lane {
 
 /// Measures with more and more ports on the nodes.
 pub(super) fn measure(settings: &Settings, recipe: &Recipe, plan: &Plan) -> Result<Ports> {
+    let mut memory = Vec::new();
+    for &contender in &settings.contenders {
+        let lane = Lane::new(contender, recipe, 1)?;
+        let most = lane.arena.memory(&lane.attachment(1))?;
+        memory.extend(most.map(|most| (contender, most)));
+    }
     let mut measurements = Vec::new();
     let mut firsts = Vec::new();
     let mut used = Vec::new();
@@ -155,6 +164,7 @@ pub(super) fn measure(settings: &Settings, recipe: &Recipe, plan: &Plan) -> Resu
     Ok(Ports {
         measurements,
         notes,
+        memory,
         _lanes: used,
     })
 }
