@@ -492,3 +492,31 @@ fn traffic(settings: &Settings, lanes: &[Lane], on: &str, plan: &Plan) -> Result
     })
     .into())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rules_have_fifteen_ports_a_match() {
+        let rules = Family::V4.rules("CNI-DN-x", "id", "10.77.0.3", 80..97);
+        let lines: Vec<_> = rules.lines().collect();
+        assert_eq!(lines.len(), 3 * 17 + 2);
+        assert_eq!(
+            lines[..3],
+            [
+                "-A CNI-DN-x -s 10.77.0.0/16 -p tcp -m tcp --dport 80 -j CNI-HOSTPORT-SETMARK",
+                "-A CNI-DN-x -s 127.0.0.1/32 -p tcp -m tcp --dport 80 -j CNI-HOSTPORT-SETMARK",
+                "-A CNI-DN-x -p tcp -m tcp --dport 80 -j DNAT --to-destination 10.77.0.3:80",
+            ]
+        );
+        assert_eq!(
+            lines[52],
+            "-A CNI-HOSTPORT-DNAT -p tcp -m comment --comment \"dnat name: \\\"bench\\\" \
+             id: \\\"id\\\"\" -m multiport --dports 95,96 -j CNI-DN-x"
+        );
+        let rules = Family::V6.rules("CNI-DN-x", "id", "fd77::3", 80..81);
+        assert!(rules.contains("--to-destination [fd77::3]:80\n"), "{rules}");
+        assert_eq!(rules.lines().count(), 3);
+    }
+}
