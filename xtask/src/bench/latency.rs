@@ -61,7 +61,7 @@ pub(super) fn measure(settings: &Settings, recipe: &Recipe, plan: &Plan) -> Resu
     for arena in &arenas {
         let sandbox = arena.node.sandbox("memory")?;
         for found in [&mut found.first_memory, &mut found.memory] {
-            let most = arena.memory(&sandbox)?;
+            let most = arena.memory(&sandbox.attachment())?;
             found.extend(most.map(|most| (arena.contender, most)));
         }
     }

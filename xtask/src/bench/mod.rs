@@ -195,6 +195,7 @@ fn measure(arguments: &Arguments, settings: &Settings, recipe: &Recipe) -> Resul
         programs: None,
         first_memory: Vec::new(),
         memory: Vec::new(),
+        port_memory: Vec::new(),
         sizes: settings
             .contenders
             .iter()
@@ -228,6 +229,7 @@ fn measure(arguments: &Arguments, settings: &Settings, recipe: &Recipe) -> Resul
         let ports = published.insert(ports::measure(settings, recipe, &plan)?);
         report.measurements.append(&mut ports.measurements);
         report.notes.append(&mut ports.notes);
+        report.port_memory.append(&mut ports.memory);
     }
     // Last, because thousands of namespaces are taken down afterwards.
     if wanted(Part::Calls) {

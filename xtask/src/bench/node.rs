@@ -226,14 +226,13 @@ impl Arena {
         Ok(time)
     }
 
-    /// Attaches and detaches a sandbox; returns the most memory that a call had
+    /// Attaches and detaches a pod; returns the most memory that a call had
     /// resident, in bytes. The floor has none: it is no process.
-    pub(super) fn memory(&self, sandbox: &Sandbox) -> Result<Option<u64>> {
+    pub(super) fn memory(&self, attachment: &Attachment) -> Result<Option<u64>> {
         if self.contender == Contender::Floor {
             return Ok(None);
         }
         self.node.within(|| {
-            let attachment = sandbox.attachment();
             let peak = |verb: Verb, config: &Value| {
                 let plugin = type_of(config);
                 let mut command = Command::new(Path::new(Node::CNI_PATH).join(plugin));
@@ -248,7 +247,7 @@ impl Arena {
             };
             let mut most = 0;
             let mut result = Value::Null;
-            let configs = self.configs(&attachment)?;
+            let configs = self.configs(attachment)?;
             for mut config in configs.clone() {
                 if !result.is_null() {
                     config["prevResult"] = result;

@@ -399,3 +399,43 @@ fn pin(cpu: usize) -> Result<()> {
         .and_then(|()| sched_setaffinity(Pid::from_raw(0), &cpus))
         .with_context(|| format!("binding to CPU {cpu}"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_peer_is_told_its_task() {
+        for (transport, text) in [
+            (Transport::Tcp { quota: 5 }, "tcp:5:3"),
+            (Transport::Udp { quota: 64, size: 0 }, "udp:64:3"),
+            (Transport::Connections, "connections:1:3"),
+        ] {
+            let task = PeerTask { transport, cpu: 3 };
+            assert_eq!(task.argument(), text);
+            let read: PeerTask = text.parse().unwrap();
+            assert_eq!((read.transport, read.cpu), (transport, 3));
+        }
+        for text in ["", "tcp:1", "tcp:0:1", "sctp:1:1", "udp:1:1:1"] {
+            assert!(text.parse::<PeerTask>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_connection_is_answered_and_reset() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let server = listener.local_addr().unwrap();
+        thread::scope(|scope| {
+            let answering = scope.spawn(move || {
+                let (mut stream, _) = listener.accept()?;
+                stream.read_exact(&mut [0])?;
+                stream.write_all(&[0])?;
+                stream.read(&mut [0])
+            });
+            transact(server).unwrap();
+            let end = answering.join().unwrap().unwrap_err();
+            assert_eq!(end.kind(), io::ErrorKind::ConnectionReset);
+        });
+        assert!(transact(server).is_err(), "nobody listens any more");
+    }
+}

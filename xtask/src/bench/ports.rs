@@ -71,6 +71,9 @@ pub(super) struct Ports {
     pub(super) measurements: Vec<Measurement>,
     /// What one must know to read them.
     pub(super) notes: Vec<String>,
+    /// The most memory that a call had resident, in bytes, with the first port of a
+    /// node.
+    pub(super) memory: Vec<(Contender, u64)>,
     /// For as long as this lives, the nodes do.
     _lanes: Vec<Lane>,
 }
@@ -91,6 +94,12 @@ struct Lane {
 
 /// Measures with more and more ports on the nodes.
 pub(super) fn measure(settings: &Settings, recipe: &Recipe, plan: &Plan) -> Result<Ports> {
+    let mut memory = Vec::new();
+    for &contender in &settings.contenders {
+        let lane = Lane::new(contender, recipe, 1)?;
+        let most = lane.arena.memory(&lane.attachment(1))?;
+        memory.extend(most.map(|most| (contender, most)));
+    }
     let mut measurements = Vec::new();
     let mut firsts = Vec::new();
     let mut used = Vec::new();
@@ -155,6 +164,7 @@ pub(super) fn measure(settings: &Settings, recipe: &Recipe, plan: &Plan) -> Resu
     Ok(Ports {
         measurements,
         notes,
+        memory,
         _lanes: used,
     })
 }
@@ -481,4 +491,32 @@ fn traffic(settings: &Settings, lanes: &[Lane], on: &str, plan: &Plan) -> Result
         values,
     })
     .into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rules_have_fifteen_ports_a_match() {
+        let rules = Family::V4.rules("CNI-DN-x", "id", "10.77.0.3", 80..97);
+        let lines: Vec<_> = rules.lines().collect();
+        assert_eq!(lines.len(), 3 * 17 + 2);
+        assert_eq!(
+            lines[..3],
+            [
+                "-A CNI-DN-x -s 10.77.0.0/16 -p tcp -m tcp --dport 80 -j CNI-HOSTPORT-SETMARK",
+                "-A CNI-DN-x -s 127.0.0.1/32 -p tcp -m tcp --dport 80 -j CNI-HOSTPORT-SETMARK",
+                "-A CNI-DN-x -p tcp -m tcp --dport 80 -j DNAT --to-destination 10.77.0.3:80",
+            ]
+        );
+        assert_eq!(
+            lines[52],
+            "-A CNI-HOSTPORT-DNAT -p tcp -m comment --comment \"dnat name: \\\"bench\\\" \
+             id: \\\"id\\\"\" -m multiport --dports 95,96 -j CNI-DN-x"
+        );
+        let rules = Family::V6.rules("CNI-DN-x", "id", "fd77::3", 80..81);
+        assert!(rules.contains("--to-destination [fd77::3]:80\n"), "{rules}");
+        assert_eq!(rules.lines().count(), 3);
+    }
 }

@@ -251,11 +251,17 @@ impl Publisher {
             let mut flow = Flow::start(&ends, transport)?;
             runs.push(pins.time(program, name, || flow.run(slice).map(drop))?);
         }
-        // A process of the node that talks to another: nothing is published there.
-        let local = ends(node, node, (IpAddr::from([127, 0, 0, 1]), 0), None);
-        let connector = Connector::start(&local)?;
-        let name = "connect to what is not published";
-        runs.push(pins.time(CONNECT, name, || connector.run(slice).map(drop))?);
+        // The last: a process of the node that talks to another. Nothing is
+        // published there.
+        let local = || ends(node, node, (IpAddr::from([127, 0, 0, 1]), 0), None);
+        for (program, name, ends) in [
+            (PORT, "replies of a published port, TCP_CRR", published()),
+            (UPLINK, "to a published port, TCP_CRR", published()),
+            (CONNECT, "connect to what is not published", local()),
+        ] {
+            let connector = Connector::start(&ends)?;
+            runs.push(pins.time(program, name, || connector.run(slice).map(drop))?);
+        }
         Ok(())
     }
 }

@@ -28,6 +28,8 @@ pub(super) struct Report {
     /// node, and of a later one.
     pub(super) first_memory: Vec<(Contender, u64)>,
     pub(super) memory: Vec<(Contender, u64)>,
+    /// The same of the first pod of a node, with a published port.
+    pub(super) port_memory: Vec<(Contender, u64)>,
     /// The size of the binaries that are called, in bytes.
     pub(super) sizes: Vec<(Contender, u64)>,
 }
@@ -68,6 +70,7 @@ impl Report {
         for (name, of) in [
             ("peak memory, first pod of a node (MB)", &self.first_memory),
             ("peak memory, later pods (MB)", &self.memory),
+            ("peak memory, first published port (MB)", &self.port_memory),
             ("size on disk (MB)", &self.sizes),
         ] {
             let cell = |contender| {
@@ -125,6 +128,7 @@ impl Report {
             "programs": self.programs.as_ref().map(Programs::to_json),
             "peakMemoryOfFirstBytes": bytes(&self.first_memory),
             "peakMemoryBytes": bytes(&self.memory),
+            "peakMemoryOfFirstPortBytes": bytes(&self.port_memory),
             "binaryBytes": bytes(&self.sizes),
         })
     }
