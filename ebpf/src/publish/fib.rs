@@ -4,8 +4,8 @@ use aya_ebpf::{
     EbpfContext as _,
     bindings::{
         BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NO_NEIGH,
-        BPF_FIB_LKUP_RET_NOT_FWDED, BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LOOKUP_OUTPUT,
-        bpf_fib_lookup as Lookup, bpf_redir_neigh,
+        BPF_FIB_LKUP_RET_NOT_FWDED, BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup as Lookup,
+        bpf_redir_neigh,
     },
     helpers::{bpf_fib_lookup, bpf_redirect_neigh},
     programs::TcContext,
@@ -77,6 +77,15 @@ pub(crate) fn is_local(ctx: &TcContext, via: u32, source: &Address, address: &Ad
     if address.is_loopback() || address.is_group() {
         return false;
     }
+    if address.is_link_local() {
+        // The kernel forwards neither to such an address nor from one, whosever it is.
+        return ADDRESSES.get_ptr(address).is_some();
+    }
+    let source = if source.is_link_local() {
+        &Address::UNSPECIFIED
+    } else {
+        source
+    };
     match fate(ctx, via, source, address) {
         BPF_FIB_LKUP_RET_NOT_FWDED => {
             ADDRESSES.get_ptr(address).is_some()
@@ -103,8 +112,6 @@ fn elsewhere(address: &Address) -> Address {
 pub(crate) struct Question {
     /// Its protocol.
     pub(crate) protocol: u8,
-    /// Whether the destination is a neighbour on `device`.
-    pub(crate) on_link: bool,
     /// The length in bytes of the longest packet on the wire, without the link's
     /// header; 0 for any.
     pub(crate) length: u16,
@@ -122,29 +129,31 @@ pub(crate) fn send(ctx: &TcContext, tuple: &Tuple, question: &Question) -> Way {
     lookup.__bindgen_anon_1.tot_len = question.length;
     lookup.ifindex = question.device;
     set_addresses(&mut lookup, &tuple.source, &tuple.destination);
-    let flags = if question.on_link {
-        BPF_FIB_LOOKUP_OUTPUT
-    } else {
-        0
-    };
-    match ask(ctx, &mut lookup, flags) {
+    match ask(ctx, &mut lookup, 0) {
         BPF_FIB_LKUP_RET_SUCCESS | BPF_FIB_LKUP_RET_NO_NEIGH => {}
         BPF_FIB_LKUP_RET_FRAG_NEEDED => return Way::TooBig,
         _ => return Way::None,
     }
+    // SAFETY: the kernel has written the next hop there, of the family that it says; an
+    // IPv4 one is the first word.
+    let next = unsafe { lookup.__bindgen_anon_4.ipv6_dst };
+    Way::Out(hand_to(lookup.ifindex, lookup.family, next))
+}
+
+/// Sends a packet to a neighbour on `device` that has a link-local address: of these the
+/// routing tables say nothing.
+#[inline(never)]
+pub(crate) fn send_on_link(device: u32, neighbor: &Address) -> Way {
+    Way::Out(hand_to(device, AF_INET6, neighbor.words()))
+}
+
+#[inline(always)]
+fn hand_to(device: u32, family: u8, next: [u32; 4]) -> i32 {
     // SAFETY: the structure is made of numbers.
     let mut neighbor: bpf_redir_neigh = unsafe { core::mem::zeroed() };
-    neighbor.nh_family = u32::from(lookup.family);
-    // SAFETY: the kernel has written the next hop there, of the family that it says;
-    // an IPv4 one is the first word.
-    neighbor.__bindgen_anon_1.ipv6_nh = unsafe { lookup.__bindgen_anon_4.ipv6_dst };
+    neighbor.nh_family = u32::from(family);
+    neighbor.__bindgen_anon_1.ipv6_nh = next;
+    let length = size_of::<bpf_redir_neigh>() as i32;
     // SAFETY: the structure is of the length that is given with it.
-    Way::Out(unsafe {
-        bpf_redirect_neigh(
-            lookup.ifindex,
-            &mut neighbor,
-            size_of::<bpf_redir_neigh>() as i32,
-            0,
-        ) as i32
-    })
+    unsafe { bpf_redirect_neigh(device, &mut neighbor, length, 0) as i32 }
 }

@@ -125,15 +125,17 @@ fn choose(
     if PORTS.get_ptr(flow.from).is_some() {
         return Back::Pod;
     }
-    // A link-local address means something on its own link only.
-    let on_link = to.destination.is_link_local();
     let question = Question {
         protocol,
-        on_link,
         length,
-        device: if on_link { flow.from } else { port.segment },
+        device: port.segment,
     };
-    match fib::send(ctx, to, &question) {
+    let way = if to.destination.is_link_local() {
+        fib::send_on_link(flow.from, &to.destination)
+    } else {
+        fib::send(ctx, to, &question)
+    };
+    match way {
         Way::Out(verdict) => Back::Out(verdict),
         Way::TooBig => Back::TooBig,
         Way::None => Back::Nowhere,
