@@ -16,6 +16,7 @@
 //! and once with a device's sum over the packet, which the kernel holds against the
 //! result. The hooks on sockets cannot be run this way.
 
+mod flows;
 mod packets;
 mod replies;
 mod requests;

@@ -17,11 +17,14 @@ pub(super) const PROTOCOLS: [u8; 3] = [TCP, UDP, SCTP];
 
 /// Every family with every protocol, on a node that publishes nothing else.
 pub(super) fn with_each(mut work: impl FnMut(&mut Stage, Family, u8)) {
-    for family in FAMILIES {
-        for protocol in PROTOCOLS {
-            with_stage(|stage| work(stage, family, protocol));
+    with_stage(|stage| {
+        for family in FAMILIES {
+            for protocol in PROTOCOLS {
+                work(stage, family, protocol);
+                stage.clear();
+            }
         }
-    }
+    });
 }
 
 #[test]

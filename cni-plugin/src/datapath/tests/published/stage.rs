@@ -289,6 +289,12 @@ impl Stage {
         }
     }
 
+    pub(super) fn delete_address(&self, device: &str, address: IpAddr) {
+        let length = if address.is_ipv4() { 24 } else { 64 };
+        let net = IpNet::new(address, length).unwrap();
+        assert!(self.links.delete_address(self.index(device), net).unwrap());
+    }
+
     /// Gives a device another MAC address.
     pub(super) fn rename(&self, device: &str, mac: Mac) {
         let settings = LinkSettings {
@@ -304,6 +310,28 @@ impl Stage {
             ..LinkSettings::default()
         };
         self.links.configure(self.index(device), &settings).unwrap();
+    }
+
+    /// Nothing is published; addresses and routes are as at the beginning.
+    pub(super) fn clear(&mut self) {
+        self.reset();
+        let keys: Vec<_> = self.published.keys().map(Result::unwrap).collect();
+        for key in keys {
+            self.published.remove(&key).unwrap();
+        }
+        let keys: Vec<_> = self.addresses.keys().map(Result::unwrap).collect();
+        for key in keys {
+            self.addresses.remove(&key).unwrap();
+        }
+        for family in FAMILIES {
+            let new = IpNet::new(family.of("new"), if family == Family::V4 { 24 } else { 64 });
+            self.links
+                .delete_address(self.index("up1"), new.unwrap())
+                .unwrap();
+            self.links
+                .add_route(self.index("up0"), &default_route(family))
+                .unwrap();
+        }
     }
 
     pub(super) fn delete_default_routes(&self) {
@@ -379,13 +407,7 @@ impl Stage {
 
     /// No flow, no fragment, no count.
     pub(super) fn reset(&mut self) {
-        let zero = || {
-            PerCpuValues::try_from(vec![Wire(PortStats::default()); nr_cpus().unwrap()]).unwrap()
-        };
-        let ports: Vec<u32> = self.indices.values().copied().chain([0]).collect();
-        for port in ports {
-            self.stats.insert(port, zero(), ANY).unwrap();
-        }
+        self.reset_counters();
         let keys: Vec<_> = self.flows.keys().map(Result::unwrap).collect();
         for key in keys {
             self.flows.remove(&key).unwrap();
@@ -393,6 +415,17 @@ impl Stage {
         let keys: Vec<_> = self.fragments.keys().map(Result::unwrap).collect();
         for key in keys {
             self.fragments.remove(&key).unwrap();
+        }
+    }
+
+    /// No count.
+    pub(super) fn reset_counters(&mut self) {
+        let zero = || {
+            PerCpuValues::try_from(vec![Wire(PortStats::default()); nr_cpus().unwrap()]).unwrap()
+        };
+        let ports: Vec<u32> = self.indices.values().copied().chain([0]).collect();
+        for port in ports {
+            self.stats.insert(port, zero(), ANY).unwrap();
         }
     }
 
