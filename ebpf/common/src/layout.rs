@@ -76,6 +76,13 @@ pub const MAX_ADDRESSES: u32 = 4096;
 /// How many sockets of the node can talk to published ports without a connection,
 /// or ask for their peer's name.
 pub const MAX_PEERS: u32 = 32_768;
+/// How old a flow may be before it is written again, and before it is asked again
+/// whether what the client addresses is the node's, in ns.
+pub const FLOW_REFRESH_NS: u64 = 500_000_000;
+/// How long a flow must have been without a request before another one may take its
+/// port if none is free, in ns: as long as Linux's connection tracking remembers a
+/// closed connection (`nf_conntrack_tcp_timeout_time_wait`).
+pub const FLOW_IDLE_NS: u64 = 120_000_000_000;
 /// How long fragments of one datagram may follow each other, in ns.
 pub const FRAGMENT_NS: u64 = 5_000_000_000;
 /// How long a learned address is believed without being seen, in ns: what
@@ -445,6 +452,9 @@ pub struct FlowKey {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub struct Flow {
+    /// When a request was last seen, in ns of `CLOCK_MONOTONIC`; not every packet
+    /// writes it ([`FLOW_REFRESH_NS`]).
+    pub seen: u64,
     /// What the client addressed.
     pub original: Address,
     /// The client.
@@ -460,6 +470,8 @@ pub struct Flow {
     pub client_mac: Mac,
     /// And its destination.
     pub gateway_mac: Mac,
+    /// Zero.
+    pub reserved: [u8; 4],
 }
 
 /// A datagram that arrives in fragments.

@@ -78,6 +78,15 @@ pub(crate) fn is_local(ctx: &TcContext, via: u32, source: &Address, address: &Ad
     if address.is_loopback() || address.is_group() {
         return false;
     }
+    if address.is_link_local() {
+        // The kernel forwards neither to such an address nor from one, whosever it is.
+        return ADDRESSES.get_ptr(address).is_some();
+    }
+    let source = if source.is_link_local() {
+        &Address::UNSPECIFIED
+    } else {
+        source
+    };
     match fate(ctx, via, source, address) {
         BPF_FIB_LKUP_RET_NOT_FWDED => {
             ADDRESSES.get_ptr(address).is_some()
@@ -126,31 +135,26 @@ pub(crate) fn send(ctx: &TcContext, tuple: &Tuple, question: &Question) -> Way {
         BPF_FIB_LKUP_RET_FRAG_NEEDED => return Way::TooBig,
         _ => return Way::None,
     }
-    // SAFETY: the kernel has written the next hop there, of the family that it says;
-    // an IPv4 one is the first word.
-    let next_hop = unsafe { lookup.__bindgen_anon_4.ipv6_dst };
-    Way::Out(to_neighbor(lookup.ifindex, lookup.family, next_hop))
+    // SAFETY: the kernel has written the next hop there, of the family that it says; an
+    // IPv4 one is the first word.
+    let next = unsafe { lookup.__bindgen_anon_4.ipv6_dst };
+    Way::Out(hand_to(lookup.ifindex, lookup.family, next))
 }
 
-/// Sends a packet to a neighbour on `device`.
-#[inline(always)]
+/// Sends a packet to a neighbour on `device` that has a link-local address: of these the
+/// routing tables say nothing.
+#[inline(never)]
 pub(crate) fn send_on_link(device: u32, neighbor: &Address) -> Way {
-    Way::Out(to_neighbor(device, AF_INET6, neighbor.words()))
+    Way::Out(hand_to(device, AF_INET6, neighbor.words()))
 }
 
 #[inline(always)]
-fn to_neighbor(device: u32, family: u8, address: [u32; 4]) -> i32 {
+fn hand_to(device: u32, family: u8, next: [u32; 4]) -> i32 {
     // SAFETY: the structure is made of numbers.
     let mut neighbor: bpf_redir_neigh = unsafe { core::mem::zeroed() };
     neighbor.nh_family = u32::from(family);
-    neighbor.__bindgen_anon_1.ipv6_nh = address;
+    neighbor.__bindgen_anon_1.ipv6_nh = next;
+    let length = size_of::<bpf_redir_neigh>() as i32;
     // SAFETY: the structure is of the length that is given with it.
-    unsafe {
-        bpf_redirect_neigh(
-            device,
-            &mut neighbor,
-            size_of::<bpf_redir_neigh>() as i32,
-            0,
-        ) as i32
-    }
+    unsafe { bpf_redirect_neigh(device, &mut neighbor, length, 0) as i32 }
 }

@@ -1,12 +1,15 @@
 //! The memory of flows: as the pod sees them, and as their clients do.
 
-use aya_ebpf::bindings::BPF_NOEXIST;
+use aya_ebpf::{
+    bindings::{BPF_ANY, BPF_NOEXIST},
+    helpers::bpf_ktime_get_ns,
+};
 use bpf_bridge_common::{
-    layout::{Address, Flow, FlowKey, Published},
+    layout::{Address, FLOW_IDLE_NS, FLOW_REFRESH_NS, Flow, FlowKey, Published},
     packet::IPPROTO_SCTP,
 };
 
-use crate::{maps::FLOWS, work::From};
+use crate::{maps::FLOWS, shared::PORTS, work::From};
 
 /// How many source ports are tried before a client is refused. The second is needed
 /// only by one who talks from one port to two addresses of the node that lead to the
@@ -38,6 +41,7 @@ pub(crate) fn describe(
     flow.client_port = client.1;
     flow.original = *original.0;
     flow.original_port = original.1;
+    flow.reserved = [0; 4];
 }
 
 /// What came of looking for a flow.
@@ -45,16 +49,27 @@ pub(crate) fn describe(
 pub(crate) enum Found {
     /// It is known; the key has the port that the pod sees.
     Known,
-    /// It is not; the key has a port that is free.
+    /// The same, and it is time to look at it again, and to [`refresh`] it.
+    Stale,
+    /// It is the host's stack's affair.
+    Ceded,
+    /// It is not known; the key has a port that is free.
     Free,
+    /// It is not; the key has a port whose flow has been idle.
+    Idle,
     /// It is not, and no port is free.
     Full,
 }
 
 /// Looks for the flow, and for a port under which it could be made.
+///
+/// Nobody is shown as somebody else: a pod that writes another client's address into
+/// its packets has a flow of its own.
 #[inline(never)]
 pub(crate) fn find(key: &mut FlowKey, wanted: &Flow, from: &From) -> Found {
+    let now = now();
     let mut free = 0;
+    let mut idle = 0;
     for attempt in 0..ATTEMPTS {
         let port = port(wanted, attempt);
         key.client_port = port;
@@ -63,13 +78,22 @@ pub(crate) fn find(key: &mut FlowKey, wanted: &Flow, from: &From) -> Found {
                 // SAFETY: an entry that is evicted meanwhile is memory of the map
                 // still; at worst a store is lost.
                 let flow = unsafe { &mut *flow };
+                // Another CPU may have written it since.
+                let age = now.saturating_sub(flow.seen);
                 if is_same(flow, wanted) {
-                    if flow.from != from.ifindex {
-                        flow.from = from.ifindex;
-                        flow.client_mac = from.client_mac;
-                        flow.gateway_mac = from.gateway_mac;
+                    if comes_from(flow, from) {
+                        return if age > FLOW_REFRESH_NS {
+                            Found::Stale
+                        } else {
+                            Found::Known
+                        };
                     }
-                    return Found::Known;
+                    if flow.from == 0 {
+                        return Found::Ceded;
+                    }
+                }
+                if idle == 0 && age > FLOW_IDLE_NS {
+                    idle = port;
                 }
             }
             // Not yet taken: the flow may be known under a later one, whose
@@ -82,23 +106,64 @@ pub(crate) fn find(key: &mut FlowKey, wanted: &Flow, from: &From) -> Found {
             break;
         }
     }
-    key.client_port = free;
-    if free == 0 { Found::Full } else { Found::Free }
+    let (port, found) = match (free, idle) {
+        (0, 0) => (0, Found::Full),
+        (0, idle) => (idle, Found::Idle),
+        (free, _) => (free, Found::Free),
+    };
+    key.client_port = port;
+    found
 }
 
-/// Remembers a new flow; says whether it could. Another CPU may do the same at the
-/// same time.
+/// Says of a flow that it is still in use.
+#[inline(always)]
+pub(crate) fn refresh(key: &FlowKey, from: &From) {
+    if let Some(flow) = FLOWS.get_ptr_mut(key) {
+        // SAFETY: as in `find`.
+        let flow = unsafe { &mut *flow };
+        flow.seen = now();
+        flow.client_mac = from.client_mac;
+        flow.gateway_mac = from.gateway_mac;
+    }
+}
+
+/// Remembers a flow that is not known, as `found` says; says whether it could. Another
+/// CPU may do the same at the same time.
 #[inline(never)]
-pub(crate) fn make(key: &FlowKey, flow: &mut Flow, from: &From) -> bool {
+pub(crate) fn make(key: &FlowKey, flow: &mut Flow, from: &From, found: Found) -> bool {
+    let flags = match found {
+        Found::Free => BPF_NOEXIST,
+        Found::Full => return false,
+        _ => BPF_ANY,
+    };
+    flow.seen = now();
     flow.from = from.ifindex;
     flow.client_mac = from.client_mac;
     flow.gateway_mac = from.gateway_mac;
     // A full table evicts.
-    let _ = FLOWS.insert(key, &*flow, u64::from(BPF_NOEXIST));
+    let _ = FLOWS.insert(key, &*flow, u64::from(flags));
     // Not only to be sure: a fresh entry that was never looked up counts as unused,
     // and could be the next to be evicted.
     // SAFETY: the value is read at once.
-    unsafe { FLOWS.get(key) }.is_some_and(|there| is_same(there, flow))
+    unsafe { FLOWS.get(key) }.is_some_and(|there| is_same(there, flow) && there.from == flow.from)
+}
+
+#[inline(always)]
+fn now() -> u64 {
+    // SAFETY: a helper that reads a clock.
+    unsafe { bpf_ktime_get_ns() }
+}
+
+/// Whether the flow's requests come in where the packet at hand does: by a pod's own
+/// port, or from outside by any uplink; a link-local client is on one link only.
+#[inline(always)]
+fn comes_from(flow: &Flow, from: &From) -> bool {
+    flow.from == from.ifindex
+        || from.ifindex != 0
+            && from.segment == 0
+            && flow.from != 0
+            && !flow.client.is_link_local()
+            && PORTS.get_ptr(flow.from).is_none()
 }
 
 #[inline(always)]

@@ -92,8 +92,12 @@ fn remember(ctx: &TcContext, work: &mut Work, port: u32) -> Result<(), DropReaso
     );
     match flow::find(&mut work.key, &work.flow, &work.from) {
         Found::Known => {}
-        Found::Free if flow::make(&work.key, &mut work.flow, &work.from) => {}
-        Found::Free | Found::Full => return Err(DropReason::NoSourcePort),
+        Found::Stale => flow::refresh(&work.key, &work.from),
+        found => {
+            if !flow::make(&work.key, &mut work.flow, &work.from, found) {
+                return Err(DropReason::NoSourcePort);
+            }
+        }
     }
     if work.key.client_port == tuple.source_port {
         return Ok(());
@@ -120,7 +124,8 @@ fn show_error(ctx: &TcContext, work: &mut Work, port: u32) -> Result<(), DropRea
         (&reply.source, reply.source_port),
         work.inner.protocol,
     );
-    if flow::find(&mut work.key, &work.flow, &work.from) != Found::Known
+    let found = flow::find(&mut work.key, &work.flow, &work.from);
+    if !matches!(found, Found::Known | Found::Stale)
         || work.key.client_port == reply.destination_port
     {
         return Ok(());

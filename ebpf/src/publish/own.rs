@@ -59,6 +59,7 @@ pub(crate) fn remember(asked: &Socket, port: u16) {
         destination_port: port,
     };
     let flow = Flow {
+        seen: 0,
         original: Address::UNSPECIFIED,
         client: asked.address,
         original_port: port,
@@ -66,6 +67,7 @@ pub(crate) fn remember(asked: &Socket, port: u16) {
         from: 0,
         client_mac: [0; 6],
         gateway_mac: [0; 6],
+        reserved: [0; 4],
     };
     let _ = FLOWS.insert(&key(&answer), &flow, u64::from(BPF_ANY));
 }

@@ -125,14 +125,14 @@ fn choose(
     if PORTS.get_ptr(flow.from).is_some() {
         return Back::Pod;
     }
+    let question = Question {
+        protocol,
+        length,
+        device: port.segment,
+    };
     let way = if to.destination.is_link_local() {
         fib::send_on_link(flow.from, &to.destination)
     } else {
-        let question = Question {
-            protocol,
-            length,
-            device: port.segment,
-        };
         fib::send(ctx, to, &question)
     };
     match way {

@@ -37,12 +37,16 @@ pub(crate) fn lead(ctx: &TcContext, work: &mut Work) -> Outcome {
     work.account = pod.port;
     let found = flow::find(&mut work.key, &work.flow, &work.from);
     if found != Found::Known {
-        if !fib::is_local(ctx, pod.segment, &tuple.source, &tuple.destination)
-            || own::is_own(ctx, tuple, protocol)
+        // Addresses come and go.
+        if found == Found::Ceded
+            || !fib::is_local(ctx, pod.segment, &tuple.source, &tuple.destination)
+            || found != Found::Stale && own::is_own(ctx, tuple, protocol)
         {
             return None;
         }
-        if found == Found::Full || !flow::make(&work.key, &mut work.flow, &work.from) {
+        if found == Found::Stale {
+            flow::refresh(&work.key, &work.from);
+        } else if !flow::make(&work.key, &mut work.flow, &work.from, found) {
             return Some(Err(DropReason::NoSourcePort));
         }
     }
@@ -73,7 +77,10 @@ pub(crate) fn lead_error(ctx: &TcContext, work: &mut Work) -> Outcome {
         protocol,
     );
     work.account = pod.port;
-    if flow::find(&mut work.key, &work.flow, &work.from) != Found::Known {
+    if !matches!(
+        flow::find(&mut work.key, &work.flow, &work.from),
+        Found::Known | Found::Stale
+    ) {
         return None;
     }
     work.to.source = pod.address;

@@ -10,6 +10,7 @@
 //! | [`neighbours`] | `responder` |
 //! | [`flooding`] | `flood`, for lists of all lengths |
 //! | [`wire`] | the same through real devices: where a redirect really leads |
+//! | [`published`] | the programs of published ports |
 //! | [`programs`] | what the verifier and the log say |
 //!
 //! They need root; the machine's bpffs and network namespace stay as they are.
@@ -20,5 +21,6 @@ mod frames;
 mod learning;
 mod neighbours;
 mod programs;
+mod published;
 mod switching;
 mod wire;
