@@ -153,6 +153,24 @@ pub fn recorded(network: &str) -> Result<Vec<(String, String)>, RecordError> {
     Ok(all)
 }
 
+/// Whether any attachment of a network claims a port of the node.
+///
+/// # Errors
+///
+/// The directory cannot be read.
+pub fn publishes(network: &str) -> Result<bool, RecordError> {
+    Ok(recorded(network)?.iter().any(|(container_id, ifname)| {
+        let attachment = Attachment {
+            network,
+            container_id,
+            ifname,
+        };
+        attachment
+            .peek()
+            .is_some_and(|record| !record.published.is_empty())
+    }))
+}
+
 /// Whether an alias is one of an attachment of `network`.
 pub fn is_alias_in(network: &str, alias: &str) -> bool {
     alias

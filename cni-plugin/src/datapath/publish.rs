@@ -574,12 +574,7 @@ impl Publication<'_> {
         }
     }
 
-    /// Whether published ports are served on a device.
-    ///
-    /// # Errors
-    ///
-    /// The kernel does not say.
-    pub fn is_served_on(&self, host: &Netlink, device: &Link) -> Result<bool, Error> {
+    fn is_served_on(&self, host: &Netlink, device: &Link) -> Result<bool, Error> {
         if uplink_pin(device.index).exists() {
             return Ok(true);
         }
