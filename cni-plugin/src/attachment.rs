@@ -16,6 +16,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use bpf_bridge_common::layout::MAX_PUBLISHED;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -30,8 +31,15 @@ use crate::{
 const ROOT: &str = "/run/bpf-bridge/attachments";
 /// No alias is longer (`IFALIASZ` of `linux/if.h` is 256 with its NUL).
 const ALIAS_MAX: usize = 255;
-/// A record is small; what is longer is none.
-const RECORD_MAX: u64 = 64 * 1024;
+/// No record is longer, not even of all the ports that can be published
+/// ([`MAX_PUBLISHED`]), each on a single address.
+const RECORD_MAX: u64 = 8 * 1024 * 1024;
+const _: () = assert!(
+    RECORD_MAX
+        > MAX_PUBLISHED as u64
+            * r#"{"address":"ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff","port":65535,"protocol":132},"#
+                .len() as u64
+);
 
 /// Why a record could not be used.
 #[derive(Debug, Error)]
@@ -151,6 +159,24 @@ pub fn recorded(network: &str) -> Result<Vec<(String, String)>, RecordError> {
         }
     }
     Ok(all)
+}
+
+/// Whether any attachment of a network claims a port of the node.
+///
+/// # Errors
+///
+/// The directory cannot be read.
+pub fn publishes(network: &str) -> Result<bool, RecordError> {
+    Ok(recorded(network)?.iter().any(|(container_id, ifname)| {
+        let attachment = Attachment {
+            network,
+            container_id,
+            ifname,
+        };
+        attachment
+            .peek()
+            .is_some_and(|record| !record.published.is_empty())
+    }))
 }
 
 /// Whether an alias is one of an attachment of `network`.

@@ -60,8 +60,11 @@ pub(super) fn run(
     if let Some(what) = port(&host, &datapath, attachment, &record)? {
         return Err(fault(what));
     }
-    if let Some(what) = ports::check(&host, &datapath, call.config, &record)? {
+    if let Some(what) = ports::check(&datapath, &record)? {
         return Err(fault(what));
+    }
+    if !record.published.is_empty() {
+        ports::follow_node(&host, &datapath, call.config, || Ok(true))?;
     }
     check_gateway(call, &host, &record, &ips)?;
     check_inside(call, attachment, &sandbox, expected, &ips)?;

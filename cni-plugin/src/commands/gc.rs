@@ -59,7 +59,9 @@ fn remove_strays(call: &Call<'_>, valid: &[AttachmentId]) -> Result<(), CniError
     }
     gateway::sweep(&host)?;
     match Datapath::open()? {
-        Some(datapath) => ports::follow_node(&host, &datapath, call.config),
+        Some(datapath) => ports::follow_node(&host, &datapath, call.config, || {
+            attachment::publishes(&call.config.name)
+        }),
         None => Ok(()),
     }
 }

@@ -18,7 +18,9 @@ pub(super) fn run(call: &Call<'_>) -> Result<(), CniError> {
     let host = Netlink::host()?;
     // What came to the node since is not their fault.
     if let Ok(Some(datapath)) = Datapath::open() {
-        ports::follow_node(&host, &datapath, call.config)?;
+        ports::follow_node(&host, &datapath, call.config, || {
+            attachment::publishes(&call.config.name)
+        })?;
     }
     attached(call, &host)?;
     ready(call, &host)?;
@@ -61,7 +63,7 @@ fn attached(call: &Call<'_>, host: &Netlink) -> Result<(), CniError> {
         if let Some(fault) = super::check::port(host, datapath, &attachment, &record)? {
             return Err(degraded(fault));
         }
-        if let Some(fault) = ports::check(host, datapath, call.config, &record)? {
+        if let Some(fault) = ports::check(datapath, &record)? {
             return Err(degraded(fault));
         }
         let gateway = datapath.segment(record.segment)?;

@@ -31,8 +31,8 @@ use aya::{
     util::nr_cpus,
 };
 use bpf_bridge_common::layout::{
-    Endpoint, IpKey, MAX_MEMBERS, Mac, MacKey, Member, MemberKey, Neighbor, PORT_GATEWAY, Port,
-    PortStats, Segment,
+    Endpoint, IpKey, MAX_MEMBERS, Mac, MacKey, Member, MemberKey, Neighbor, PORT_GATEWAY,
+    PORT_PUBLISHED, Port, PortStats, Segment,
 };
 use thiserror::Error;
 
@@ -549,10 +549,15 @@ impl Datapath {
     ///
     /// A table cannot be read or written.
     pub fn remove_dead_port(&mut self, ifindex: u32) -> Result<(), Error> {
-        match self.port(ifindex)? {
-            Some(port) => self.remove_port(ifindex, port.segment, port.mac, &[]),
-            None => Ok(()),
+        let Some(port) = self.port(ifindex)? else {
+            return Ok(());
+        };
+        if port.flags & PORT_PUBLISHED != 0
+            && let Some(mut publication) = self.publication()?
+        {
+            publication.withdraw_all(ifindex)?;
         }
+        self.remove_port(ifindex, port.segment, port.mac, &[])
     }
 
     /// Removes a port and everything that is its own; what is missing is no error.

@@ -94,6 +94,14 @@ impl NodePort {
         }
     }
 
+    fn of(key: PublishedKey) -> Self {
+        Self {
+            address: address(key.address),
+            port: key.port,
+            protocol: key.protocol,
+        }
+    }
+
     /// The same number on all addresses of the family.
     fn everywhere(&self) -> Self {
         let address = match self.address {
@@ -453,11 +461,7 @@ impl Publication<'_> {
             remove(&mut self.published, "PUBLISHED", key)?;
             return Ok(None);
         };
-        let owner = NodePort {
-            address: address(other.address),
-            ..*port
-        };
-        Ok(error(owner, &entry))
+        Ok(error(NodePort::of(other), &entry))
     }
 
     /// Keeps count of the addresses that a number is published on.
@@ -510,6 +514,21 @@ impl Publication<'_> {
             address(entry.address),
             entry.pod_port,
         )))
+    }
+
+    /// Gives back all that `owner` has. It looks at every entry, so it is for owners of
+    /// which nobody has a record.
+    ///
+    /// # Errors
+    ///
+    /// The table cannot be read or written.
+    pub fn withdraw_all(&mut self, owner: u32) -> Result<(), Error> {
+        for (key, entry) in entries(&self.published, "PUBLISHED")? {
+            if entry.port == owner {
+                self.withdraw(&NodePort::of(key), owner)?;
+            }
+        }
+        Ok(())
     }
 
     /// Lets local clients use these addresses of the node, and no others.
@@ -574,12 +593,7 @@ impl Publication<'_> {
         }
     }
 
-    /// Whether published ports are served on a device.
-    ///
-    /// # Errors
-    ///
-    /// The kernel does not say.
-    pub fn is_served_on(&self, host: &Netlink, device: &Link) -> Result<bool, Error> {
+    fn is_served_on(&self, host: &Netlink, device: &Link) -> Result<bool, Error> {
         if uplink_pin(device.index).exists() {
             return Ok(true);
         }
@@ -612,11 +626,7 @@ impl Publication<'_> {
             } else if self.datapath.port(entry.port)?.is_none() {
                 remove(&mut self.published, "PUBLISHED", key)?;
             } else {
-                let port = NodePort {
-                    address: address(key.address),
-                    port: key.port,
-                    protocol: key.protocol,
-                };
+                let port = NodePort::of(key);
                 if !port.is_everywhere() {
                     *counts.entry(port.everywhere().key()).or_default() += 1;
                 }

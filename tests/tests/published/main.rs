@@ -14,6 +14,7 @@ mod claims;
 mod lifetime;
 mod packets;
 mod reach;
+mod robust;
 
 use std::{
     io::{self, ErrorKind},
