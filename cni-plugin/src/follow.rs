@@ -53,6 +53,7 @@ pub fn run(out: &mut (impl Write + Send)) -> Result<(), FollowError> {
     let datapath = Datapath::open()?.ok_or(FollowError::NoLog)?;
     let program = LogLevel::ALL
         .into_iter()
+        .filter(|level| *level != LogLevel::Off)
         .find_map(|level| datapath.program_id(level).ok())
         .ok_or(FollowError::NoLog)?;
     // An operator who watches must not keep others from removing the pins.
