@@ -14,8 +14,8 @@ use bpf_bridge_tests::{
 };
 
 use crate::{
-    GATEWAYS, HOST_PORT, NODE, PATIENCE, POD_PORT, SILENCE, Server, is, listen, meets,
-    meets_nobody, network, other_network, settle,
+    GATEWAYS, HOST_PORT, NODE, PATIENCE, POD_PORT, SILENCE, Server, listen, meets, meets_nobody,
+    network, other_network, settle,
 };
 
 /// More addresses of the node: a second pair on its uplink, on the loopback

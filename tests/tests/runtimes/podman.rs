@@ -23,9 +23,10 @@ cni_plugin_dirs = ["/run/cni/bin"]
 network_config_dir = "/run/net.d"
 "#;
 
-/// What `podman network create` writes, with one word changed.
-fn conflist(plugin: &str) -> Value {
-    json!({
+/// What `podman network create` writes, with one word changed, and with ports
+/// published by those whom the caller says: the plugins of these indices.
+fn conflist(plugin: &str, publish: &[usize]) -> Value {
+    let mut list = json!({
         "cniVersion": "0.4.0",
         "name": "pods",
         "plugins": [
@@ -44,12 +45,19 @@ fn conflist(plugin: &str) -> Value {
                     ],
                 },
             },
-            {"type": "portmap", "capabilities": {"portMappings": true}},
+            {"type": "portmap"},
             {"type": "firewall", "backend": ""},
             {"type": "tuning"},
         ],
-    })
+    });
+    for &index in publish {
+        list["plugins"][index]["capabilities"] = json!({"portMappings": true});
+    }
+    list
 }
+
+const OURS: usize = 0;
+const PORTMAP: usize = 1;
 
 fn podman(arguments: &[&str]) -> Command {
     let mut podman = Command::new("podman");
@@ -72,7 +80,19 @@ fn address(machine: &Machine, container: &str, key: &str) -> Result<IpAddr> {
 
 #[test]
 fn podman_containers_reach_each_other_the_host_and_the_outside() -> Result<()> {
-    let machine = Machine::new("podman")?;
+    containers_reach_each_other_the_host_and_the_outside("podman", OURS)
+}
+
+#[test]
+fn podman_containers_may_have_their_ports_published_by_portmap() -> Result<()> {
+    containers_reach_each_other_the_host_and_the_outside("podman-portmap", PORTMAP)
+}
+
+fn containers_reach_each_other_the_host_and_the_outside(
+    name: &str,
+    publishes: usize,
+) -> Result<()> {
+    let machine = Machine::new(name)?;
     let node = machine.node();
     let outside = node.outside()?;
     outside.route_to_node("10.89.0.0/24")?;
@@ -80,10 +100,10 @@ fn podman_containers_reach_each_other_the_host_and_the_outside() -> Result<()> {
     machine.write("/run/containers.conf", CONTAINERS_CONF)?;
     machine.write(
         &format!("{}/87-pods.conflist", Machine::NETWORKS),
-        &conflist(node.plugin()).to_string(),
+        &conflist(node.plugin(), &[publishes]).to_string(),
     )?;
     let root = format!("{}:O", Machine::ROOT);
-    let once = |command: &[&str]| -> Result<String> {
+    let once_with = |ports: &[&str], command: &[&str]| -> Result<String> {
         let mut arguments = vec![
             "run",
             "--rm",
@@ -91,13 +111,14 @@ fn podman_containers_reach_each_other_the_host_and_the_outside() -> Result<()> {
             machine.cgroup(),
             "--network",
             "pods",
-            "--rootfs",
-            &root,
         ];
+        arguments.extend(ports);
+        arguments.extend(["--rootfs", &root]);
         arguments.extend(command);
         machine.run(&podman(&arguments))
     };
-    once(&["/bin/ping", "-c", "1", "10.89.0.1"])?;
+    let once = |command: &[&str]| once_with(&[], command);
+    once_with(&["-p", "8080:80"], &["/bin/ping", "-c", "1", "10.89.0.1"])?;
     let before = Snapshot::take(node)?;
 
     machine.run(&podman(&[
@@ -132,8 +153,14 @@ fn podman_containers_reach_each_other_the_host_and_the_outside() -> Result<()> {
     once(&["/bin/wget", "-q", "-O", "-", &format!("http://{v4}/")])?;
     once(&["/bin/wget", "-q", "-O", "-", &format!("http://[{v6}]/")])?;
 
-    // The published port, by the stock portmap behind us in the chain.
+    // The published port.
     fetch(&outside, (Outside::NODE_V4, 8080).into())?;
+    fetch(&outside, (Outside::NODE_V6, 8080).into())?;
+    let rules = node.run("iptables-save -t nat")?;
+    ensure!(
+        rules.contains("--dport 8080") == (publishes == PORTMAP),
+        "{rules}"
+    );
     fetch(node, "127.0.0.1:8080".parse()?)?;
     fetch(node, "10.89.0.1:8080".parse()?)?;
     once(&["/bin/wget", "-q", "-O", "-", "http://10.89.0.1:8080/"])?;
@@ -165,7 +192,9 @@ fn podman_gives_the_address_that_it_is_asked_for_and_restarts() -> Result<()> {
     machine.write("/run/containers.conf", CONTAINERS_CONF)?;
     machine.write(
         &format!("{}/87-pods.conflist", Machine::NETWORKS),
-        &conflist(node.plugin()).to_string(),
+        // For an address, podman replaces the capabilities of the first plugin; then
+        // portmap publishes.
+        &conflist(node.plugin(), &[OURS, PORTMAP]).to_string(),
     )?;
     machine.run(&podman(&[
         "run",
@@ -178,6 +207,8 @@ fn podman_gives_the_address_that_it_is_asked_for_and_restarts() -> Result<()> {
         "pods",
         "--ip",
         "10.89.0.77",
+        "-p",
+        "127.0.0.1:8080:80",
         "--rootfs",
         &format!("{}:O", Machine::ROOT),
         "/bin/httpd",
@@ -188,12 +219,15 @@ fn podman_gives_the_address_that_it_is_asked_for_and_restarts() -> Result<()> {
         "/www",
     ]))?;
     let wanted: IpAddr = "10.89.0.77".parse()?;
+    let published = "127.0.0.1:8080".parse()?;
     ensure!(address(&machine, "web", "IPAddress")? == wanted);
     fetch(node, (wanted, 80).into())?;
+    fetch(node, published)?;
     // The runtime's restart is a DEL and an ADD.
     machine.run(&podman(&["restart", "-t", "0", "web"]))?;
     ensure!(address(&machine, "web", "IPAddress")? == wanted);
     fetch(node, (wanted, 80).into())?;
+    fetch(node, published)?;
     machine.run(&podman(&["rm", "-f", "-t", "0", "web"]))?;
     Ok(())
 }
