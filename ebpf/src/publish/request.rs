@@ -14,12 +14,17 @@ use crate::{
     maps::published,
     own,
     skb::Skb,
-    work::{Outcome, Work},
+    work::{Outcome, Work, apart},
 };
 
 /// Leads a packet for a published port into the pod.
-#[inline(never)]
+#[inline(always)]
 pub(crate) fn lead(ctx: &TcContext, work: &mut Work) -> Outcome {
+    apart(|| try_lead(ctx, work))
+}
+
+#[inline(always)]
+fn try_lead(ctx: &TcContext, work: &mut Work) -> Outcome {
     let tuple = &work.parsed.tuple;
     let pod = published(
         &tuple.destination,
@@ -79,8 +84,13 @@ pub(crate) fn follow(
 }
 
 /// Leads an error about a reply into the pod that sent the reply.
-#[inline(never)]
+#[inline(always)]
 pub(crate) fn lead_error(ctx: &TcContext, work: &mut Work) -> Outcome {
+    apart(|| try_lead_error(ctx, work))
+}
+
+#[inline(always)]
+fn try_lead_error(ctx: &TcContext, work: &mut Work) -> Outcome {
     let reply = &work.inner.tuple;
     let protocol = work.inner.protocol;
     let pod = published(&reply.source, reply.source_port, protocol)?;
