@@ -13,7 +13,7 @@ use crate::{
     cni::{CniError, HostIp, NetworkConfig, PortMapping, Protocol, result::IpConfig},
     datapath::{
         self, Datapath,
-        publish::{NodePort, Publication, Service},
+        publish::{NodePort, Publication, Service, XdpRun},
     },
     gateway::{self, Gateway},
     link::{Address, Link, Netlink, SockDiag},
@@ -65,6 +65,11 @@ pub fn wanted(config: &NetworkConfig, ips: &[IpConfig]) -> Vec<NodePort> {
         .collect()
 }
 
+/// Whether XDP may redirect packets to this network's pods.
+pub fn uses_xdp(config: &NetworkConfig) -> bool {
+    !config.xdp_uplinks.is_empty() && !config.port_mappings.is_empty()
+}
+
 /// Publishes the ports of an attachment, which its record names already.
 ///
 /// # Errors
@@ -97,6 +102,7 @@ pub fn publish(
                 mac: MacAddr::new(record.mac),
                 gateway: own.filter(|_| config.is_gateway).and_then(|ip| ip.gateway),
                 gateway_mac: gateway.mac,
+                xdp: uses_xdp(config),
             };
             claim(host, datapath, &mut publication, &port, &service)
         });
@@ -143,6 +149,20 @@ fn warn_of_listeners(ports: &[NodePort], node: &[IpAddr]) {
             );
         }
     }
+}
+
+/// Tells the operator that XDP costs more than it wins on a device.
+#[expect(
+    clippy::print_stderr,
+    reason = "stderr is where a plugin's warnings go; stdout is the answer"
+)]
+fn warn_of_generic(device: &Link, because: Option<&str>) {
+    let because = because.map_or(String::new(), |because| format!(" ({because})"));
+    eprintln!(
+        "bpf-bridge: warning: XDP runs on {} as generic XDP only, because its driver cannot run \
+         it{because}: that is slower than to go without, take it out of \"xdpUplinks\"",
+        device.name
+    );
 }
 
 /// Claims one port, in place of an owner whose device is gone.
@@ -258,6 +278,13 @@ fn serve(
             served => served?,
         }
     }
+    for device in named(host, "xdpUplinks", &config.xdp_uplinks)? {
+        // What XDP leaves is for the other program.
+        publication.serve_on(host, &device)?;
+        if let XdpRun::Generic { because } = publication.serve_by_xdp_on(&device)? {
+            warn_of_generic(&device, because.as_deref());
+        }
+    }
     Ok(addresses)
 }
 
@@ -267,16 +294,7 @@ fn node(host: &Netlink, config: &NetworkConfig) -> Result<(Vec<IpAddr>, Vec<Link
     let all = host.all_addresses()?;
     let links = host.links_with(&all)?;
     let devices = match &config.uplinks {
-        Some(names) => {
-            let mut devices = Vec::new();
-            for name in names {
-                let device = host.link_by_name(name)?.ok_or_else(|| {
-                    CniError::invalid_config("uplinks", name, "the name of a device of the node")
-                })?;
-                devices.push(device);
-            }
-            devices
-        }
+        Some(names) => named(host, "uplinks", names)?,
         None => {
             let mut devices = Vec::new();
             for link in links {
@@ -288,6 +306,18 @@ fn node(host: &Netlink, config: &NetworkConfig) -> Result<(Vec<IpAddr>, Vec<Link
         }
     };
     Ok((numbers(&all), devices))
+}
+
+/// The devices that a list of the configuration names.
+fn named(host: &Netlink, key: &'static str, names: &[String]) -> Result<Vec<Link>, CniError> {
+    let mut devices = Vec::new();
+    for name in names {
+        let device = host.link_by_name(name)?.ok_or_else(|| {
+            CniError::invalid_config(key, name, "the name of a device of the node")
+        })?;
+        devices.push(device);
+    }
+    Ok(devices)
 }
 
 fn is_uplink(host: &Netlink, link: &Link) -> Result<bool, CniError> {

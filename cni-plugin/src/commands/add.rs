@@ -313,6 +313,16 @@ impl Add<'_> {
         let announce = self.must_announce(given);
         self.sandbox
             .run_in(|| settings(self.attachment.ifname, dad, ipv6, announce))??;
+        if ports::uses_xdp(self.config) {
+            self.sandbox
+                .run_in(|| link::enable_gro(self.attachment.ifname))?
+                .map_err(|error| {
+                    CniError::internal(format!(
+                        "switching GRO on for {}, which XDP needs: {error}",
+                        self.attachment.ifname
+                    ))
+                })?;
+        }
         if ipv6 && !dad {
             // The kernel's own stays tentative until a work queue has run.
             inside.add_address(self.pair.peer, link_local(self.mac), false)?;

@@ -132,6 +132,24 @@ pub enum Error {
         /// The ifindex of its owner's host veth.
         owner: u32,
     },
+    /// A device carries somebody else's XDP program.
+    #[error(
+        "{device} carries an XDP program already, of id {program}: remove it, or take {device} out of \"xdpUplinks\""
+    )]
+    ForeignXdp {
+        /// The device.
+        device: String,
+        /// The kernel's id of the program.
+        program: u32,
+    },
+    /// XDP could not be had on a device.
+    #[error("running XDP on {device}: {why}")]
+    Xdp {
+        /// The device.
+        device: String,
+        /// Why not.
+        why: String,
+    },
     /// The node's control groups could not be used.
     #[error(transparent)]
     Mount(#[from] MountError),

@@ -6,6 +6,7 @@
 //! /sys/fs/bpf/bpf-bridge/v1/off/PROGRAMS      the table by which they call each other
 //! /sys/fs/bpf/bpf-bridge/v1/publish/uplink …  the programs of published ports
 //! /sys/fs/bpf/bpf-bridge/v1/links/uplink-2 …  where they are attached: the device of ifindex 2
+//! /sys/fs/bpf/bpf-bridge/v1/links/xdp-2 …     and where XDP is
 //! ```
 //!
 //! The version in the path is [`ABI`]: a plugin never sees maps of another layout.
@@ -63,8 +64,11 @@ pub(super) fn link(name: &str) -> PathBuf {
 /// What the names of links to uplinks begin with; the ifindex follows.
 pub(super) const UPLINK: &str = "uplink-";
 
-/// The ifindex of every device that has a pinned link.
-pub(super) fn uplinks() -> Vec<u32> {
+/// What those of links of XDP begin with.
+pub(super) const XDP: &str = "xdp-";
+
+/// The ifindex of every device that has a pinned link of this kind.
+pub(super) fn devices(kind: &str) -> Vec<u32> {
     let Ok(entries) = fs::read_dir(links()) else {
         return Vec::new();
     };
@@ -74,7 +78,7 @@ pub(super) fn uplinks() -> Vec<u32> {
                 .ok()?
                 .file_name()
                 .to_str()?
-                .strip_prefix(UPLINK)?
+                .strip_prefix(kind)?
                 .parse()
                 .ok()
         })

@@ -5,6 +5,8 @@
 //! know: the first who writes an entry has the number, whatever else goes wrong.
 //! Whoever changes anything here holds [`LOCK`], besides the datapath.
 
+mod xdp;
+
 use std::{
     collections::HashSet,
     fs, io,
@@ -14,6 +16,7 @@ use std::{
 };
 
 use aya::{
+    EbpfLoader,
     maps::{Array, MapData, MapError, ProgramArray},
     programs::{
         CgroupAttachMode, CgroupSockAddr, ProgramError, SchedClassifier, TcAttachType,
@@ -21,7 +24,7 @@ use aya::{
     },
 };
 use bpf_bridge_common::layout::{
-    Address, Node, PROGRAM_FROM_HOST, PROGRAM_FROM_POD, Published, PublishedKey,
+    Address, Mac, Node, PROGRAM_FROM_HOST, PROGRAM_FROM_POD, PUBLISHED_XDP, Published, PublishedKey,
 };
 use serde::{Deserialize, Serialize};
 
@@ -35,6 +38,8 @@ use crate::{
     mac::MacAddr,
     mount, netns,
 };
+
+pub use self::xdp::XdpRun;
 
 /// `BPF_NOEXIST` of `linux/bpf.h`.
 const NOEXIST: u64 = 1;
@@ -60,7 +65,7 @@ const SOCKETS: [&str; 8] = [
     "getpeername6",
 ];
 /// The maps that are found again by later calls.
-const MAPS: [&str; 7] = [
+const MAPS: [&str; 8] = [
     "PUBLISHED",
     "FLOWS",
     "FRAGMENTS",
@@ -68,6 +73,7 @@ const MAPS: [&str; 7] = [
     "ADDRESSES",
     "PEERS",
     "NODE",
+    "XDP_UPLINKS",
 ];
 /// The pin that says that all is there.
 pub(super) const LAST: &str = "uplink";
@@ -145,6 +151,8 @@ pub struct Service {
     pub gateway: Option<IpAddr>,
     /// The gateway's MAC address.
     pub gateway_mac: MacAddr,
+    /// Whether the pod's end of the veth takes what XDP redirects.
+    pub xdp: bool,
 }
 
 impl Service {
@@ -158,7 +166,7 @@ impl Service {
             pod_port: self.pod_port,
             mac: self.mac.octets(),
             gateway_mac: self.gateway_mac.octets(),
-            reserved: [0; 2],
+            flags: if self.xdp { PUBLISHED_XDP } else { 0 },
         }
     }
 }
@@ -175,15 +183,9 @@ pub(super) fn is_loaded() -> bool {
 pub(super) fn load() -> Result<(), Error> {
     // What a call that was killed has left may be of maps that are gone.
     remove_links()?;
+    remove_pins(&xdp::program_pin())?;
     pins::create_published()?;
-    let mut loader = object::loader();
-    for name in MAPS {
-        loader.map_pin_path(name, pins::map(name));
-    }
-    for name in ["PORTS", "STATS"] {
-        loader.map_pin_path(name, pins::map(name));
-    }
-    let mut ebpf = loader.load(object::PUBLISH)?;
+    let mut ebpf = loader().load(object::PUBLISH)?;
     // 0 stands for the machine's first namespace, where nothing else can be said.
     let netns = netns::cookie()
         .map_err(|source| {
@@ -250,6 +252,15 @@ pub(super) fn fill_slots(level: LogLevel) -> Result<(), Error> {
         }
     }
     Ok(())
+}
+
+/// A loader that makes or finds the maps where they are pinned.
+fn loader<'a>() -> EbpfLoader<'a> {
+    let mut loader = object::loader();
+    for name in MAPS.into_iter().chain(["PORTS", "STATS"]) {
+        loader.map_pin_path(name, pins::map(name));
+    }
+    loader
 }
 
 fn fill(calls: &mut Calls, slot: u32, name: &str, program: &SchedClassifier) -> Result<(), Error> {
@@ -355,6 +366,7 @@ pub struct Publication<'d> {
     datapath: &'d Datapath,
     published: Table<PublishedKey, Published>,
     addresses: Table<Address, u8>,
+    xdp_uplinks: Table<u32, Mac>,
     _lock: Lock,
 }
 
@@ -373,6 +385,7 @@ impl Datapath {
             datapath: self,
             published: table("PUBLISHED")?,
             addresses: table("ADDRESSES")?,
+            xdp_uplinks: table("XDP_UPLINKS")?,
             _lock: lock,
         }))
     }
@@ -645,9 +658,15 @@ impl Publication<'_> {
                 Some(_) => {}
             }
         }
-        for index in pins::uplinks() {
+        for index in pins::devices(pins::UPLINK) {
             if !exists(index)? {
                 let _ = fs::remove_file(uplink_pin(index));
+            }
+        }
+        for index in pins::devices(pins::XDP) {
+            if !exists(index)? {
+                remove(&mut self.xdp_uplinks, "XDP_UPLINKS", index)?;
+                let _ = fs::remove_file(xdp::pin(index));
             }
         }
         Ok(())
@@ -665,7 +684,7 @@ impl Service {
         pod_port: 0,
         mac: [0; 6],
         gateway_mac: [0; 6],
-        reserved: [0; 2],
+        flags: 0,
     };
 }
 

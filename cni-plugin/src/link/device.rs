@@ -11,7 +11,8 @@ use netlink_packet_route::{
     RouteNetlinkMessage,
     link::{
         AfSpecInet, AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoKind, InfoVeth,
-        LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkLayerType, LinkMessage, State,
+        LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkLayerType, LinkMessage, LinkXdp,
+        State,
     },
 };
 use rtnetlink::packet_core::{
@@ -56,6 +57,17 @@ pub struct Link {
     /// Number by which the connection's namespace knows that of the peer (`ip
     /// netns list-id`); `None` when the peer is in the same one.
     pub peer_netns_id: Option<i32>,
+    /// The XDP program that it carries.
+    pub xdp: Option<Xdp>,
+}
+
+/// An XDP program on a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Xdp {
+    /// The kernel's id of it.
+    pub program: u32,
+    /// Whether it runs behind the driver and not in it (`xdpgeneric`).
+    pub generic: bool,
 }
 
 /// A veth pair to be made by [`Netlink::create_veth`].
@@ -490,6 +502,7 @@ impl From<LinkMessage> for Link {
             master: None,
             peer_index: None,
             peer_netns_id: None,
+            xdp: None,
         };
         for attribute in attributes {
             match attribute {
@@ -503,6 +516,16 @@ impl From<LinkMessage> for Link {
                 LinkAttribute::Controller(index) => link.master = Some(index),
                 LinkAttribute::Link(index) => link.peer_index = Some(index),
                 LinkAttribute::LinkNetNsId(id) => link.peer_netns_id = Some(id),
+                LinkAttribute::Xdp(parts) => {
+                    for part in parts {
+                        let (program, generic) = match part {
+                            LinkXdp::DrvProgId(id) | LinkXdp::HwProgId(id) => (id, false),
+                            LinkXdp::SkbProgId(id) => (id, true),
+                            _ => continue,
+                        };
+                        link.xdp = Some(Xdp { program, generic });
+                    }
+                }
                 LinkAttribute::LinkInfo(info) => {
                     for part in info {
                         if let LinkInfo::Kind(kind) = part {

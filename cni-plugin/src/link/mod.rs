@@ -1,5 +1,5 @@
-//! Devices, addresses, routes, packet filters, sockets and sysctls, through
-//! rtnetlink, sock_diag and procfs.
+//! Devices, addresses, routes, packet filters, sockets, offloads and sysctls, through
+//! rtnetlink, sock_diag, ethtool and procfs.
 //!
 //! [`Netlink`] is a connection to the rtnetlink of one network namespace; its
 //! methods are blocking and each is one request, but where it says otherwise. A
@@ -15,6 +15,7 @@ mod device;
 mod diag;
 mod filter;
 mod netlink;
+mod offload;
 mod route;
 pub mod sysctl;
 #[cfg(test)]
@@ -22,8 +23,9 @@ pub(crate) mod testing;
 
 pub use self::{
     address::Address,
-    device::{Ipv4Conf, Link, LinkSettings, VethIndices, VethSpec},
+    device::{Ipv4Conf, Link, LinkSettings, VethIndices, VethSpec, Xdp},
     diag::{DiagError, Listener, SockDiag},
     netlink::{LinkError, Netlink},
+    offload::enable_gro,
     route::{MAIN_TABLE, Route},
 };

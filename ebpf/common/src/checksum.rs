@@ -35,6 +35,18 @@ pub const fn diff<const N: usize>(old: [u8; N], new: [u8; N]) -> u32 {
     fold(sum) as u32
 }
 
+/// The sum of `bytes`; sums and differences can be added to each other.
+#[inline(always)]
+pub const fn sum<const N: usize>(bytes: [u8; N]) -> u32 {
+    diff([0xff; N], bytes)
+}
+
+/// Whether `field` is `sum` itself, and not its complement.
+#[inline(always)]
+pub const fn is_sum(field: [u8; 2], sum: u32) -> bool {
+    u16::from_ne_bytes(field) == fold(sum as u64)
+}
+
 /// The checksum after what it covers changed by `diff` (RFC 1624, equation 3).
 #[inline(always)]
 pub const fn adjust(checksum: [u8; 2], diff: u32) -> [u8; 2] {

@@ -49,6 +49,24 @@ impl DropReason {
         Self::NoRoute,
     ];
 
+    /// The reason with this number.
+    #[inline(always)]
+    pub const fn from_number(number: u32) -> Option<Self> {
+        Some(match number {
+            0 => Self::Truncated,
+            1 => Self::NotAPort,
+            2 => Self::BadSource,
+            3 => Self::Spoofed,
+            4 => Self::Isolated,
+            5 => Self::SamePort,
+            6 => Self::Pause,
+            7 => Self::Helper,
+            8 => Self::NoSourcePort,
+            9 => Self::NoRoute,
+            _ => return None,
+        })
+    }
+
     /// The name that is shown to people.
     pub const fn name(self) -> &'static str {
         match self {
@@ -74,6 +92,8 @@ mod tests {
     fn every_reason_has_its_own_number() {
         for (number, reason) in DropReason::ALL.into_iter().enumerate() {
             assert_eq!(reason as usize, number, "{}", reason.name());
+            assert_eq!(DropReason::from_number(number as u32), Some(reason));
         }
+        assert_eq!(DropReason::from_number(DropReason::COUNT as u32), None);
     }
 }

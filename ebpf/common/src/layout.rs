@@ -21,8 +21,9 @@
 //! | `ADDRESSES` | hash | an [`Address`] of the node | one byte, 1 |
 //! | `PEERS` | LRU hash | [`PeerKey`] | [`Socket`] |
 //! | `NODE` | array of one | 0 | [`Node`] |
+//! | `XDP_UPLINKS` | hash | ifindex | the device's [`Mac`] |
 //!
-//! The last seven belong to the second object, which is loaded with the first
+//! The last eight belong to the second object, which is loaded with the first
 //! published port. IPv4 addresses are mapped into IPv6 (RFC 4291 §2.5.5.2) in all of
 //! them, and ports are in host byte order.
 //!
@@ -73,6 +74,8 @@ pub const MAX_HELD_TOTAL: u32 = 512;
 pub const HELD_LEN: usize = 2048;
 /// How many addresses the node can have.
 pub const MAX_ADDRESSES: u32 = 4096;
+/// How many devices XDP can serve published ports on.
+pub const MAX_XDP_UPLINKS: u32 = 256;
 /// How many sockets of the node can talk to published ports without a connection,
 /// or ask for their peer's name.
 pub const MAX_PEERS: u32 = 32_768;
@@ -117,6 +120,9 @@ pub const PORT_PROMISC: u32 = 1 << 4;
 
 /// The attachment has published ports.
 pub const PORT_PUBLISHED: u32 = 1 << 5;
+
+/// The pod's end of the veth takes what XDP redirects to it (its `NAPI` runs).
+pub const PUBLISHED_XDP: u16 = 1 << 0;
 
 /// A port of the switch: the host-side veth of an attachment, or the far end of
 /// a gateway device.
@@ -424,8 +430,8 @@ pub struct Published {
     pub mac: Mac,
     /// The gateway's.
     pub gateway_mac: Mac,
-    /// Zero.
-    pub reserved: [u8; 2],
+    /// `PUBLISHED_*` bits.
+    pub flags: u16,
 }
 
 /// A flow as the pod sees it.

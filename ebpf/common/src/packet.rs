@@ -30,6 +30,10 @@ pub const MAX_HEADERS: usize = 255;
 /// The furthest start of an IP header; no frame that is parsed comes near it.
 const MAX_L3: usize = 1023;
 
+/// Where the checksum is in a TCP header.
+const TCP_CHECKSUM: u16 = 16;
+/// Where the checksum is in a UDP header.
+const UDP_CHECKSUM: u16 = 6;
 const IPV4_HEADER_LEN: usize = 20;
 const IPV6_HEADER_LEN: usize = 40;
 /// The part of an ICMP error that comes before the packet it is about.
@@ -214,6 +218,30 @@ impl Parsed {
         };
     }
 
+    /// What [`parse_plain`] said of a packet of this ethertype at `l3`, with the offsets
+    /// as constants: they are not where it was kept meanwhile.
+    #[inline(always)]
+    pub const fn with_plain_offsets(&self, l3: usize, ethertype: u16) -> Self {
+        let (version, header) = match ethertype {
+            ETH_P_IP => (Version::V4, IPV4_HEADER_LEN),
+            _ => (Version::V6, IPV6_HEADER_LEN),
+        };
+        let l4 = l3.wrapping_add(header) as u16;
+        let checksum = match (self.checksum, self.protocol) {
+            (None, _) => None,
+            (Some(_), IPPROTO_TCP) => Some(l4.wrapping_add(TCP_CHECKSUM)),
+            (Some(_), _) => Some(l4.wrapping_add(UDP_CHECKSUM)),
+        };
+        Self {
+            l3: l3 as u16,
+            l4,
+            checksum,
+            version,
+            fragment: Fragment::Whole,
+            ..*self
+        }
+    }
+
     /// Whether the protocol has ports and they are in this packet.
     #[inline(always)]
     pub const fn has_ports(&self) -> bool {
@@ -237,6 +265,62 @@ pub fn parse(packet: &impl Packet, l3: usize, ethertype: u16) -> Option<Parsed> 
     };
     transport(packet, &mut parsed, end, false)?;
     Some(parsed)
+}
+
+/// Reads the packet as [`parse`] does, if it is a plain one: a whole TCP or UDP packet
+/// that says its length, without IPv4 options and IPv6 extension headers.
+///
+/// Nothing is searched for, so every offset is known when the program is compiled: the
+/// verifier must see that where a program reads the frame itself.
+#[inline(always)]
+pub fn parse_plain(packet: &impl Packet, l3: usize, ethertype: u16) -> Option<Parsed> {
+    let mut parsed = Parsed::EMPTY;
+    parsed.l3 = l3 as u16;
+    let l4 = match ethertype {
+        ETH_P_IP => {
+            ipv4(packet, &mut parsed)?;
+            l3.wrapping_add(IPV4_HEADER_LEN)
+        }
+        ETH_P_IPV6 => {
+            ipv6_header(packet, &mut parsed)?;
+            parsed.l4 = parsed.l3.wrapping_add(IPV6_HEADER_LEN as u16);
+            l3.wrapping_add(IPV6_HEADER_LEN)
+        }
+        _ => return None,
+    };
+    if parsed.l4 as usize != l4
+        || parsed.length == 0
+        || parsed.fragment != Fragment::Whole
+        || !matches!(parsed.protocol, IPPROTO_TCP | IPPROTO_UDP)
+    {
+        return None;
+    }
+    parsed.l4 = l4 as u16;
+    let end = l3.wrapping_add(parsed.length as usize);
+    transport(packet, &mut parsed, end, false)?;
+    Some(parsed)
+}
+
+/// Whether the packet looks like one whose transport checksum a device is still to
+/// complete (`CHECKSUM_PARTIAL`): in place of the checksum it has the sum of the
+/// pseudo-header. One finished checksum in 65536 looks the same.
+///
+/// `parsed` is what [`parse_plain`] says of the packet.
+#[inline(always)]
+pub fn looks_unfinished(packet: &impl Packet, parsed: &Parsed) -> Option<bool> {
+    let Some(at) = parsed.checksum else {
+        return Some(false);
+    };
+    let field = packet.load(at as usize)?;
+    let length = parsed
+        .length
+        .wrapping_sub(parsed.l4.wrapping_sub(parsed.l3));
+    let [high, low] = length.to_be_bytes();
+    // What is before a mapped IPv4 address adds nothing: it is a zero of the sum.
+    let pseudo_header = checksum::sum(parsed.tuple.source.octets())
+        .wrapping_add(checksum::sum(parsed.tuple.destination.octets()))
+        .wrapping_add(checksum::sum([high, low, 0, parsed.protocol]));
+    Some(checksum::is_sum(field, pseudo_header))
 }
 
 /// Reads the packet that an ICMP or ICMPv6 error is about.
@@ -284,7 +368,10 @@ fn network(packet: &impl Packet, l3: usize, ethertype: u16, parsed: &mut Parsed)
     parsed.l3 = l3 as u16;
     match ethertype {
         ETH_P_IP => ipv4(packet, parsed),
-        ETH_P_IPV6 => ipv6(packet, parsed),
+        ETH_P_IPV6 => {
+            ipv6_header(packet, parsed)?;
+            skip_extensions(packet, parsed)
+        }
         _ => None,
     }
 }
@@ -324,7 +411,7 @@ fn ipv4(packet: &impl Packet, parsed: &mut Parsed) -> Option<()> {
 }
 
 #[inline(always)]
-fn ipv6(packet: &impl Packet, parsed: &mut Parsed) -> Option<()> {
+fn ipv6_header(packet: &impl Packet, parsed: &mut Parsed) -> Option<()> {
     let l3 = parsed.l3 as usize;
     let [version, _, _, _, length_high, length_low, next, _] = packet.load(l3)?;
     if version >> 4 != 6 {
@@ -339,7 +426,7 @@ fn ipv6(packet: &impl Packet, parsed: &mut Parsed) -> Option<()> {
     };
     parsed.tuple.source = Address::v6(packet.load(l3.wrapping_add(8))?);
     parsed.tuple.destination = Address::v6(packet.load(l3.wrapping_add(24))?);
-    skip_extensions(packet, parsed)
+    Some(())
 }
 
 /// Finds what follows the extension headers of an IPv6 packet.
@@ -410,8 +497,8 @@ fn transport(packet: &impl Packet, parsed: &mut Parsed, end: usize, quoted: bool
         parsed.tuple.destination_port = u16::from_be_bytes([c, d]);
     }
     let offset = match (parsed.version, parsed.protocol) {
-        (_, IPPROTO_TCP) => 16,
-        (_, IPPROTO_UDP) => 6,
+        (_, IPPROTO_TCP) => TCP_CHECKSUM as usize,
+        (_, IPPROTO_UDP) => UDP_CHECKSUM as usize,
         (Version::V6, IPPROTO_ICMPV6) => ICMP_CHECKSUM,
         // SCTP's covers no addresses, and ICMP's neither.
         _ => return Some(()),

@@ -1,5 +1,7 @@
 //! Questions to the host's routing tables.
 
+use core::ffi::c_void;
+
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{
@@ -35,15 +37,15 @@ fn zeroed() -> Lookup {
 }
 
 #[inline(always)]
-fn ask(ctx: &TcContext, lookup: &mut Lookup) -> u32 {
+fn ask(ctx: *mut c_void, lookup: &mut Lookup) -> u32 {
     // SAFETY: the structure is of the length that is given with it.
-    unsafe { bpf_fib_lookup(ctx.as_ptr(), lookup, size_of::<Lookup>() as i32, 0) as u32 }
+    unsafe { bpf_fib_lookup(ctx, lookup, size_of::<Lookup>() as i32, 0) as u32 }
 }
 
 /// What would become of a packet from `source` to `destination`, if `via` (a device
 /// that forwards) received it.
 #[inline(never)]
-fn fate(ctx: &TcContext, via: u32, source: &Address, destination: &Address) -> u32 {
+fn fate(ctx: *mut c_void, via: u32, source: &Address, destination: &Address) -> u32 {
     let mut lookup = zeroed();
     lookup.ifindex = via;
     set_addresses(&mut lookup, source, destination);
@@ -73,8 +75,10 @@ fn set_addresses(lookup: &mut Lookup, source: &Address, destination: &Address) {
 /// plugin has seen the address on a device of the node, or there must be a default
 /// route: then no address is without one. (Of link-local addresses it always says
 /// that; they are the plugin's affair.)
+///
+/// `ctx` is that of a tc or an XDP program.
 #[inline(never)]
-pub(crate) fn is_local(ctx: &TcContext, via: u32, source: &Address, address: &Address) -> bool {
+pub(crate) fn is_local(ctx: *mut c_void, via: u32, source: &Address, address: &Address) -> bool {
     if address.is_loopback() || address.is_group() {
         return false;
     }
@@ -130,7 +134,7 @@ pub(crate) fn send(ctx: &TcContext, tuple: &Tuple, question: &Question) -> Way {
     lookup.__bindgen_anon_1.tot_len = question.length;
     lookup.ifindex = question.device;
     set_addresses(&mut lookup, &tuple.source, &tuple.destination);
-    match ask(ctx, &mut lookup) {
+    match ask(ctx.as_ptr(), &mut lookup) {
         BPF_FIB_LKUP_RET_SUCCESS | BPF_FIB_LKUP_RET_NO_NEIGH => {}
         BPF_FIB_LKUP_RET_FRAG_NEEDED => return Way::TooBig,
         _ => return Way::None,

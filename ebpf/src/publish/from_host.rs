@@ -50,7 +50,7 @@ fn itself(address: &Address, pod_port: u16, port: u32) -> Published {
         pod_port,
         mac: [0; 6],
         gateway_mac: [0; 6],
-        reserved: [0; 2],
+        flags: 0,
     }
 }
 

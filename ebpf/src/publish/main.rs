@@ -3,6 +3,7 @@
 //! | file | hook |
 //! |---|---|
 //! | [`uplink`] | tc ingress of the node's other devices: requests from outside |
+//! | [`xdp`] | XDP of those of them that the operator names: the plain ones among these requests |
 //! | [`from_pod`] | called by `port` for what pods send to the gateway: replies, and requests of pods |
 //! | [`from_host`] | called by `port` for what the host sends to a pod with published ports |
 //! | [`sockets`] | connect, sendmsg, recvmsg and getpeername of the node's own processes |
@@ -32,6 +33,7 @@ mod skb;
 mod sockets;
 mod uplink;
 mod work;
+mod xdp;
 
 /// The kernel gives its GPL-only helpers to programs that say this.
 #[unsafe(link_section = "license")]

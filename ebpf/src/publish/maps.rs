@@ -6,8 +6,8 @@ use aya_ebpf::{
 };
 use bpf_bridge_common::layout::{
     Address, Flow, FlowKey, FragmentKey, Fragments, Held, HeldKey, MAX_ADDRESSES, MAX_FLOWS,
-    MAX_FRAGMENTS, MAX_HELD_TOTAL, MAX_PEERS, MAX_PUBLISHED, Node, PeerKey, Published,
-    PublishedKey, Socket,
+    MAX_FRAGMENTS, MAX_HELD_TOTAL, MAX_PEERS, MAX_PUBLISHED, MAX_XDP_UPLINKS, Mac, Node, PeerKey,
+    Published, PublishedKey, Socket,
 };
 
 use crate::shared::ON_DEMAND;
@@ -36,6 +36,10 @@ pub(crate) static ADDRESSES: HashMap<Address, u8, { MAX_ADDRESSES as usize }, ON
 
 #[btf_map]
 pub(crate) static PEERS: LruHashMap<PeerKey, Socket, { MAX_PEERS as usize }> = LruHashMap::new();
+
+#[btf_map]
+pub(crate) static XDP_UPLINKS: HashMap<u32, Mac, { MAX_XDP_UPLINKS as usize }, ON_DEMAND> =
+    HashMap::new();
 
 #[btf_map]
 pub(crate) static NODE: Array<Node, 1> = Array::new();

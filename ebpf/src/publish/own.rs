@@ -1,14 +1,14 @@
 //! Connections of the node's own processes: their packets are not for pods, whatever
 //! number the processes speak from.
 
+use core::ffi::c_void;
+
 use aya_ebpf::{
-    EbpfContext as _,
     bindings::{
         BPF_ANY, bpf_sock_tuple, bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1 as TupleV4,
         bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2 as TupleV6,
     },
     helpers::{bpf_sk_lookup_udp, bpf_sk_release, bpf_skc_lookup_tcp},
-    programs::TcContext,
 };
 use bpf_bridge_common::{
     layout::{Address, Flow, FlowKey, PublishedKey, Socket},
@@ -73,8 +73,10 @@ pub(crate) fn remember(asked: &Socket, port: u16) {
 }
 
 /// Whether the packet belongs to a connection of the node's own.
+///
+/// `ctx` is that of a tc or an XDP program.
 #[inline(never)]
-pub(crate) fn is_own(ctx: &TcContext, packet: &Tuple, protocol: u8) -> bool {
+pub(crate) fn is_own(ctx: *mut c_void, packet: &Tuple, protocol: u8) -> bool {
     // SAFETY: the structure is made of numbers.
     let mut tuple: bpf_sock_tuple = unsafe { core::mem::zeroed() };
     let (source, destination) = (packet.source.words(), packet.destination.words());
@@ -100,7 +102,7 @@ pub(crate) fn is_own(ctx: &TcContext, packet: &Tuple, protocol: u8) -> bool {
     // socket that is found is released.
     unsafe {
         if protocol == IPPROTO_TCP {
-            let socket = bpf_skc_lookup_tcp(ctx.as_ptr(), &mut tuple, size, CURRENT_NETNS, 0);
+            let socket = bpf_skc_lookup_tcp(ctx, &mut tuple, size, CURRENT_NETNS, 0);
             if socket.is_null() {
                 return false;
             }
@@ -111,7 +113,7 @@ pub(crate) fn is_own(ctx: &TcContext, packet: &Tuple, protocol: u8) -> bool {
             if FLOWS.get_ptr(&key(packet)).is_some() {
                 return true;
             }
-            let socket = bpf_sk_lookup_udp(ctx.as_ptr(), &mut tuple, size, CURRENT_NETNS, 0);
+            let socket = bpf_sk_lookup_udp(ctx, &mut tuple, size, CURRENT_NETNS, 0);
             if socket.is_null() {
                 return false;
             }

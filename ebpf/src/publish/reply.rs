@@ -14,15 +14,20 @@ use crate::{
     maps::FLOWS,
     shared::{PORTS, to_host},
     skb::Skb,
-    work::{Outcome, Work},
+    work::{Outcome, Work, apart},
 };
 
 /// "Don't fragment", in the byte that it is in.
 const DF: u8 = 0x40;
 
 /// Sends a reply to where its request came from.
-#[inline(never)]
+#[inline(always)]
 pub(crate) fn undo(ctx: &TcContext, work: &mut Work, port: &Port) -> Outcome {
+    apart(|| try_undo(ctx, work, port))
+}
+
+#[inline(always)]
+fn try_undo(ctx: &TcContext, work: &mut Work, port: &Port) -> Outcome {
     let tuple = &work.parsed.tuple;
     let key = &mut work.key;
     key.pod = tuple.source;
@@ -51,8 +56,13 @@ pub(crate) fn undo(ctx: &TcContext, work: &mut Work, port: &Port) -> Outcome {
 }
 
 /// Sends an error about a request to the client.
-#[inline(never)]
+#[inline(always)]
 pub(crate) fn undo_error(ctx: &TcContext, work: &mut Work, port: &Port) -> Outcome {
+    apart(|| try_undo_error(ctx, work, port))
+}
+
+#[inline(always)]
+fn try_undo_error(ctx: &TcContext, work: &mut Work, port: &Port) -> Outcome {
     let request = &work.inner.tuple;
     let key = &mut work.key;
     key.pod = request.destination;

@@ -1,6 +1,8 @@
 //! A packet for a published port, and the errors that the way back has met.
 
-use aya_ebpf::programs::TcContext;
+use core::ffi::c_void;
+
+use aya_ebpf::{EbpfContext as _, programs::TcContext};
 use bpf_bridge_common::{
     drops::DropReason,
     layout::{Address, Published},
@@ -12,18 +14,46 @@ use crate::{
     maps::published,
     own,
     skb::Skb,
-    work::{Outcome, Work},
+    work::{Outcome, Work, apart},
 };
 
 /// Leads a packet for a published port into the pod.
-#[inline(never)]
+#[inline(always)]
 pub(crate) fn lead(ctx: &TcContext, work: &mut Work) -> Outcome {
+    apart(|| try_lead(ctx, work))
+}
+
+#[inline(always)]
+fn try_lead(ctx: &TcContext, work: &mut Work) -> Outcome {
     let tuple = &work.parsed.tuple;
-    let protocol = work.parsed.protocol;
-    let pod = published(&tuple.destination, tuple.destination_port, protocol)?;
+    let pod = published(
+        &tuple.destination,
+        tuple.destination_port,
+        work.parsed.protocol,
+    )?;
     if work.from.segment != 0 {
         work.note_client(ctx)?;
     }
+    if let Err(reason) = follow(ctx.as_ptr(), work, pod)? {
+        return Some(Err(reason));
+    }
+    Some(if work.rewrite(ctx) {
+        hand_over(ctx, work, pod)
+    } else {
+        Err(DropReason::Helper)
+    })
+}
+
+/// Finds the flow of a packet for a port of `pod`, or makes it, and says what the packet
+/// is to become. `None` if it is not for the node.
+///
+/// `ctx` is that of a tc or an XDP program.
+#[inline(always)]
+pub(crate) fn follow(
+    ctx: *mut c_void,
+    work: &mut Work,
+    pod: &Published,
+) -> Option<Result<(), DropReason>> {
     let tuple = &work.parsed.tuple;
     flow::describe(
         &mut work.key,
@@ -32,7 +62,7 @@ pub(crate) fn lead(ctx: &TcContext, work: &mut Work) -> Outcome {
         seen_as(pod, &tuple.source, work.from.segment)?,
         (&tuple.source, tuple.source_port),
         (&tuple.destination, tuple.destination_port),
-        protocol,
+        work.parsed.protocol,
     );
     work.account = pod.port;
     let found = flow::find(&mut work.key, &work.flow, &work.from);
@@ -40,7 +70,7 @@ pub(crate) fn lead(ctx: &TcContext, work: &mut Work) -> Outcome {
         // Addresses come and go.
         if found == Found::Ceded
             || !fib::is_local(ctx, pod.segment, &tuple.source, &tuple.destination)
-            || found != Found::Stale && own::is_own(ctx, tuple, protocol)
+            || found != Found::Stale && own::is_own(ctx, tuple, work.parsed.protocol)
         {
             return None;
         }
@@ -54,16 +84,17 @@ pub(crate) fn lead(ctx: &TcContext, work: &mut Work) -> Outcome {
     work.to.source_port = work.key.client_port;
     work.to.destination = pod.address;
     work.to.destination_port = pod.pod_port;
-    Some(if work.rewrite(ctx) {
-        hand_over(ctx, work, pod)
-    } else {
-        Err(DropReason::Helper)
-    })
+    Some(Ok(()))
 }
 
 /// Leads an error about a reply into the pod that sent the reply.
-#[inline(never)]
+#[inline(always)]
 pub(crate) fn lead_error(ctx: &TcContext, work: &mut Work) -> Outcome {
+    apart(|| try_lead_error(ctx, work))
+}
+
+#[inline(always)]
+fn try_lead_error(ctx: &TcContext, work: &mut Work) -> Outcome {
     let reply = &work.inner.tuple;
     let protocol = work.inner.protocol;
     let pod = published(&reply.source, reply.source_port, protocol)?;

@@ -55,6 +55,34 @@ pub(crate) struct From {
 /// ours.
 pub(crate) type Outcome = Option<Result<i32, DropReason>>;
 
+/// Takes a step in a function of its own.
+///
+/// An outcome that a function returned itself would be written where a pointer to its
+/// caller's stack says. The compiler may leave that pointer in the register that is
+/// returned, and the verifier refuses the program then.
+#[inline(always)]
+pub(crate) fn apart(step: impl FnOnce() -> Outcome) -> Outcome {
+    let number = numbered(step);
+    match (number >> 32, number as u32) {
+        (0, verdict) => Some(Ok(verdict as i32)),
+        (DROPPED, reason) => Some(Err(DropReason::from_number(reason)?)),
+        _ => None,
+    }
+}
+
+/// The upper half of an outcome's number, if it is not a verdict.
+const DROPPED: u64 = 1;
+const NOT_OURS: u64 = 2;
+
+#[inline(never)]
+fn numbered(step: impl FnOnce() -> Outcome) -> u64 {
+    match step() {
+        Some(Ok(verdict)) => u64::from(verdict as u32),
+        Some(Err(reason)) => DROPPED << 32 | u64::from(reason as u32),
+        None => NOT_OURS << 32,
+    }
+}
+
 #[btf_map]
 static WORK: PerCpuArray<Work, 1> = PerCpuArray::new();
 

@@ -1,4 +1,4 @@
-use std::vec::Vec;
+use std::{vec, vec::Vec};
 
 use proptest::prelude::*;
 
@@ -6,7 +6,8 @@ use super::*;
 use crate::{
     frame::{ETH_HLEN, ETH_P_ARP},
     testing::{
-        ErrorShape, Frame, Part, Shape, Transport, errors, expected, shapes, tuple, tuples, version,
+        ErrorShape, Frame, Part, Shape, Transport, errors, ethertype, expected, shapes, tuple,
+        tuples, version,
     },
 };
 
@@ -34,6 +35,51 @@ proptest! {
     ) {
         let frame = Frame::new(shape.version, &shape.build(&tuple), &padding);
         prop_assert_eq!(frame.parse(shape.version), Some(expected(&shape, &tuple)));
+    }
+
+    #[test]
+    fn a_plain_packet_is_read_the_same_without_a_search(
+        (mut shape, tuple) in version().prop_flat_map(|version| (shapes(version), tuples(version))),
+        padding: Vec<u8>,
+        bare: bool,
+    ) {
+        if bare {
+            shape.options.clear();
+            shape.extensions.clear();
+        }
+        let version = shape.version;
+        let frame = Frame::new(version, &shape.build(&tuple), &padding);
+        let no_extras = match version {
+            Version::V4 => shape.options.is_empty(),
+            Version::V6 => shape.extensions.is_empty() && !matches!(shape.part, Part::Atomic),
+        };
+        let parsed = expected(&shape, &tuple);
+        let plain = no_extras
+            && matches!(shape.transport, Transport::Tcp { .. } | Transport::Udp { .. })
+            && parsed.fragment == Fragment::Whole;
+        let read = parse_plain(&frame, ETH_HLEN, ethertype(version));
+        prop_assert_eq!(read, plain.then_some(parsed));
+        if let Some(read) = read {
+            let again = read.with_plain_offsets(ETH_HLEN, ethertype(version));
+            prop_assert_eq!(again, read);
+        }
+    }
+
+    #[test]
+    fn an_unfinished_checksum_looks_like_one(
+        (mut shape, tuple) in version().prop_flat_map(|version| (shapes(version), tuples(version))),
+        padding: Vec<u8>,
+    ) {
+        shape.options.clear();
+        shape.extensions.clear();
+        shape.part = Part::Whole;
+        shape.partial = true;
+        let version = shape.version;
+        let frame = Frame::new(version, &shape.build(&tuple), &padding);
+        if let Some(parsed) = parse_plain(&frame, ETH_HLEN, ethertype(version)) {
+            let has_one = parsed.checksum.is_some();
+            prop_assert_eq!(looks_unfinished(&frame, &parsed), Some(has_one));
+        }
     }
 
     #[test]
@@ -71,6 +117,47 @@ proptest! {
         if let Some(outer) = parse(&frame, l3, ethertype) {
             prop_assert!(usize::from(outer.l4) <= l3 + MAX_HEADERS);
             let _ = quoted(&frame, &outer);
+        }
+        if let Some(plain) = parse_plain(&frame, l3, ethertype) {
+            prop_assert_eq!(parse(&frame, l3, ethertype), Some(plain));
+            let _ = looks_unfinished(&frame, &plain);
+        }
+    }
+}
+
+#[test]
+fn a_finished_checksum_does_not_look_unfinished() {
+    for version in VERSIONS {
+        for transport in [
+            Transport::Tcp { options: vec![] },
+            Transport::Udp { checksum: true },
+            Transport::Udp { checksum: false },
+        ] {
+            let frame = frame(&Shape::plain(version, transport));
+            let parsed = parse_plain(&frame, ETH_HLEN, ethertype(version)).unwrap();
+            assert_eq!(looks_unfinished(&frame, &parsed), Some(false));
+        }
+    }
+}
+
+#[test]
+fn a_packet_that_is_cut_or_leaves_its_length_open_is_not_plain() {
+    for version in VERSIONS {
+        for transport in [
+            Transport::Tcp { options: vec![] },
+            Transport::Udp { checksum: true },
+        ] {
+            let whole = frame(&Shape::plain(version, transport));
+            let plain = |frame: &Frame| parse_plain(frame, ETH_HLEN, ethertype(version));
+            let enough = usize::from(plain(&whole).unwrap().checksum.unwrap()) + 2;
+            for len in 0..whole.0.len() {
+                let read = plain(&Frame(whole.0[..len].to_vec())).is_some();
+                assert_eq!(read, len >= enough, "{version:?}: {len} bytes");
+            }
+            let mut open = whole.clone();
+            let at = ETH_HLEN + if version == Version::V4 { 2 } else { 4 };
+            open.0[at..at + 2].fill(0);
+            assert_eq!(plain(&open), None);
         }
     }
 }

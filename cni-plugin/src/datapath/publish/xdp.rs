@@ -1,0 +1,142 @@
+//! XDP on the devices that the operator names.
+//!
+//! Its program is loaded when the first of them is, so that nobody else needs a kernel
+//! that has what it uses (5.18).
+
+use std::{io, path::PathBuf};
+
+use aya::programs::{ProgramError, Xdp, XdpMode, links::FdLink};
+use aya_obj::programs::XdpAttachType;
+
+use super::{ANY, Error, Publication, loader, object, pin_link, pins, set};
+use crate::link::Link;
+
+/// The program, and its pin.
+const PROGRAM: &str = "xdp";
+
+/// How XDP runs on a device.
+#[derive(Debug)]
+pub enum XdpRun {
+    /// In its driver.
+    Native,
+    /// Behind it, as the kernel can for any device.
+    Generic {
+        /// Why the driver would not, if it was asked just now.
+        because: Option<String>,
+    },
+}
+
+impl Publication<'_> {
+    /// Serves published ports by XDP on a device of the node, unless that is done
+    /// already.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ForeignXdp`]; or the program cannot be loaded, or attached in any way.
+    pub fn serve_by_xdp_on(&mut self, device: &Link) -> Result<XdpRun, Error> {
+        let mut program = open_or_load()?;
+        let Some(mac) = device.mac.filter(|_| device.ethernet) else {
+            return Err(refused(device, "its frames are not Ethernet's"));
+        };
+        // What is for another address goes on.
+        let entry = (device.index, mac.octets());
+        set(&mut self.xdp_uplinks, "XDP_UPLINKS", entry.0, entry.1, ANY)?;
+        match device.xdp {
+            Some(there) if there.program == id(&program)? => {
+                return Ok(match there.generic {
+                    false => XdpRun::Native,
+                    true => XdpRun::Generic { because: None },
+                });
+            }
+            Some(there) => {
+                return Err(Error::ForeignXdp {
+                    device: device.name.clone(),
+                    program: there.program,
+                });
+            }
+            None => {}
+        }
+        let Err(native) = attach(&mut program, device, XdpMode::Driver) else {
+            return Ok(XdpRun::Native);
+        };
+        attach(&mut program, device, XdpMode::Skb)
+            .map_err(|generic| refused(device, &reason(&generic)))?;
+        Ok(XdpRun::Generic {
+            because: Some(reason(&native)),
+        })
+    }
+
+    /// Whether published ports are served by XDP on a device.
+    ///
+    /// # Errors
+    ///
+    /// The kernel does not say.
+    pub fn is_served_by_xdp_on(&self, device: &Link) -> Result<bool, Error> {
+        match device.xdp {
+            Some(there) if program_pin().exists() => Ok(there.program == id(&open()?)?),
+            _ => Ok(false),
+        }
+    }
+}
+
+fn attach(program: &mut Xdp, device: &Link, mode: XdpMode) -> Result<(), ProgramError> {
+    let link = program.attach_to_if_index(device.index, mode)?;
+    let link = FdLink::try_from(program.take_link(link)?);
+    pin_link(link, &pin(device.index))
+        .map_err(|error| ProgramError::IOError(io::Error::other(error)))
+}
+
+/// The pin of its link to a device.
+pub(super) fn pin(device: u32) -> PathBuf {
+    pins::link(&format!("{}{device}", pins::XDP))
+}
+
+/// The pin of the program.
+pub(super) fn program_pin() -> PathBuf {
+    pins::published(PROGRAM)
+}
+
+fn open() -> Result<Xdp, Error> {
+    Xdp::from_pin(program_pin(), XdpAttachType::Interface).map_err(failed)
+}
+
+fn open_or_load() -> Result<Xdp, Error> {
+    let path = program_pin();
+    if !path.exists() {
+        let mut ebpf = loader().load(object::PUBLISH)?;
+        let program: &mut Xdp = ebpf
+            .program_mut(PROGRAM)
+            .ok_or(ProgramError::NotLoaded)
+            .and_then(TryInto::try_into)
+            .map_err(failed)?;
+        program.load().map_err(failed)?;
+        program.pin(&path).map_err(|source| Error::Pin {
+            path: path.clone(),
+            source: io::Error::other(source),
+        })?;
+    }
+    open()
+}
+
+fn id(program: &Xdp) -> Result<u32, Error> {
+    program.info().map(|info| info.id()).map_err(failed)
+}
+
+fn failed(source: ProgramError) -> Error {
+    Error::program(PROGRAM, source)
+}
+
+fn refused(device: &Link, why: &str) -> Error {
+    Error::Xdp {
+        device: device.name.clone(),
+        why: why.to_owned(),
+    }
+}
+
+/// What the kernel said.
+fn reason(error: &ProgramError) -> String {
+    match error {
+        ProgramError::SyscallError(error) => error.io_error.to_string(),
+        error => error.to_string(),
+    }
+}

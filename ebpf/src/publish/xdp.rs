@@ -1,0 +1,169 @@
+//! XDP on the uplinks that the operator names: the plain requests for published ports,
+//! which are most, go into their pods before the kernel has made anything of them.
+//!
+//! All else is passed on and meets [`uplink`](crate::uplink), which knows how to deal
+//! with it: fragments, options, ICMP errors, packets whose checksums are not finished.
+//! Both find and make the same flows, so it does not matter which of them a packet
+//! meets.
+
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::xdp_action::{XDP_DROP, XDP_PASS},
+    helpers::{bpf_check_mtu, bpf_redirect},
+    macros::xdp,
+    programs::XdpContext,
+};
+use bpf_bridge_common::{
+    drops::DropReason,
+    frame::{ETH_HLEN, ETH_P_IPV6},
+    layout::{PUBLISHED_XDP, Published},
+    packet::{Packet, looks_unfinished, parse_plain},
+    translate::rewrite,
+};
+
+use crate::{
+    maps::{XDP_UPLINKS, published},
+    request,
+    shared::count_drop,
+    skb::ETH_P_IP,
+    work::{From, Work},
+};
+
+/// The program of uplinks with Ethernet headers.
+#[xdp(frags)]
+pub(crate) fn xdp(ctx: XdpContext) -> u32 {
+    let Some(work) = Work::get() else {
+        return XDP_PASS;
+    };
+    match receive(&ctx, work) {
+        Some(Ok(())) => {
+            // SAFETY: a helper that takes numbers.
+            unsafe { bpf_redirect(work.account, 0) as u32 }
+        }
+        Some(Err(reason)) => {
+            count_drop(work.account, reason);
+            XDP_DROP
+        }
+        None => XDP_PASS,
+    }
+}
+
+/// What became of a frame: it is ready for the pod, or why it was dropped. `None` if it
+/// is left to others.
+type Outcome = Option<Result<(), DropReason>>;
+
+/// Each version of IP has offsets of its own, and so its own functions.
+#[inline(always)]
+fn receive(ctx: &XdpContext, work: &mut Work) -> Outcome {
+    match Frame(ctx).load(12).map(u16::from_be_bytes)? {
+        ETH_P_IP => lead::<ETH_P_IP>(ctx, work),
+        ETH_P_IPV6 => lead::<ETH_P_IPV6>(ctx, work),
+        _ => None,
+    }
+}
+
+/// What [`request::lead`] is in tc.
+#[inline(always)]
+fn lead<const ETHERTYPE: u16>(ctx: &XdpContext, work: &mut Work) -> Outcome {
+    if !read::<ETHERTYPE>(ctx, work) {
+        return None;
+    }
+    let tuple = &work.parsed.tuple;
+    let pod = published(
+        &tuple.destination,
+        tuple.destination_port,
+        work.parsed.protocol,
+    )?;
+    if pod.flags & PUBLISHED_XDP == 0 || !fits(ctx, pod.port) {
+        return None;
+    }
+    if let Err(reason) = request::follow(ctx.as_ptr(), work, pod)? {
+        return Some(Err(reason));
+    }
+    Some(if write::<ETHERTYPE>(ctx, work, pod) {
+        Ok(())
+    } else {
+        Err(DropReason::Helper)
+    })
+}
+
+/// Reads the packet, and says whether it is one for XDP.
+#[inline(never)]
+fn read<const ETHERTYPE: u16>(ctx: &XdpContext, work: &mut Work) -> bool {
+    let frame = Frame(ctx);
+    let Some(parsed) = parse_plain(&frame, ETH_HLEN, ETHERTYPE) else {
+        return false;
+    };
+    work.parsed = parsed;
+    work.from = From {
+        ifindex: ctx.ingress_ifindex() as u32,
+        segment: 0,
+        client_mac: [0; 6],
+        gateway_mac: [0; 6],
+        linked: true,
+    };
+    // SAFETY: the plugin replaces entries of this map whole.
+    let own = unsafe { XDP_UPLINKS.get(work.from.ifindex) };
+    own.is_some_and(|own| frame.load(0) == Some(*own))
+        && looks_unfinished(&frame, &parsed) == Some(false)
+}
+
+/// Makes the packet what it is to become, and addresses it to the pod.
+#[inline(never)]
+fn write<const ETHERTYPE: u16>(ctx: &XdpContext, work: &Work, pod: &Published) -> bool {
+    let mut frame = Frame(ctx);
+    let parsed = work.parsed.with_plain_offsets(ETH_HLEN, ETHERTYPE);
+    let [a, b, c, d, e, f] = pod.mac;
+    let [g, h, i, j, k, l] = pod.gateway_mac;
+    rewrite(&mut frame, &parsed, &work.to)
+        .and_then(|()| frame.store(0, [a, b, c, d, e, f, g, h, i, j, k, l]))
+        .is_some()
+}
+
+/// Whether the device takes a packet of this length: XDP cuts none. Where it runs behind
+/// the driver, frames may have been merged before.
+#[inline(always)]
+fn fits(ctx: &XdpContext, device: u32) -> bool {
+    let mut length = 0;
+    // SAFETY: the context is the program's own.
+    unsafe { bpf_check_mtu(ctx.as_ptr(), device, &mut length, 0, 0) == 0 }
+}
+
+/// A frame in an XDP program. Checksums are bytes like others here.
+///
+/// It starts at an even address, and so do its fields: they are read and written by
+/// twos, for the instruction set makes single bytes as dear as words.
+struct Frame<'a>(&'a XdpContext);
+
+impl Frame<'_> {
+    /// Where `N` bytes from offset `at` on are; `None` if the frame ends before.
+    #[inline(always)]
+    fn place<const N: usize>(&self, at: usize) -> Option<*mut u16> {
+        const { assert!(N.is_multiple_of(2)) }
+        let start = self.0.data().wrapping_add(at);
+        (start.wrapping_add(N) <= self.0.data_end()).then_some(start as *mut u16)
+    }
+}
+
+impl Packet for Frame<'_> {
+    #[inline(always)]
+    fn load<const N: usize>(&self, at: usize) -> Option<[u8; N]> {
+        let place = self.place::<N>(at)?;
+        let mut bytes = [0; N];
+        for (number, two) in bytes.as_chunks_mut().0.iter_mut().enumerate() {
+            // SAFETY: the frame is that long.
+            *two = unsafe { place.add(number).read() }.to_ne_bytes();
+        }
+        Some(bytes)
+    }
+
+    #[inline(always)]
+    fn store<const N: usize>(&mut self, at: usize, bytes: [u8; N]) -> Option<()> {
+        let place = self.place::<N>(at)?;
+        for (number, two) in bytes.as_chunks().0.iter().enumerate() {
+            // SAFETY: as above.
+            unsafe { place.add(number).write(u16::from_ne_bytes(*two)) };
+        }
+        Some(())
+    }
+}
