@@ -17,6 +17,7 @@
 #![no_std]
 #![no_main]
 
+mod connections;
 mod fib;
 mod flow;
 mod fragments;

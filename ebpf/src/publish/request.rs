@@ -7,11 +7,12 @@ use bpf_bridge_common::{
 };
 
 use crate::{
+    connections::{self, Step},
     fib,
     flow::{self, Found},
     maps::published,
     skb::Skb,
-    work::{Outcome, Work},
+    work::{From, Outcome, Work},
 };
 
 /// Leads a packet for a published port into the pod.
@@ -31,18 +32,10 @@ pub(crate) fn lead(ctx: &TcContext, work: &mut Work) -> Outcome {
     );
     work.account = pod.port;
     let found = flow::find(&mut work.key, &work.flow, &work.from);
-    if found != Found::Known {
-        // Addresses come and go.
-        if found == Found::Ceded
-            || !fib::is_local(ctx, pod.segment, &tuple.source, &tuple.destination)
-        {
-            return None;
-        }
-        if found == Found::Stale {
-            flow::refresh(&work.key, &work.from);
-        } else if !flow::make(&work.key, &mut work.flow, &work.from, found) {
-            return Some(Err(DropReason::NoSourcePort));
-        }
+    if found != Found::Known
+        && let Err(refused) = admit(ctx, work, pod, found)
+    {
+        return refused.map(Err);
     }
     work.to.source = work.key.client;
     work.to.source_port = work.key.client_port;
@@ -53,6 +46,47 @@ pub(crate) fn lead(ctx: &TcContext, work: &mut Work) -> Outcome {
     } else {
         Err(DropReason::Helper)
     })
+}
+
+/// Whether a packet of a flow that is not known, or of one that it is time to look at
+/// again, is for the published port at all. If not, says why it is dropped, or nothing
+/// if it is not ours to drop.
+#[inline(never)]
+fn admit(
+    ctx: &TcContext,
+    work: &mut Work,
+    pod: &Published,
+    found: Found,
+) -> Result<(), Option<DropReason>> {
+    let tuple = &work.parsed.tuple;
+    let step = connections::step(ctx, &work.parsed);
+    if found == Found::Ceded && step != Step::Begins
+        || !fib::is_local(ctx, pod.segment, &tuple.source, &tuple.destination)
+    {
+        return Err(None);
+    }
+    if found == Found::Stale {
+        flow::refresh(&work.key, &work.from);
+        return Ok(());
+    }
+    if step == Step::Answers {
+        // The node has begun it, or somebody whom it lets appear as itself.
+        flow::make(&work.key, &mut work.flow, &From::STACK, found);
+        return Err(None);
+    }
+    if step == Step::Other && connections::is_nodes(ctx, tuple, work.parsed.protocol) {
+        return Err(None);
+    }
+    if work.from.segment != pod.segment
+        && !fib::leads_back(ctx, pod.segment, &tuple.destination, &tuple.source)
+    {
+        return Err(Some(DropReason::NoRoute));
+    }
+    if flow::make(&work.key, &mut work.flow, &work.from, found) {
+        Ok(())
+    } else {
+        Err(Some(DropReason::NoSourcePort))
+    }
 }
 
 /// Leads an error about a reply into the pod that sent the reply.
