@@ -101,6 +101,26 @@ pub(crate) fn is_local(ctx: *mut c_void, via: u32, source: &Address, address: &A
     }
 }
 
+/// Whether the node's answers would reach `client`, and by way of the node: a pod answers
+/// its own neighbours directly. Nobody outside can have the addresses of these, of the
+/// node itself, or of no single station.
+#[inline(never)]
+pub(crate) fn leads_back(ctx: *mut c_void, via: u32, node: &Address, client: &Address) -> bool {
+    if client.is_link_local() {
+        return true;
+    }
+    if client.is_group() || client.is_unspecified() || client.is_loopback() {
+        return false;
+    }
+    let mut lookup = zeroed();
+    lookup.ifindex = via;
+    set_addresses(&mut lookup, node, client);
+    matches!(
+        ask(ctx, &mut lookup),
+        BPF_FIB_LKUP_RET_SUCCESS | BPF_FIB_LKUP_RET_NO_NEIGH | BPF_FIB_LKUP_RET_FRAG_NEEDED
+    ) && lookup.ifindex != via
+}
+
 /// An address of the same family that no machine has: only a default route leads
 /// there (RFC 5737, RFC 6666).
 #[inline(always)]

@@ -57,13 +57,7 @@ fn itself(address: &Address, pod_port: u16, port: u32) -> Published {
 #[inline(always)]
 fn remember(ctx: &TcContext, work: &mut Work, port: u32) -> Result<(), DropReason> {
     // Replies go to the stack, whatever brought the request there.
-    work.from = From {
-        ifindex: 0,
-        segment: 0,
-        client_mac: [0; 6],
-        gateway_mac: [0; 6],
-        linked: false,
-    };
+    work.from = From::STACK;
     if Skb(ctx).is_tagged() || !work.read(ctx, ETH_HLEN) {
         return Ok(());
     }

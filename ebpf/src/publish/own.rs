@@ -12,7 +12,7 @@ use aya_ebpf::{
 };
 use bpf_bridge_common::{
     layout::{Address, Flow, FlowKey, PublishedKey, Socket},
-    packet::{IPPROTO_TCP, IPPROTO_UDP, Tuple},
+    packet::{IPPROTO_TCP, IPPROTO_UDP, Packet, Parsed, Tuple},
 };
 
 use crate::maps::{FLOWS, PUBLISHED};
@@ -70,6 +70,34 @@ pub(crate) fn remember(asked: &Socket, port: u16) {
         reserved: [0; 4],
     };
     let _ = FLOWS.insert(&key(&answer), &flow, u64::from(BPF_ANY));
+}
+
+/// TCP's flags, in the byte that they are in.
+const SYN: u8 = 1 << 1;
+const ACK: u8 = 1 << 4;
+
+/// What a packet says of the connection that it belongs to.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Step {
+    /// Its sender begins it (TCP).
+    Begins,
+    /// Its receiver has begun it (TCP).
+    Answers,
+    /// Nothing.
+    Other,
+}
+
+/// Reads the packet's part in its connection.
+#[inline(always)]
+pub(crate) fn step(packet: &impl Packet, parsed: &Parsed) -> Step {
+    if parsed.protocol != IPPROTO_TCP || !parsed.has_ports() {
+        return Step::Other;
+    }
+    match packet.load(usize::from(parsed.l4) + 12) {
+        Some([_, flags]) if flags & (SYN | ACK) == SYN => Step::Begins,
+        Some([_, flags]) if flags & (SYN | ACK) == SYN | ACK => Step::Answers,
+        _ => Step::Other,
+    }
 }
 
 /// Whether the packet belongs to a connection of the node's own.

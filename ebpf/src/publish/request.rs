@@ -6,15 +6,16 @@ use aya_ebpf::{EbpfContext as _, programs::TcContext};
 use bpf_bridge_common::{
     drops::DropReason,
     layout::{Address, Published},
+    packet::Parsed,
 };
 
 use crate::{
     fib,
     flow::{self, Found},
     maps::published,
-    own,
+    own::{self, Step},
     skb::Skb,
-    work::{Outcome, Work, apart},
+    work::{From, Outcome, Work, apart},
 };
 
 /// Leads a packet for a published port into the pod.
@@ -34,7 +35,9 @@ fn try_lead(ctx: &TcContext, work: &mut Work) -> Outcome {
     if work.from.segment != 0 {
         work.note_client(ctx)?;
     }
-    if let Err(reason) = follow(ctx.as_ptr(), work, pod)? {
+    if let Err(reason) = follow(ctx.as_ptr(), work, pod, |parsed| {
+        own::step(&Skb(ctx), parsed)
+    })? {
         return Some(Err(reason));
     }
     Some(if work.rewrite(ctx) {
@@ -47,12 +50,13 @@ fn try_lead(ctx: &TcContext, work: &mut Work) -> Outcome {
 /// Finds the flow of a packet for a port of `pod`, or makes it, and says what the packet
 /// is to become. `None` if it is not for the node.
 ///
-/// `ctx` is that of a tc or an XDP program.
+/// `ctx` is that of a tc or an XDP program, and `step` asks the packet, if need be.
 #[inline(always)]
 pub(crate) fn follow(
     ctx: *mut c_void,
     work: &mut Work,
     pod: &Published,
+    step: impl FnOnce(&Parsed) -> Step,
 ) -> Option<Result<(), DropReason>> {
     let tuple = &work.parsed.tuple;
     flow::describe(
@@ -66,25 +70,58 @@ pub(crate) fn follow(
     );
     work.account = pod.port;
     let found = flow::find(&mut work.key, &work.flow, &work.from);
-    if found != Found::Known {
-        // Addresses come and go.
-        if found == Found::Ceded
-            || !fib::is_local(ctx, pod.segment, &tuple.source, &tuple.destination)
-            || found != Found::Stale && own::is_own(ctx, tuple, work.parsed.protocol)
-        {
-            return None;
-        }
-        if found == Found::Stale {
-            flow::refresh(&work.key, &work.from);
-        } else if !flow::make(&work.key, &mut work.flow, &work.from, found) {
-            return Some(Err(DropReason::NoSourcePort));
-        }
+    if found != Found::Known
+        && let Err(refused) = admit(ctx, work, pod, found, step)
+    {
+        return refused.map(Err);
     }
     work.to.source = work.key.client;
     work.to.source_port = work.key.client_port;
     work.to.destination = pod.address;
     work.to.destination_port = pod.pod_port;
     Some(Ok(()))
+}
+
+/// Whether a packet of a flow that is not known, or of one that it is time to look at
+/// again, is for the published port at all. If not, says why it is dropped, or nothing
+/// if it is not ours to drop.
+#[inline(always)]
+fn admit(
+    ctx: *mut c_void,
+    work: &mut Work,
+    pod: &Published,
+    found: Found,
+    step: impl FnOnce(&Parsed) -> Step,
+) -> Result<(), Option<DropReason>> {
+    let step = step(&work.parsed);
+    let tuple = &work.parsed.tuple;
+    if found == Found::Ceded && step != Step::Begins
+        || !fib::is_local(ctx, pod.segment, &tuple.source, &tuple.destination)
+    {
+        return Err(None);
+    }
+    if found == Found::Stale {
+        flow::refresh(&work.key, &work.from);
+        return Ok(());
+    }
+    if step == Step::Answers {
+        // The node has begun it, or somebody whom it lets appear as itself.
+        flow::make(&work.key, &mut work.flow, &From::STACK, found);
+        return Err(None);
+    }
+    if step == Step::Other && own::is_own(ctx, tuple, work.parsed.protocol) {
+        return Err(None);
+    }
+    if work.from.segment != pod.segment
+        && !fib::leads_back(ctx, pod.segment, &tuple.destination, &tuple.source)
+    {
+        return Err(Some(DropReason::NoRoute));
+    }
+    if flow::make(&work.key, &mut work.flow, &work.from, found) {
+        Ok(())
+    } else {
+        Err(Some(DropReason::NoSourcePort))
+    }
 }
 
 /// Leads an error about a reply into the pod that sent the reply.

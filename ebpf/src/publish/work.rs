@@ -51,6 +51,17 @@ pub(crate) struct From {
     pub(crate) linked: bool,
 }
 
+impl From {
+    /// The host's stack.
+    pub(crate) const STACK: Self = Self {
+        ifindex: 0,
+        segment: 0,
+        client_mac: [0; 6],
+        gateway_mac: [0; 6],
+        linked: false,
+    };
+}
+
 /// What became of a frame: a verdict, or why it was dropped. `None` if it is none of
 /// ours.
 pub(crate) type Outcome = Option<Result<i32, DropReason>>;

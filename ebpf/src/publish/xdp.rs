@@ -17,13 +17,13 @@ use bpf_bridge_common::{
     drops::DropReason,
     frame::{ETH_HLEN, ETH_P_IPV6},
     layout::{PUBLISHED_XDP, Published},
-    packet::{Packet, looks_unfinished, parse_plain},
+    packet::{Packet, Parsed, looks_unfinished, parse_plain},
     translate::rewrite,
 };
 
 use crate::{
     maps::{XDP_UPLINKS, published},
-    request,
+    own, request,
     shared::count_drop,
     skb::ETH_P_IP,
     work::{From, Work},
@@ -77,7 +77,11 @@ fn lead<const ETHERTYPE: u16>(ctx: &XdpContext, work: &mut Work) -> Outcome {
     if pod.flags & PUBLISHED_XDP == 0 || !fits(ctx, pod.port) {
         return None;
     }
-    if let Err(reason) = request::follow(ctx.as_ptr(), work, pod)? {
+    let step = |parsed: &Parsed| {
+        let parsed = parsed.with_plain_offsets(ETH_HLEN, ETHERTYPE);
+        own::step(&Frame(ctx), &parsed)
+    };
+    if let Err(reason) = request::follow(ctx.as_ptr(), work, pod, step)? {
         return Some(Err(reason));
     }
     Some(if write::<ETHERTYPE>(ctx, work, pod) {

@@ -1,6 +1,6 @@
 //! Two clients that would look the same to the pod, and memory that is lost.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
 
 use bpf_bridge_common::{
     drops::DropReason,
@@ -12,7 +12,7 @@ use super::{
         super::{ANY, Wire},
         bench::{REDIRECT, SHOT},
     },
-    packets::{SCTP, TCP, UDP, whole},
+    packets::{ACK, FIN, RST, SCTP, SYN, TCP, UDP, flagged, whole},
     requests::with_each,
     stage::{FAMILIES, Family, Stage, frame, inbound, into, mac, out_of, ports, wire, with_stage},
 };
@@ -439,5 +439,115 @@ fn the_stack_and_a_client_outside_are_told_apart() {
         let reply = out_of("a", &whole(protocol, pod, client, b"!"));
         let undone = out_of("a", &whole(protocol, original, client, b"!"));
         stage.becomes("the client's", "from_pod", "a", &reply, &undone);
+    });
+}
+
+#[test]
+fn a_connection_that_the_node_has_begun_is_not_stolen() {
+    // Hazard 1: the published number is one that the node takes for itself, or that
+    // somebody is masqueraded with.
+    for family in FAMILIES {
+        with_stage(|stage| {
+            stage.publish(family.unspecified(), TCP, "a");
+            for (server, node, program, device) in [
+                ("far", "up0", "uplink", "up0"),
+                ("c", "cni0", "from_pod", "c"),
+            ] {
+                let (server, own) = (family.end(server, 443), family.end(node, 8080));
+                let frame = |flags| {
+                    let packet = flagged(TCP, server, own, flags, b"");
+                    if device == "c" {
+                        out_of("c", &packet)
+                    } else {
+                        inbound(&packet)
+                    }
+                };
+                let run = stage.run(program, device, &frame(SYN | ACK));
+                assert_eq!(run.bytes, frame(SYN | ACK), "the answer");
+                assert_eq!(
+                    stage.seen().iter().filter(|flow| flow.4 == "stack").count(),
+                    1
+                );
+                for flags in [ACK, ACK | FIN, RST, ACK] {
+                    stage.passes("what follows", program, device, &frame(flags));
+                }
+                // Only the other side can begin another one.
+                let run = stage.run(program, device, &frame(SYN));
+                assert_eq!(run.verdict, REDIRECT);
+                assert_ne!(run.bytes, frame(SYN), "a request");
+                let run = stage.run(program, device, &frame(ACK));
+                assert_ne!(run.bytes, frame(ACK), "and what follows");
+                // Hazard 23: nobody can end it by pretending an answer.
+                let run = stage.run(program, device, &frame(SYN | ACK));
+                assert_ne!(run.bytes, frame(SYN | ACK), "and whatever comes");
+                stage.reset();
+            }
+        });
+    }
+}
+
+#[test]
+fn a_connected_socket_of_the_node_is_not_stolen_from() {
+    // Hazard 1, for connections that were there before, and for those without a
+    // handshake.
+    for family in FAMILIES {
+        with_stage(|stage| {
+            stage.publish(family.unspecified(), UDP, "a");
+            stage.publish(family.unspecified(), TCP, "a");
+            let (server, own) = (family.end("x", 53), family.end("up0", 8080));
+            let socket = UdpSocket::bind(own).unwrap();
+            let asked = |client| request(UDP, client, own);
+            socket.connect(server).unwrap();
+            stage.passes("the answer", "uplink", "up0", &asked(server));
+            // Another client is none of that socket's, nor is one that only waits.
+            let run = stage.run("uplink", "up0", &asked(family.end("x", 54)));
+            assert_eq!(run.verdict, REDIRECT);
+            assert_ne!(run.bytes, asked(family.end("x", 54)));
+            drop(socket);
+            let _waiting = UdpSocket::bind(own).unwrap();
+            let there = into("a", &whole(UDP, server, family.end("a", 80), b"?"));
+            stage.becomes("nobody asked", "uplink", "up0", &asked(server), &there);
+
+            let listener = TcpListener::bind(own).unwrap();
+            let data = |client| inbound(&flagged(TCP, client, own, ACK, b""));
+            let run = stage.run("uplink", "up0", &data(server));
+            assert_ne!(run.bytes, data(server), "a listener");
+            drop(listener);
+        });
+    }
+}
+
+#[test]
+fn nobody_outside_can_appear_as_a_neighbour_of_the_pod() {
+    // Hazard 16: the programs come before the kernel's own look at the source. The
+    // pod would answer these by itself, or the node would not.
+    with_each(|stage, family, protocol| {
+        stage.publish(family.unspecified(), protocol, "a");
+        let original = family.end("up0", ports(protocol).0);
+        let mut sources = vec![
+            family.of("c"),
+            family.of("cni0"),
+            family.of("up0"),
+            family.of("up1"),
+            family.unspecified(),
+        ];
+        let group: &[&str] = match family {
+            Family::V4 => &["224.0.0.1", "255.255.255.255", "127.0.0.1", "10.0.7.255"],
+            Family::V6 => &["ff02::1", "::1"],
+        };
+        sources.extend(group.iter().map(|source| source.parse::<IpAddr>().unwrap()));
+        for source in sources {
+            let packet = whole(protocol, SocketAddr::new(source, 4000), original, b"?");
+            for (program, device, request) in [
+                ("uplink", "up0", inbound(&packet)),
+                ("from_pod", "m", out_of("m", &packet)),
+            ] {
+                let reason = DropReason::NoRoute;
+                let row = format!("{source} by {device}");
+                stage.drops_for(&row, (program, device), &request, "a", reason);
+                assert_eq!(stage.seen().len(), 0, "{row}");
+                stage.reset_counters();
+            }
+        }
     });
 }
