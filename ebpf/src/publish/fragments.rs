@@ -24,34 +24,38 @@ fn key(parsed: &Parsed, port: u32) -> FragmentKey {
 /// `port` is the port that it comes from, 0 for uplinks.
 #[inline(always)]
 pub(crate) fn complete(parsed: &mut Parsed, port: u32) -> bool {
-    match parsed.fragment {
-        Fragment::Whole => true,
-        Fragment::First => {
-            let first = Fragments {
-                // SAFETY: a helper that reads a clock.
-                seen: unsafe { bpf_ktime_get_ns() },
-                source_port: parsed.tuple.source_port,
-                destination_port: parsed.tuple.destination_port,
-                held: 0,
-                known: 1,
-            };
-            // A full table evicts; then the rest of the datagram is lost.
-            let _ = FRAGMENTS.insert(&key(parsed, port), &first, u64::from(BPF_ANY));
-            true
-        }
-        Fragment::Later => {
-            // SAFETY: the value is read at once.
-            let Some(first) = (unsafe { FRAGMENTS.get(&key(parsed, port)) }) else {
-                return false;
-            };
-            // SAFETY: a helper that reads a clock.
-            let age = unsafe { bpf_ktime_get_ns() }.wrapping_sub(first.seen);
-            if first.known == 0 || age > FRAGMENT_NS {
-                return false;
-            }
-            parsed.tuple.source_port = first.source_port;
-            parsed.tuple.destination_port = first.destination_port;
-            true
-        }
+    if parsed.fragment != Fragment::Later {
+        return true;
     }
+    // SAFETY: the value is read at once.
+    let Some(first) = (unsafe { FRAGMENTS.get(&key(parsed, port)) }) else {
+        return false;
+    };
+    // SAFETY: a helper that reads a clock.
+    let age = unsafe { bpf_ktime_get_ns() }.saturating_sub(first.seen);
+    if first.known == 0 || age > FRAGMENT_NS {
+        return false;
+    }
+    parsed.tuple.source_port = first.source_port;
+    parsed.tuple.destination_port = first.destination_port;
+    true
+}
+
+/// Remembers the ports of a first fragment that was translated, for those that follow.
+/// The table is everybody's: what is not for a published port gets no place in it.
+#[inline(always)]
+pub(crate) fn remember(parsed: &Parsed, port: u32) {
+    if parsed.fragment != Fragment::First {
+        return;
+    }
+    let first = Fragments {
+        // SAFETY: a helper that reads a clock.
+        seen: unsafe { bpf_ktime_get_ns() },
+        source_port: parsed.tuple.source_port,
+        destination_port: parsed.tuple.destination_port,
+        held: 0,
+        known: 1,
+    };
+    // A full table evicts; then the rest of the datagram is lost.
+    let _ = FRAGMENTS.insert(&key(parsed, port), &first, u64::from(BPF_ANY));
 }

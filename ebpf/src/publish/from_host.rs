@@ -90,6 +90,7 @@ fn remember(ctx: &TcContext, work: &mut Work, port: u32) -> Result<(), DropReaso
             }
         }
     }
+    fragments::remember(&work.parsed, ifindex(ctx));
     if work.key.client_port == tuple.source_port {
         return Ok(());
     }

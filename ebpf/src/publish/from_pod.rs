@@ -60,8 +60,15 @@ fn translate(ctx: &TcContext, work: &mut Work, port: &Port) -> Outcome {
     if !work.parsed.is_transport() || !fragments::complete(&mut work.parsed, work.from.ifindex) {
         return None;
     }
-    if publishes && let Some(done) = reply::undo(ctx, work, port) {
-        return Some(done);
+    let mut done = None;
+    if publishes {
+        done = reply::undo(ctx, work, port);
     }
-    request::lead(ctx, work)
+    if done.is_none() {
+        done = request::lead(ctx, work);
+    }
+    if let Some(Ok(_)) = done {
+        fragments::remember(&work.parsed, work.from.ifindex);
+    }
+    done
 }

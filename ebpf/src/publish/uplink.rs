@@ -69,5 +69,9 @@ fn lead(ctx: &TcContext, work: &mut Work, l3: usize) -> Outcome {
     if !work.parsed.is_transport() || !fragments::complete(&mut work.parsed, 0) {
         return None;
     }
-    request::lead(ctx, work)
+    let led = request::lead(ctx, work);
+    if let Some(Ok(_)) = led {
+        fragments::remember(&work.parsed, 0);
+    }
+    led
 }
