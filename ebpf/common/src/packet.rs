@@ -426,6 +426,10 @@ fn ipv6_header(packet: &impl Packet, parsed: &mut Parsed) -> Option<()> {
     };
     parsed.tuple.source = Address::v6(packet.load(l3.wrapping_add(8))?);
     parsed.tuple.destination = Address::v6(packet.load(l3.wrapping_add(24))?);
+    if parsed.tuple.source.is_v4() || parsed.tuple.destination.is_v4() {
+        // A mapped address on the wire would be taken for the IPv4 one (RFC 4942 §2.2).
+        return None;
+    }
     Some(())
 }
 

@@ -19,7 +19,7 @@ use bpf_bridge_common::{
 };
 
 use crate::{
-    maps::{ADDRESSES, FRAGMENTS, HELD},
+    maps::{ADDRESSES, FRAGMENTS, HELD, published},
     shared::{ifindex, skb},
     work::Work,
 };
@@ -61,19 +61,28 @@ fn key(parsed: &Parsed, port: u32) -> FragmentKey {
 pub(crate) fn complete(ctx: &TcContext, work: &mut Work, port: u32, hold: bool) -> Standing {
     match work.parsed.fragment {
         Fragment::Whole => Standing::Known,
-        Fragment::First => first(ctx, work, port),
+        Fragment::First => first(ctx, work, port, hold),
         Fragment::Later => later(ctx, work, port, hold),
     }
 }
 
 #[inline(never)]
-fn first(ctx: &TcContext, work: &mut Work, port: u32) -> Standing {
+fn first(ctx: &TcContext, work: &mut Work, port: u32, hold: bool) -> Standing {
+    let tuple = &work.parsed.tuple;
+    let protocol = work.parsed.protocol;
+    // The table is everybody's: what only passes through gets no place in it.
+    if !hold
+        && ADDRESSES.get_ptr(&tuple.destination).is_none()
+        && published(&tuple.destination, tuple.destination_port, protocol).is_none()
+    {
+        return Standing::Known;
+    }
     let key = key(&work.parsed, port);
     // SAFETY: a helper that reads a clock.
     let now = unsafe { bpf_ktime_get_ns() };
     // SAFETY: the value is read at once.
     let held = match unsafe { FRAGMENTS.get(&key) } {
-        Some(before) if now.wrapping_sub(before.seen) <= FRAGMENT_NS => before.held,
+        Some(before) if now.saturating_sub(before.seen) <= FRAGMENT_NS => before.held,
         _ => 0,
     };
     let entry = Fragments {
@@ -108,7 +117,7 @@ fn later(ctx: &TcContext, work: &mut Work, port: u32, hold: bool) -> Standing {
     };
     // SAFETY: the value is read at once.
     if let Some(before) = unsafe { FRAGMENTS.get(&key) }
-        && now.wrapping_sub(before.seen) <= FRAGMENT_NS
+        && now.saturating_sub(before.seen) <= FRAGMENT_NS
     {
         if before.protocol != 0 {
             work.parsed.protocol = before.protocol;

@@ -16,7 +16,10 @@
 //! and once with a device's sum over the packet, which the kernel holds against the
 //! result. The hooks on sockets cannot be run this way.
 
+mod errors;
 mod flows;
+mod fragments;
+mod hostile;
 mod packets;
 mod replies;
 mod requests;

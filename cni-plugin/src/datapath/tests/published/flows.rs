@@ -531,11 +531,18 @@ fn nobody_outside_can_appear_as_a_neighbour_of_the_pod() {
             family.of("up1"),
             family.unspecified(),
         ];
-        let group: &[&str] = match family {
-            Family::V4 => &["224.0.0.1", "255.255.255.255", "127.0.0.1", "10.0.7.255"],
-            Family::V6 => &["ff02::1", "::1"],
-        };
-        sources.extend(group.iter().map(|source| source.parse::<IpAddr>().unwrap()));
+        if family == Family::V4 {
+            let group = ["224.0.0.1", "255.255.255.255", "127.0.0.1", "10.0.7.255"];
+            sources.extend(group.map(|source| source.parse::<IpAddr>().unwrap()));
+        } else {
+            // The routing tables say nothing of these: the stack drops them.
+            for source in ["ff02::1", "::1"] {
+                let source = SocketAddr::new(source.parse().unwrap(), 4000);
+                let packet = whole(protocol, source, original, b"?");
+                stage.passes("outside", "uplink", "up0", &inbound(&packet));
+                stage.passes("a pod", "from_pod", "m", &out_of("m", &packet));
+            }
+        }
         for source in sources {
             let packet = whole(protocol, SocketAddr::new(source, 4000), original, b"?");
             for (program, device, request) in [

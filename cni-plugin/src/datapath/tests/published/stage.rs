@@ -247,7 +247,7 @@ impl Stage {
                 } else {
                     mac(name)
                 },
-                reserved: [0; 2],
+                flags: 0,
             };
             known.insert(Wire(indices[name]), Wire(port), ANY).unwrap();
         }
@@ -368,7 +368,7 @@ impl Stage {
             pod_port,
             mac: mac(pod),
             gateway_mac: mac("cni0"),
-            reserved: [0; 2],
+            flags: 0,
         };
         let key = |address| PublishedKey {
             address: wire(address),
