@@ -389,6 +389,8 @@ pub enum Offload {
     TcpSegmentation = 0x1e,
     /// Generic segmentation.
     GenericSegmentation = 0x23,
+    /// Merging of packets received.
+    GenericReceive = 0x2b,
 }
 
 /// A command that stays, made by [`Namespace::spawn`]; killed on drop.

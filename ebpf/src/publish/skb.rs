@@ -1,10 +1,13 @@
 //! A tc context as the translation sees it.
 
 use aya_ebpf::{
-    bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM},
+    bindings::{
+        BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM,
+        bpf_hdr_start_off::BPF_HDR_START_MAC,
+    },
     helpers::{
         bpf_csum_update, bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_redirect_peer,
-        bpf_skb_change_head,
+        bpf_skb_change_head, bpf_skb_load_bytes_relative,
     },
     programs::TcContext,
 };
@@ -81,6 +84,46 @@ impl Skb<'_> {
     pub(crate) fn ethertype(self) -> u16 {
         // SAFETY: the context is valid for as long as the program runs.
         u16::from_be(unsafe { (*skb(self.0)).protocol } as u16)
+    }
+
+    /// Makes sure that the frame of a device with Ethernet headers begins with its own.
+    ///
+    /// Generic XDP may copy a frame before it passes it on, and the kernel forgets the
+    /// length of the header over that (`skb_pp_cow_data`, seen with 6.18): the frame then
+    /// seems to begin with the IP header.
+    #[inline(always)]
+    pub(crate) fn restore_link_header(self) -> Option<()> {
+        let ethertype = self.ethertype();
+        let start = self.0.data();
+        if !matches!(ethertype, ETH_P_IP | ETH_P_IPV6) || start + ETH_HLEN > self.0.data_end() {
+            return Some(());
+        }
+        // SAFETY: the frame is that long, and begins at an even address.
+        let field = unsafe { ((start + ETH_HLEN - 2) as *const u16).read() };
+        if u16::from_be(field) == ethertype {
+            return Some(());
+        }
+        self.put_link_header_back()
+    }
+
+    #[inline(never)]
+    fn put_link_header_back(self) -> Option<()> {
+        let mut header = [0u8; ETH_HLEN];
+        // SAFETY: the buffer is as long as its length says, and the context is the
+        // program's own.
+        unsafe {
+            let loaded = bpf_skb_load_bytes_relative(
+                skb(self.0).cast(),
+                0,
+                header.as_mut_ptr().cast(),
+                ETH_HLEN as u32,
+                BPF_HDR_START_MAC,
+            );
+            if loaded != 0 || bpf_skb_change_head(skb(self.0), ETH_HLEN as u32, 0) != 0 {
+                return None;
+            }
+        }
+        self.0.store(0, &header, 0).ok()
     }
 
     /// Whether a VLAN tag waits beside the frame.

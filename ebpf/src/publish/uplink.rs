@@ -31,7 +31,8 @@ pub(crate) fn uplink_l3(ctx: TcContext) -> i32 {
 #[inline(always)]
 fn receive(ctx: &TcContext, l3: usize) -> i32 {
     let skb = Skb(ctx);
-    if !skb.is_for_this_host() || skb.is_tagged() {
+    if !skb.is_for_this_host() || skb.is_tagged() || l3 != 0 && skb.restore_link_header().is_none()
+    {
         return TC_ACT_UNSPEC;
     }
     let Some(work) = Work::get() else {

@@ -15,6 +15,7 @@ mod lifetime;
 mod packets;
 mod reach;
 mod robust;
+mod xdp;
 
 use std::{
     io::{self, ErrorKind},
