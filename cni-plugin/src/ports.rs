@@ -27,6 +27,9 @@ const VRF: &str = "vrf";
 /// The loopback device (`LOOPBACK_IFINDEX` of `net/flow.h`).
 const LOOPBACK: u32 = 1;
 
+/// How many look-ups are still cheaper than to list every socket that listens.
+const LOOKUPS_MAX: usize = 100;
+
 /// What a mapping claims for a pod with these addresses: one number in each family that
 /// it is for, and the address that serves it.
 fn claims(mapping: &PortMapping, ips: &[IpConfig]) -> impl Iterator<Item = (NodePort, IpAddr)> {
@@ -87,7 +90,6 @@ pub fn publish(
         return Ok(());
     };
     let addresses = serve(host, &mut publication, config)?;
-    warn_of_listeners(&record.published, &addresses);
     let claimed = config
         .port_mappings
         .iter()
@@ -112,7 +114,11 @@ pub fn publish(
             publication.withdraw(port, record.host_ifindex)?;
         }
     }
-    claimed
+    claimed?;
+    // It is in nobody's way while it looks.
+    drop(publication);
+    warn_of_listeners(&record.published, &addresses);
+    Ok(())
 }
 
 /// Tells the operator of the node's own processes that clients will not reach any more.
@@ -124,12 +130,22 @@ fn warn_of_listeners(ports: &[NodePort], node: &[IpAddr]) {
     let Ok(sockets) = SockDiag::host() else {
         return;
     };
+    let list = |protocol| {
+        (ports.len() * node.len() > LOOKUPS_MAX)
+            .then(|| sockets.listening(protocol).unwrap_or_default())
+    };
+    let listening = [Protocol::Tcp, Protocol::Udp].map(|protocol| (protocol, list(protocol)));
     for port in ports {
-        let protocol = match port.protocol {
-            6 => Protocol::Tcp,
-            17 => Protocol::Udp,
-            _ => continue,
+        let of_protocol = |(protocol, _): &&(Protocol, _)| protocol.number() == port.protocol;
+        let Some((protocol, listening)) = listening.iter().find(of_protocol) else {
+            continue;
         };
+        if listening
+            .as_ref()
+            .is_some_and(|listening| !listening.contains(&port.port))
+        {
+            continue;
+        }
         // A socket of every address is found under any of them.
         let listener = node
             .iter()
@@ -139,7 +155,7 @@ fn warn_of_listeners(ports: &[NodePort], node: &[IpAddr]) {
             })
             .find_map(|&address| {
                 let address = SocketAddr::new(address, port.port);
-                sockets.listener(protocol, address).ok().flatten()
+                sockets.listener(*protocol, address).ok().flatten()
             });
         if let Some(listener) = listener {
             eprintln!(

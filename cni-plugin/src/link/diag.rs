@@ -1,6 +1,7 @@
 //! The sockets of a network namespace, through sock_diag.
 
 use std::{
+    collections::HashSet,
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
@@ -106,6 +107,35 @@ impl SockDiag {
             ),
             uid: socket.uid,
         }))
+    }
+
+    /// The port of every socket that [`Self::listener`] could find. One dump for each
+    /// family: less than many look-ups, more than a few.
+    ///
+    /// # Errors
+    ///
+    /// [`DiagError`].
+    pub fn listening(&self, protocol: Protocol) -> Result<HashSet<u16>, DiagError> {
+        let states = match protocol {
+            Protocol::Tcp => StateFlags::LISTEN,
+            // Of UDP that is: not connected.
+            Protocol::Udp => StateFlags::CLOSE,
+            Protocol::Sctp => return Ok(HashSet::new()),
+        };
+        let mut ports = HashSet::new();
+        for family in [Family::V4, Family::V6] {
+            let mut request = request(protocol, family);
+            request.states = states.clone();
+            let message = NetlinkMessage::from(SockDiagMessage::InetRequest(request));
+            let found = self
+                .exchange(message, NLM_F_DUMP)
+                .map_err(|source| DiagError {
+                    operation: format!("list who listens on {protocol}"),
+                    source,
+                })?;
+            ports.extend(found.iter().map(|socket| socket.socket_id.source_port));
+        }
+        Ok(ports)
     }
 
     /// Breaks off the UDP sockets that are connected to `remote`: they get the
@@ -299,6 +329,14 @@ mod tests {
                     uid: 0,
                 });
                 assert_eq!(found, expected, "{asked}/{protocol}");
+            }
+            for (protocol, ports) in [
+                (Protocol::Tcp, &[80, 81, 82, 83][..]),
+                (Protocol::Udp, &[80, 91, 92, 93]),
+                (Protocol::Sctp, &[]),
+            ] {
+                let listening = diag.listening(protocol).unwrap();
+                assert_eq!(listening, ports.iter().copied().collect());
             }
             drop(tcp);
             let address = at("127.0.0.1:80");
