@@ -9,8 +9,8 @@ use bpf_bridge_tests::{
 use serde_json::{Value, json};
 
 use crate::{
-    HOST_PORT, NODE, PATIENCE, POD_PORT, Server, conflist, mapping, meets, meets_nobody, network,
-    ports, ports_at, settle,
+    HOST_PORT, NODE, PATIENCE, POD_PORT, Server, all_meet_nobody, conflist, mapping, meets,
+    meets_nobody, network, ports, ports_at, settle,
 };
 
 const SECOND: &str = "198.51.100.22";
@@ -79,28 +79,27 @@ fn a_port_may_be_published_on_some_addresses_only() -> Result<()> {
     for (host, everywhere, locally) in table {
         let server = Server::publishing(&network, "server", ports_at(host))?;
         let here: &Namespace = &outside;
-        for (who, client) in [
+        let clients = [
             ("outside", here),
             ("a pod", &neighbour),
             ("the node", &node),
-        ] {
-            for address in all {
-                if everywhere.contains(&address) {
-                    meets(client, address, "server").map(drop)
-                } else {
-                    meets_nobody(client, address)
-                }
-                .with_context(|| format!("published on {host:?}, {who}"))?;
-            }
-        }
-        for address in [loopback_v4, loopback_v6] {
-            if locally.contains(&address) {
-                meets(&node, address, "server").map(drop)
+        ];
+        let anyone = clients
+            .into_iter()
+            .flat_map(|(who, client)| all.map(|address| (who, client, address)))
+            .map(|attempt| (attempt, everywhere));
+        let node_itself =
+            [loopback_v4, loopback_v6].map(|address| (("the node", &*node, address), locally));
+        let mut closed = Vec::new();
+        for ((who, client, address), open) in anyone.chain(node_itself) {
+            if open.contains(&address) {
+                meets(client, address, "server")
+                    .with_context(|| format!("published on {host:?}, {who}"))?;
             } else {
-                meets_nobody(&node, address)
+                closed.push((who, client, address));
             }
-            .with_context(|| format!("published on {host:?}, the node"))?;
         }
+        all_meet_nobody(&closed).with_context(|| format!("published on {host:?}"))?;
         network.del(server.attachment())?;
     }
     Ok(())
