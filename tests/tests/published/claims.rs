@@ -1,15 +1,15 @@
 //! Which ports may be published, where, and what is refused.
 
-use std::net::IpAddr;
+use std::{net::IpAddr, thread};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use bpf_bridge_tests::{
     Client, CniError, EchoServer, Namespace, Network, Node, Outside, Snapshot, Verb,
 };
 use serde_json::{Value, json};
 
 use crate::{
-    HOST_PORT, NODE, PATIENCE, POD_PORT, Server, all_meet_nobody, conflist, mapping, meets,
+    HOST_PORT, NODE, PATIENCE, POD_PORT, Server, all_meet_nobody, conflist, listen, mapping, meets,
     meets_nobody, network, ports, ports_at, settle,
 };
 
@@ -432,6 +432,61 @@ fn mappings_are_read_as_every_runtime_writes_them() -> Result<()> {
     // No ports at all, as the runtime may say it.
     for none in [json!([]), Value::Null] {
         ensure!(add(&network, "pod", none)?.is_ok());
+    }
+    Ok(())
+}
+
+/// Hazard: attachments that race for the same hook and leave pods without it.
+#[test]
+fn adds_at_once_share_what_they_want_and_only_one_gets_a_number() -> Result<()> {
+    let node = Node::new()?;
+    let outside = node.outside()?;
+    let network = network(&node);
+    let own = |index: u16| json!({"hostPort": 9000 + index, "containerPort": POD_PORT});
+    // The first of them load the programs, all want the same number, and half of them
+    // one of their own.
+    let pods = thread::scope(|scope| -> Result<Vec<_>> {
+        let adds: Vec<_> = (0..12)
+            .map(|index| {
+                let network = &network;
+                scope.spawn(move || {
+                    let ports = if index % 2 == 0 {
+                        json!([own(index)])
+                    } else {
+                        json!([mapping("tcp", "")])
+                    };
+                    let name = format!("pod-{index}");
+                    Ok((index, network.pod_with_ports(&name, ports)))
+                })
+            })
+            .collect();
+        adds.into_iter()
+            .map(|add| add.join().map_err(|_| anyhow!("a panic"))?)
+            .collect()
+    })?;
+    let (single, rivals): (Vec<_>, Vec<_>) =
+        pods.into_iter().partition(|(index, _)| index % 2 == 0);
+    let mut winners: Vec<_> = rivals
+        .into_iter()
+        .filter_map(|(index, pod)| Some((index, pod.ok()?)))
+        .collect();
+    ensure!(winners.len() == 1, "{} have it", winners.len());
+    let (index, winner) = winners.remove(0);
+    let mut listeners = listen(&winner, &format!("pod-{index}"), POD_PORT)?;
+    let met = outside.meet(Client::Tcp, (NODE[0], HOST_PORT).into(), PATIENCE)?;
+    ensure!(met.server == format!("pod-{index}"), "{met:?}");
+    network.check(winner.attachment())?;
+    for (index, pod) in single {
+        let (name, pod) = (format!("pod-{index}"), pod?);
+        listeners.extend(listen(&pod, &name, POD_PORT)?);
+        for address in NODE {
+            let server = (address, 9000 + index).into();
+            for client in [&*outside, &*node] {
+                let met = client.meet(Client::Tcp, server, PATIENCE);
+                ensure!(met.with_context(|| name.clone())?.server == name);
+            }
+        }
+        network.check(pod.attachment())?;
     }
     Ok(())
 }
