@@ -10,7 +10,8 @@ use bpf_bridge_tests::{Client, Namespace, Network, Node, Outside};
 use serde_json::json;
 
 use crate::{
-    HOST_PORT, NODE, PATIENCE, Server, conflist, meets, meets_nobody, network, ports, settle,
+    HOST_PORT, NODE, PATIENCE, Server, all_meet_nobody, conflist, meets, meets_nobody, network,
+    ports, settle,
 };
 
 const NEW: [&str; 2] = ["198.51.100.50", "2001:db8:ffff::50"];
@@ -58,10 +59,9 @@ fn outside_and_pods_reach_a_new_address_at_once() -> Result<()> {
         ensure!(changed.elapsed() < SOON, "{:?}", changed.elapsed());
         change(&node, "del")?;
         for address in NEW {
-            for (who, client) in clients {
-                meets_nobody(client, address.parse::<IpAddr>()?)
-                    .with_context(|| format!("{who}, round {round}"))?;
-            }
+            let address = address.parse()?;
+            all_meet_nobody(&clients.map(|(who, client)| (who, client, address)))
+                .with_context(|| format!("round {round}"))?;
         }
     }
     Ok(())

@@ -1,16 +1,16 @@
 //! Which ports may be published, where, and what is refused.
 
-use std::net::IpAddr;
+use std::{net::IpAddr, thread};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use bpf_bridge_tests::{
     Client, CniError, EchoServer, Namespace, Network, Node, Outside, Snapshot, Verb,
 };
 use serde_json::{Value, json};
 
 use crate::{
-    HOST_PORT, NODE, PATIENCE, POD_PORT, Server, conflist, mapping, meets, meets_nobody, network,
-    ports, ports_at, settle,
+    HOST_PORT, NODE, PATIENCE, POD_PORT, Server, all_meet_nobody, conflist, listen, mapping, meets,
+    meets_nobody, network, ports, ports_at, settle,
 };
 
 const SECOND: &str = "198.51.100.22";
@@ -79,28 +79,27 @@ fn a_port_may_be_published_on_some_addresses_only() -> Result<()> {
     for (host, everywhere, locally) in table {
         let server = Server::publishing(&network, "server", ports_at(host))?;
         let here: &Namespace = &outside;
-        for (who, client) in [
+        let clients = [
             ("outside", here),
             ("a pod", &neighbour),
             ("the node", &node),
-        ] {
-            for address in all {
-                if everywhere.contains(&address) {
-                    meets(client, address, "server").map(drop)
-                } else {
-                    meets_nobody(client, address)
-                }
-                .with_context(|| format!("published on {host:?}, {who}"))?;
-            }
-        }
-        for address in [loopback_v4, loopback_v6] {
-            if locally.contains(&address) {
-                meets(&node, address, "server").map(drop)
+        ];
+        let anyone = clients
+            .into_iter()
+            .flat_map(|(who, client)| all.map(|address| (who, client, address)))
+            .map(|attempt| (attempt, everywhere));
+        let node_itself =
+            [loopback_v4, loopback_v6].map(|address| (("the node", &*node, address), locally));
+        let mut closed = Vec::new();
+        for ((who, client, address), open) in anyone.chain(node_itself) {
+            if open.contains(&address) {
+                meets(client, address, "server")
+                    .with_context(|| format!("published on {host:?}, {who}"))?;
             } else {
-                meets_nobody(&node, address)
+                closed.push((who, client, address));
             }
-            .with_context(|| format!("published on {host:?}, the node"))?;
         }
+        all_meet_nobody(&closed).with_context(|| format!("published on {host:?}"))?;
         network.del(server.attachment())?;
     }
     Ok(())
@@ -433,6 +432,61 @@ fn mappings_are_read_as_every_runtime_writes_them() -> Result<()> {
     // No ports at all, as the runtime may say it.
     for none in [json!([]), Value::Null] {
         ensure!(add(&network, "pod", none)?.is_ok());
+    }
+    Ok(())
+}
+
+/// Hazard: attachments that race for the same hook and leave pods without it.
+#[test]
+fn adds_at_once_share_what_they_want_and_only_one_gets_a_number() -> Result<()> {
+    let node = Node::new()?;
+    let outside = node.outside()?;
+    let network = network(&node);
+    let own = |index: u16| json!({"hostPort": 9000 + index, "containerPort": POD_PORT});
+    // The first of them load the programs, all want the same number, and half of them
+    // one of their own.
+    let pods = thread::scope(|scope| -> Result<Vec<_>> {
+        let adds: Vec<_> = (0..12)
+            .map(|index| {
+                let network = &network;
+                scope.spawn(move || {
+                    let ports = if index % 2 == 0 {
+                        json!([own(index)])
+                    } else {
+                        json!([mapping("tcp", "")])
+                    };
+                    let name = format!("pod-{index}");
+                    Ok((index, network.pod_with_ports(&name, ports)))
+                })
+            })
+            .collect();
+        adds.into_iter()
+            .map(|add| add.join().map_err(|_| anyhow!("a panic"))?)
+            .collect()
+    })?;
+    let (single, rivals): (Vec<_>, Vec<_>) =
+        pods.into_iter().partition(|(index, _)| index % 2 == 0);
+    let mut winners: Vec<_> = rivals
+        .into_iter()
+        .filter_map(|(index, pod)| Some((index, pod.ok()?)))
+        .collect();
+    ensure!(winners.len() == 1, "{} have it", winners.len());
+    let (index, winner) = winners.remove(0);
+    let mut listeners = listen(&winner, &format!("pod-{index}"), POD_PORT)?;
+    let met = outside.meet(Client::Tcp, (NODE[0], HOST_PORT).into(), PATIENCE)?;
+    ensure!(met.server == format!("pod-{index}"), "{met:?}");
+    network.check(winner.attachment())?;
+    for (index, pod) in single {
+        let (name, pod) = (format!("pod-{index}"), pod?);
+        listeners.extend(listen(&pod, &name, POD_PORT)?);
+        for address in NODE {
+            let server = (address, 9000 + index).into();
+            for client in [&*outside, &*node] {
+                let met = client.meet(Client::Tcp, server, PATIENCE);
+                ensure!(met.with_context(|| name.clone())?.server == name);
+            }
+        }
+        network.check(pod.attachment())?;
     }
     Ok(())
 }

@@ -176,6 +176,22 @@ fn meets_nobody(from: &Namespace, to: impl Into<IpAddr>) -> Result<()> {
     Ok(())
 }
 
+/// That none of these clients meets anyone at the address beside it. All at once, as
+/// silence takes its time.
+fn all_meet_nobody(attempts: &[(&str, &Namespace, IpAddr)]) -> Result<()> {
+    thread::scope(|scope| {
+        let attempts: Vec<_> = attempts
+            .iter()
+            .map(|&(who, from, to)| {
+                scope.spawn(move || meets_nobody(from, to).context(who.to_owned()))
+            })
+            .collect();
+        attempts
+            .into_iter()
+            .try_for_each(|attempt| attempt.join().unwrap_or_else(|panic| resume_unwind(panic)))
+    })
+}
+
 /// Whether an error came from one of the kernel's, of this kind.
 fn is(error: &anyhow::Error, kind: ErrorKind) -> bool {
     error

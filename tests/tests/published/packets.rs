@@ -19,6 +19,7 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::socket::{setsockopt, sockopt},
 };
+use serde_json::json;
 
 use crate::{GATEWAYS, HOST_PORT, NODE, PATIENCE, POD_PORT, Server, is, network, ports, settle};
 
@@ -660,4 +661,54 @@ fn an_uplink_may_have_no_ethernet_headers() -> Result<()> {
         ensure!(reply == expected, "{reply:x?}\n{expected:x?}");
     }
     Ok(())
+}
+
+/// More flows than are remembered. Hazards: an entry that is forgotten while its
+/// connection lives, and one that is forgotten as soon as it is made.
+#[test]
+fn a_flood_of_flows_breaks_no_connection() -> Result<()> {
+    /// As many as the table has places, and some more.
+    const FLOWS: u32 = 140_000;
+    let node = Node::new()?;
+    let outside = node.outside()?;
+    let network = network(&node);
+    let mut ports = ports();
+    let closed = json!({"hostPort": 9999, "containerPort": 9999, "protocol": "udp"});
+    ports.as_array_mut().context("no array")?.push(closed);
+    let pod = network.pod_with_ports("echo", ports)?;
+    let address = IpAddr::from(pod.v4()?);
+    let _server = EchoServer::start_on(&pod, (address, POD_PORT).into())?;
+    let server = published(NODE[0]);
+    let connect = || -> Result<TcpStream> {
+        let stream = outside.tcp_connect_from(any_like(server), server, PATIENCE)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        Ok(stream)
+    };
+    let says = |mut stream: &TcpStream| -> Result<()> {
+        stream.write_all(b"still there?")?;
+        let mut echo = [0; 12];
+        stream.read_exact(&mut echo)?;
+        ensure!(&echo == b"still there?");
+        Ok(())
+    };
+    let (idle, busy) = (connect()?, connect()?);
+    says(&idle)?;
+    let wire = PacketSocket::open(&outside, "eth0")?;
+    let (from, to) = (
+        MacAddr::of_device(&outside, "eth0")?,
+        MacAddr::of_device(&node, "uplink0")?,
+    );
+    for number in 0..FLOWS {
+        // Addresses for tests of this kind (RFC 2544).
+        let [_, a, b, c] = number.to_be_bytes();
+        let client = SocketAddr::from(([198, 18 + (a & 1), b, c], 1024 + u16::from(a)));
+        let datagram = Packet::udp(client, (NODE[0], 9999).into(), &[]);
+        wire.send(&Frame::ip(to, from, &datagram.bytes()))?;
+        if number % 10_000 == 0 {
+            says(&busy).with_context(|| format!("after {number} others"))?;
+        }
+    }
+    says(&busy).context("the busy one")?;
+    says(&idle).context("the idle one")?;
+    says(&connect()?).context("a new one")
 }
