@@ -247,7 +247,7 @@ impl Stage {
                 } else {
                     mac(name)
                 },
-                flags: 0,
+                reserved: [0; 2],
             };
             known.insert(Wire(indices[name]), Wire(port), ANY).unwrap();
         }
