@@ -840,6 +840,9 @@ fn remove_unused_pins() -> Result<(), Error> {
     if in_use {
         publish::unload_if_unused()
     } else {
+        // Nothing stays attached to maps that nobody finds any more. What is in its way
+        // goes with the rest.
+        let _ = publish::unload();
         pins::remove_all()
     }
 }

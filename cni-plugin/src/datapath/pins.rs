@@ -21,7 +21,7 @@ use std::{
 use bpf_bridge_common::layout::ABI;
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
-use super::{Error, LogLevel, publish::LAST};
+use super::{Error, LogLevel};
 use crate::lock::{Lock, Mode};
 
 /// Where bpffs is expected to be mounted.
@@ -63,6 +63,10 @@ pub(super) fn link(name: &str) -> PathBuf {
 
 /// What the names of links to uplinks begin with; the ifindex follows.
 pub(super) const UPLINK: &str = "uplink-";
+
+/// What those of programs begin with that are filters of clsact there, where there are
+/// no links to uplinks.
+pub(super) const FILTER: &str = "filter-";
 
 /// What those of links of XDP begin with.
 pub(super) const XDP: &str = "xdp-";
@@ -123,9 +127,6 @@ pub(super) fn remove_all() -> Result<(), Error> {
     for level in LogLevel::ALL {
         let _ = fs::remove_file(variant(level).join("port"));
     }
-    let _ = fs::remove_file(published(LAST));
-    // And nothing stays attached to maps that nobody finds any more.
-    let _ = fs::remove_dir_all(links());
     match fs::remove_dir_all(&path) {
         Err(source) if source.kind() != io::ErrorKind::NotFound => Err(Error::Pin { path, source }),
         _ => Ok(()),

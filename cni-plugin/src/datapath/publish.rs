@@ -12,7 +12,7 @@ use std::{
     fs, io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::AsFd as _,
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use aya::{
@@ -76,7 +76,7 @@ const MAPS: [&str; 8] = [
     "XDP_UPLINKS",
 ];
 /// The pin that says that all is there.
-pub(super) const LAST: &str = "uplink";
+const LAST: &str = "uplink";
 
 /// One number of one protocol on an address of the node, or on all of a family: what a
 /// pod can claim.
@@ -302,6 +302,12 @@ pub(super) fn unload() -> Result<(), Error> {
 
 /// Detaches everything.
 fn remove_links() -> Result<(), Error> {
+    for device in pins::devices(pins::FILTER) {
+        let host = Netlink::host()?;
+        if filter(&host, device)? == Some(id(&filter_pin(device))?) {
+            host.delete_ingress_bpf(device, FILTER_PRIORITY, FILTER_HANDLE)?;
+        }
+    }
     remove_pins(&pins::links())
 }
 
@@ -592,6 +598,15 @@ impl Publication<'_> {
                 let fd = program
                     .fd()
                     .map_err(|source| Error::program(name, source))?;
+                // Unlike a link it does not go with its pin, which tells where to look.
+                let path = filter_pin(device.index);
+                remove_pins(&path)?;
+                open_classifier(name)?
+                    .pin(&path)
+                    .map_err(|source| Error::Pin {
+                        path,
+                        source: io::Error::other(source),
+                    })?;
                 // Others may have made one.
                 let _ = host.add_clsact(device.index);
                 host.add_ingress_bpf(
@@ -610,15 +625,10 @@ impl Publication<'_> {
         if uplink_pin(device.index).exists() {
             return Ok(true);
         }
-        let filter = host.tc_ingress_bpf(device.index, FILTER_PRIORITY, FILTER_HANDLE)?;
-        let Some(filter) = filter else {
-            return Ok(false);
-        };
-        let ours = open_classifier(uplink_program(device))?
-            .info()
-            .map_err(|source| Error::program(LAST, source))?
-            .id();
-        Ok(filter == ours)
+        match filter(host, device.index)? {
+            Some(there) => Ok(there == id(&pins::published(uplink_program(device)))?),
+            None => Ok(false),
+        }
     }
 
     /// Removes what is left of ports whose owner is gone, and of devices of which
@@ -663,6 +673,11 @@ impl Publication<'_> {
                 let _ = fs::remove_file(uplink_pin(index));
             }
         }
+        for index in pins::devices(pins::FILTER) {
+            if !exists(index)? {
+                let _ = fs::remove_file(filter_pin(index));
+            }
+        }
         for index in pins::devices(pins::XDP) {
             if !exists(index)? {
                 remove(&mut self.xdp_uplinks, "XDP_UPLINKS", index)?;
@@ -697,8 +712,24 @@ fn uplink_program(device: &Link) -> &'static str {
     }
 }
 
-fn uplink_pin(index: u32) -> std::path::PathBuf {
+fn uplink_pin(index: u32) -> PathBuf {
     pins::link(&format!("{}{index}", pins::UPLINK))
+}
+
+fn filter_pin(index: u32) -> PathBuf {
+    pins::link(&format!("{}{index}", pins::FILTER))
+}
+
+/// The kernel's id of the program that is in the filter's place on a device.
+fn filter(host: &Netlink, device: u32) -> Result<Option<u32>, Error> {
+    Ok(host.tc_ingress_bpf(device, FILTER_PRIORITY, FILTER_HANDLE)?)
+}
+
+/// That of a pinned classifier.
+fn id(pin: &Path) -> Result<u32, Error> {
+    SchedClassifier::from_pin(pin)
+        .and_then(|program| program.info().map(|info| info.id()))
+        .map_err(|source| Error::program(LAST, source))
 }
 
 /// An address as the maps have it.

@@ -84,6 +84,28 @@ impl Netlink {
         Ok(())
     }
 
+    /// Takes a BPF program away again that [`Self::add_ingress_bpf`] has put there.
+    ///
+    /// # Errors
+    ///
+    /// [`LinkError::Refused`].
+    pub fn delete_ingress_bpf(&self, index: u32, pref: u16, handle: u32) -> Result<(), LinkError> {
+        let mut message = tc_message(index);
+        message.header.parent = TcHandle {
+            major: TcHandle::CLSACT.major,
+            minor: TcHandle::MIN_INGRESS,
+        };
+        message.header.handle = handle.into();
+        message.header.info = u32::from(pref) << 16 | u32::from(EVERY_PROTOCOL.to_be());
+        message
+            .attributes
+            .push(TcAttribute::Kind(TcFilterBpf::KIND.to_owned()));
+        self.request(RouteNetlinkMessage::DelTrafficFilter(message), 0, || {
+            format!("detach a classifier from {}", self.interface(index))
+        })?;
+        Ok(())
+    }
+
     /// The id of the BPF program that the classifier of priority `pref` and
     /// handle `handle` at the clsact ingress of device `index` runs. `None` if
     /// there is no such device, no clsact, or no BPF classifier in that place.
@@ -257,6 +279,8 @@ mod tests {
         assert_eq!(found(PREF, HANDLE), Some(id_of(&program)));
         assert_eq!(found(PREF, HANDLE + 1), None, "another handle");
         assert_eq!(found(PREF + 1, HANDLE), None, "another priority");
+        netlink.delete_ingress_bpf(index, PREF, HANDLE).unwrap();
+        assert_eq!(found(PREF, HANDLE), None, "detached");
     }
 
     #[test]

@@ -272,7 +272,7 @@ fn a_killed_load_or_unload_is_finished_by_the_next() -> Result<()> {
     for round in 0..2 {
         let mut gc = Duration::ZERO;
         let mut load = Duration::ZERO;
-        let steps = 10;
+        let steps = 6;
         for step in 0..=steps {
             let what = format!("round {round}, step {step}");
             let sandbox = node.sandbox("pod")?;
