@@ -8,6 +8,7 @@
 //! | [`requests`] | what leads to a pod, and what does not |
 //! | [`replies`] | what comes back |
 //! | [`flows`] | two clients that would look the same to the pod; memory that is lost |
+//! | [`xdp`] | the plain ones among the requests, before tc |
 //! | [`errors`] | ICMP and ICMPv6 errors |
 //! | [`fragments`] | fragments |
 //! | [`hostile`] | packets that lie |
@@ -24,3 +25,4 @@ mod packets;
 mod replies;
 mod requests;
 mod stage;
+mod xdp;

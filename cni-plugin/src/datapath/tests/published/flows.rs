@@ -217,7 +217,7 @@ fn without_a_free_port_a_client_is_refused_and_counted() {
 
 /// Lets every port under which the flow could be known be another client's, by seeing
 /// which the program would take.
-fn take_every_port(stage: &mut Stage, client: SocketAddr, original: SocketAddr) {
+pub(super) fn take_every_port(stage: &mut Stage, client: SocketAddr, original: SocketAddr) {
     let other = SocketAddr::new(
         if client.is_ipv4() {
             Family::V4

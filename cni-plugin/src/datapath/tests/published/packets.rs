@@ -112,16 +112,15 @@ fn v6(from: IpAddr, to: IpAddr, protocol: u8, header: &Header, payload: &[u8]) -
     .concat()
 }
 
+fn pseudo_header(from: IpAddr, to: IpAddr, protocol: u8, length: usize) -> Vec<u8> {
+    let length = u32::try_from(length).unwrap().to_be_bytes();
+    let protocol = [0, 0, 0, protocol];
+    [&octets(from)[..], &octets(to), &length, &protocol].concat()
+}
+
 fn over_pseudo_header(from: IpAddr, to: IpAddr, protocol: u8, segment: &[u8]) -> [u8; 2] {
-    let length = u32::try_from(segment.len()).unwrap().to_be_bytes();
-    let pseudo = [
-        &octets(from)[..],
-        &octets(to),
-        &length,
-        &[0, 0, 0, protocol],
-        segment,
-    ];
-    checksum(&pseudo.concat())
+    let pseudo = pseudo_header(from, to, protocol, segment.len());
+    checksum(&[&pseudo, segment].concat())
 }
 
 /// What follows the IP header; `flags` are TCP's.
@@ -156,6 +155,17 @@ pub(super) fn segment(
 /// A whole packet from one end to the other.
 pub(super) fn whole(protocol: u8, from: SocketAddr, to: SocketAddr, data: &[u8]) -> Vec<u8> {
     flagged(protocol, from, to, SYN, data)
+}
+
+/// The same as a stack gives it to a device that is to complete the checksum: in its
+/// place is the sum over the pseudo-header.
+pub(super) fn unfinished(protocol: u8, from: SocketAddr, to: SocketAddr, data: &[u8]) -> Vec<u8> {
+    let mut payload = segment(protocol, from, to, SYN, data);
+    let at = if protocol == TCP { 16 } else { 6 };
+    let pseudo = pseudo_header(from.ip(), to.ip(), protocol, payload.len());
+    let sum = checksum(&pseudo).map(|byte| !byte);
+    payload[at..at + 2].copy_from_slice(&sum);
+    packet(from.ip(), to.ip(), protocol, &Header::default(), &payload)
 }
 
 /// The same with TCP's flags.

@@ -11,7 +11,7 @@ use std::{
 use aya::{
     Ebpf,
     maps::{HashMap, PerCpuHashMap, PerCpuValues},
-    programs::SchedClassifier,
+    programs::{SchedClassifier, Xdp},
     util::nr_cpus,
 };
 use bpf_bridge_common::{
@@ -225,6 +225,8 @@ impl Stage {
         for name in ["uplink", "uplink_l3", "from_pod", "from_host"] {
             object::load_program(&mut ebpf, name).unwrap();
         }
+        let xdp: &mut Xdp = ebpf.program_mut("xdp").unwrap().try_into().unwrap();
+        xdp.load().unwrap();
         fn table<K: bytemuck::Pod, V: bytemuck::Pod>(ebpf: &mut Ebpf, name: &str) -> Table<K, V> {
             HashMap::try_from(ebpf.take_map(name).unwrap()).unwrap()
         }
@@ -394,6 +396,18 @@ impl Stage {
     /// The port that `publish` has published on every address, without a gateway address.
     pub(super) fn publish_without_gateway(&mut self, family: Family, protocol: u8, pod: &str) {
         self.publish(family.unspecified(), protocol, pod);
+        self.change_published(family, protocol, |entry| {
+            entry.gateway = Address::UNSPECIFIED;
+        });
+    }
+
+    /// Changes the entry of the tests' port on every address.
+    pub(super) fn change_published(
+        &mut self,
+        family: Family,
+        protocol: u8,
+        change: impl FnOnce(&mut Published),
+    ) {
         let key = Wire(PublishedKey {
             address: wire(family.unspecified()),
             port: ports(protocol).0,
@@ -401,7 +415,7 @@ impl Stage {
             reserved: 0,
         });
         let mut entry = self.published.get(&key, 0).unwrap().0;
-        entry.gateway = Address::UNSPECIFIED;
+        change(&mut entry);
         self.set_published(key.0, entry);
     }
 
