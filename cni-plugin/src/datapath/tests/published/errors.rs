@@ -137,9 +137,9 @@ fn errors_name_the_port_that_the_other_side_knows() {
         assert_eq!(run.verdict, REDIRECT);
         let shown = SocketAddr::new(client.ip(), stage.shown(client, pod).unwrap());
         let quoted = whole(protocol, pod, client, &[1; 20]);
-        let run = stage.run_from_host("a", &too_big(family.of("router"), pod.ip(), &quoted));
+        let run = stage.run_from_host("a", &too_big(family.of("x1"), pod.ip(), &quoted));
         let own = whole(protocol, pod, shown, &[1; 20]);
-        let there = into("a", &too_big(family.of("router"), pod.ip(), &own));
+        let there = into("a", &too_big(family.of("x1"), pod.ip(), &own));
         assert_eq!(
             (run.verdict, run.bytes == there),
             (REDIRECT, true),

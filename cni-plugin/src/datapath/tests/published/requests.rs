@@ -400,6 +400,29 @@ fn udp_without_a_checksum_stays_so() {
 }
 
 #[test]
+fn a_udp_checksum_never_becomes_none() {
+    for family in FAMILIES {
+        with_stage(|stage| {
+            stage.publish(family.unspecified(), UDP, "a");
+            let (client, original) = (family.end("x", 4000), family.end("up0", 8080));
+            let pod = family.end("a", 80);
+            let zero = (0..=u16::MAX).map(u16::to_be_bytes).find(|data| {
+                let sum = segment(UDP, client, pod, 0, data);
+                sum[6..8] == [0xff, 0xff]
+            });
+            let data = zero.expect("some data sums up to nothing");
+            stage.becomes(
+                "zero, which says that there is none",
+                "uplink",
+                "up0",
+                &inbound(&whole(UDP, client, original, &data)),
+                &into("a", &whole(UDP, client, pod, &data)),
+            );
+        });
+    }
+}
+
+#[test]
 fn options_and_extension_headers_stay() {
     // Hazard 22: an authentication header that is not checked on the way.
     let rows: [(Family, &str, Vec<(u8, Vec<u8>)>); 6] = [
