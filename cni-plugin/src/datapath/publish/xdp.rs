@@ -65,18 +65,6 @@ impl Publication<'_> {
             because: Some(reason(&native)),
         })
     }
-
-    /// Whether published ports are served by XDP on a device.
-    ///
-    /// # Errors
-    ///
-    /// The kernel does not say.
-    pub fn is_served_by_xdp_on(&self, device: &Link) -> Result<bool, Error> {
-        match device.xdp {
-            Some(there) if program_pin().exists() => Ok(there.program == id(&open()?)?),
-            _ => Ok(false),
-        }
-    }
 }
 
 fn attach(program: &mut Xdp, device: &Link, mode: XdpMode) -> Result<(), ProgramError> {
