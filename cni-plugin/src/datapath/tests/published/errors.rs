@@ -9,6 +9,9 @@ use super::{
     stage::{Family, PASS, frame, inbound, into, mac, out_of, ports},
 };
 
+/// Makes a packet the frame that comes by a device.
+type Wrap = fn(&str, &[u8]) -> Vec<u8>;
+
 /// How much of a packet is quoted: all, and as little as RFC 792 asks for.
 fn quotes(family: Family, packet: &[u8]) -> [usize; 3] {
     let head = if family == Family::V4 { 20 } else { 40 };
@@ -34,7 +37,7 @@ fn an_error_about_a_reply_reaches_the_pod() {
         ] {
             stage.reset();
             let (client, seen_as) = (family.end(client, 4000), family.end(seen_as, 4000));
-            let (program, wrap): (_, fn(&str, &[u8]) -> Vec<u8>) = match device {
+            let (program, wrap): (_, Wrap) = match device {
                 "up0" => ("uplink", |_, packet| inbound(packet)),
                 _ => ("from_pod", |device, packet| out_of(device, packet)),
             };

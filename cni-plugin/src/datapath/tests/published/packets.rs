@@ -15,6 +15,9 @@ pub(super) const SYN: u8 = 2;
 pub(super) const RST: u8 = 4;
 pub(super) const ACK: u8 = 16;
 
+/// IPv4 options, or IPv6 extension headers, each with its own number.
+pub(super) type Options = Vec<(u8, Vec<u8>)>;
+
 /// What an IP header says besides addresses, protocol and length.
 #[derive(Clone, Default)]
 pub(super) struct Header {
@@ -24,8 +27,8 @@ pub(super) struct Header {
     pub(super) fragment: Option<(u16, bool)>,
     /// "Don't fragment" (IPv4).
     pub(super) df: bool,
-    /// IPv4 options, or IPv6 extension headers, each with its own number.
-    pub(super) options: Vec<(u8, Vec<u8>)>,
+    /// Between its fixed part and the payload.
+    pub(super) options: Options,
 }
 
 /// The Internet checksum (RFC 1071) of `bytes`.

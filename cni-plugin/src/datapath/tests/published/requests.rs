@@ -7,7 +7,7 @@ use bpf_bridge_common::layout::Mac;
 use super::{
     super::super::Wire,
     super::frames::{BROADCAST, OTHER, ethernet, tagged},
-    packets::{ACK, Header, SCTP, SYN, TCP, UDP, flagged, packet, segment, whole},
+    packets::{ACK, Header, Options, SCTP, SYN, TCP, UDP, flagged, packet, segment, whole},
     stage::{
         FAMILIES, Family, PASS, Stage, frame, inbound, into, mac, out_of, ports, wire, with_stage,
     },
@@ -425,7 +425,7 @@ fn a_udp_checksum_never_becomes_none() {
 #[test]
 fn options_and_extension_headers_stay() {
     // Hazard 22: an authentication header that is not checked on the way.
-    let rows: [(Family, &str, Vec<(u8, Vec<u8>)>); 6] = [
+    let rows: [(Family, &str, Options); 6] = [
         (Family::V4, "router alert", vec![(0, vec![0x94, 4, 0, 0])]),
         (Family::V4, "as many options as fit", vec![(0, vec![1; 40])]),
         (
@@ -489,7 +489,7 @@ fn options_and_extension_headers_stay() {
 
 #[test]
 fn headers_that_hide_what_follows_are_left_alone() {
-    let rows: [(&str, Vec<(u8, Vec<u8>)>); 4] = [
+    let rows: [(&str, Options); 4] = [
         (
             "routing, a stop to come",
             vec![(43, vec![0, 0, 4, 1, 0, 0, 0, 0])],

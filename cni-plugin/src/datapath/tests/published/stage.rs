@@ -157,7 +157,7 @@ pub(super) type Seen = (SocketAddr, SocketAddr, SocketAddr, SocketAddr, String);
 pub(super) struct Stage {
     pub(super) ebpf: Ebpf,
     pub(super) links: Netlink,
-    pub(super) peers: Netns,
+    _peers: Netns,
     pub(super) flows: Table<FlowKey, Flow>,
     pub(super) fragments: Table<FragmentKey, Fragments>,
     pub(super) addresses: Table<Address, u8>,
@@ -261,7 +261,7 @@ impl Stage {
             published: table(&mut ebpf, "PUBLISHED"),
             ebpf,
             links,
-            peers,
+            _peers: peers,
             stats,
             indices,
         };
