@@ -2,7 +2,7 @@
 
 use std::{
     net::{IpAddr, SocketAddr},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, ensure};
@@ -15,8 +15,6 @@ use crate::{
 };
 
 const NEW: [&str; 2] = ["198.51.100.50", "2001:db8:ffff::50"];
-/// How soon it must be right.
-const SOON: Duration = Duration::from_secs(1);
 
 fn change(node: &Node, verb: &str) -> Result<()> {
     node.ip(&format!(
@@ -49,14 +47,13 @@ fn outside_and_pods_reach_a_new_address_at_once() -> Result<()> {
     ];
     for round in 0..2 {
         change(&node, "add")?;
-        let changed = Instant::now();
+        // Their first datagram counts: it is not sent twice.
         for address in NEW {
             for (who, client) in clients {
                 meets(client, address.parse::<IpAddr>()?, "server")
                     .with_context(|| format!("{who}, round {round}"))?;
             }
         }
-        ensure!(changed.elapsed() < SOON, "{:?}", changed.elapsed());
         change(&node, "del")?;
         for address in NEW {
             let address = address.parse()?;

@@ -26,7 +26,9 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use bpf_bridge_tests::{Client, EchoServer, Meeting, Namespace, Network, Node, Outside, Pod};
+use bpf_bridge_tests::{
+    Client, EchoServer, Meeting, Namespace, Network, Node, Offload, Outside, Pod,
+};
 use serde_json::{Value, json};
 
 /// Long enough for anything that does happen, on a busy machine too.
@@ -47,9 +49,57 @@ const GATEWAYS: [IpAddr; 2] = [
 /// The node's addresses towards the outside.
 const NODE: [IpAddr; 2] = [IpAddr::V4(Outside::NODE_V4), IpAddr::V6(Outside::NODE_V6)];
 
+/// What serves published ports on the uplinks.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Uplinks {
+    /// What does by default.
+    Tc,
+    /// XDP besides, on `uplink0`.
+    Xdp,
+}
+
+impl Uplinks {
+    /// A neighbour whose packets are served so: XDP leaves those whose checksums a
+    /// device is to finish to others.
+    fn outside(self, node: &Node) -> Result<Outside> {
+        let outside = node.outside()?;
+        if self == Self::Xdp {
+            outside.set_offload("eth0", Offload::TxChecksum, false)?;
+        }
+        Ok(outside)
+    }
+}
+
+/// Makes of each function a test with either of [`Uplinks`].
+macro_rules! with_and_without_xdp {
+    ($($name:ident)*) => {
+        mod tc {$(
+            #[test]
+            fn $name() -> anyhow::Result<()> {
+                super::$name(crate::Uplinks::Tc)
+            }
+        )*}
+        mod xdp {$(
+            #[test]
+            fn $name() -> anyhow::Result<()> {
+                super::$name(crate::Uplinks::Xdp)
+            }
+        )*}
+    };
+}
+use with_and_without_xdp;
+
 /// A dual-stack network that publishes ports.
 fn network(node: &Node) -> Network<'_> {
-    Network::from_list(node, conflist(Network::dual_stack(node)))
+    network_by(node, Uplinks::Tc)
+}
+
+fn network_by(node: &Node, uplinks: Uplinks) -> Network<'_> {
+    let mut config = Network::dual_stack(node);
+    if uplinks == Uplinks::Xdp {
+        config["xdpUplinks"] = json!(["uplink0"]);
+    }
+    Network::from_list(node, conflist(config))
 }
 
 /// A conflist of a configuration that gets the capability.

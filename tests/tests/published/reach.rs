@@ -14,8 +14,8 @@ use bpf_bridge_tests::{
 };
 
 use crate::{
-    GATEWAYS, HOST_PORT, NODE, PATIENCE, POD_PORT, SILENCE, Server, all_meet_nobody, listen, meets,
-    meets_nobody, network, other_network, settle,
+    GATEWAYS, HOST_PORT, NODE, PATIENCE, POD_PORT, SILENCE, Server, Uplinks, all_meet_nobody,
+    listen, meets, meets_nobody, network, network_by, other_network, settle, with_and_without_xdp,
 };
 
 /// More addresses of the node: a second pair on its uplink, on the loopback
@@ -44,8 +44,8 @@ struct Surroundings {
 }
 
 impl Surroundings {
-    fn new(node: &Node) -> Result<Self> {
-        let outside = node.outside()?;
+    fn new(node: &Node, uplinks: Uplinks) -> Result<Self> {
+        let outside = uplinks.outside(node)?;
         let elsewhere = node.machine()?;
         node.connect("uplink1", &elsewhere, "eth0")?;
         for (namespace, device, addresses) in [
@@ -84,8 +84,12 @@ fn of(pod: &Pod) -> Result<[IpAddr; 2]> {
 }
 
 /// Every row of clients and addresses, with every kind of client.
-fn everyone_reaches_the_pod(node: &Node, surroundings: &Surroundings) -> Result<()> {
-    let network = network(node);
+fn everyone_reaches_the_pod(
+    node: &Node,
+    surroundings: &Surroundings,
+    uplinks: Uplinks,
+) -> Result<()> {
+    let network = network_by(node, uplinks);
     let other = other_network(node);
     let neighbour = network.pod("neighbour")?;
     let foreigner = other.pod("foreigner")?;
@@ -148,24 +152,31 @@ fn everyone_reaches_the_pod(node: &Node, surroundings: &Surroundings) -> Result<
     Ok(())
 }
 
+with_and_without_xdp! {
+    everyone_reaches_a_published_port_by_every_address_of_the_node
+    everyone_reaches_it_on_a_node_with_a_strict_firewall
+    a_client_may_have_a_link_local_address_only
+    one_client_port_may_use_two_addresses_and_two_ports_at_once
+    requests_and_replies_may_take_different_uplinks
+    replies_to_the_nodes_own_connections_are_not_captured
+}
+
 /// Hazard: native host ports that missed 127.0.0.1 and other addresses of the
 /// node that portmap serves.
-#[test]
-fn everyone_reaches_a_published_port_by_every_address_of_the_node() -> Result<()> {
+fn everyone_reaches_a_published_port_by_every_address_of_the_node(uplinks: Uplinks) -> Result<()> {
     let node = Node::new()?;
-    let surroundings = Surroundings::new(&node)?;
-    everyone_reaches_the_pod(&node, &surroundings)
+    let surroundings = Surroundings::new(&node, uplinks)?;
+    everyone_reaches_the_pod(&node, &surroundings, uplinks)
 }
 
 /// What passes the host's firewall is said in the README; published ports do
 /// not.
-#[test]
-fn everyone_reaches_it_on_a_node_with_a_strict_firewall() -> Result<()> {
+fn everyone_reaches_it_on_a_node_with_a_strict_firewall(uplinks: Uplinks) -> Result<()> {
     let node = Node::new()?;
     for which in ["all", "default"] {
         node.set_sysctl(&format!("net/ipv4/conf/{which}/rp_filter"), "1")?;
     }
-    let surroundings = Surroundings::new(&node)?;
+    let surroundings = Surroundings::new(&node, uplinks)?;
     node.set_sysctl("net/ipv4/conf/uplink0/rp_filter", "1")?;
     for iptables in ["iptables", "ip6tables"] {
         for rule in [
@@ -177,14 +188,13 @@ fn everyone_reaches_it_on_a_node_with_a_strict_firewall() -> Result<()> {
             node.run(&format!("{iptables} {rule}"))?;
         }
     }
-    everyone_reaches_the_pod(&node, &surroundings)
+    everyone_reaches_the_pod(&node, &surroundings, uplinks)
 }
 
-#[test]
-fn a_client_may_have_a_link_local_address_only() -> Result<()> {
+fn a_client_may_have_a_link_local_address_only(uplinks: Uplinks) -> Result<()> {
     let node = Node::new()?;
-    let outside = node.outside()?;
-    let _server = Server::new(&network(&node), "server")?;
+    let outside = uplinks.outside(&node)?;
+    let _server = Server::new(&network_by(&node, uplinks), "server")?;
     let nodes = link_local(&node, Outside::UPLINK)?;
     let index = outside.device("eth0")?["ifindex"].as_u64();
     let index = u32::try_from(index.context("no index")?)?;
@@ -302,7 +312,7 @@ fn a_pods_loopback_addresses_are_its_own() -> Result<()> {
 #[test]
 fn the_same_port_of_other_addresses_is_not_captured() -> Result<()> {
     let node = Node::new()?;
-    let surroundings = Surroundings::new(&node)?;
+    let surroundings = Surroundings::new(&node, Uplinks::Tc)?;
     let (outside, elsewhere) = (&surroundings.outside, &surroundings.elsewhere);
     let network = network(&node);
     let server = Server::new(&network, "server")?;
@@ -417,15 +427,14 @@ fn broadcast_and_multicast_are_not_captured() -> Result<()> {
 /// Two original destinations that become one: the same client, from the same
 /// port, asks for the same pod by two addresses and by two ports at once.
 /// Hazard: two flows that are one 5-tuple once they are translated.
-#[test]
-fn one_client_port_may_use_two_addresses_and_two_ports_at_once() -> Result<()> {
+fn one_client_port_may_use_two_addresses_and_two_ports_at_once(uplinks: Uplinks) -> Result<()> {
     let node = Node::new()?;
-    let outside = node.outside()?;
+    let outside = uplinks.outside(&node)?;
     node.ip(&format!(
         "addr add {}/24 dev uplink0\naddr add {}/64 dev uplink0 nodad",
         SECOND[0], SECOND[1]
     ))?;
-    let network = network(&node);
+    let network = network_by(&node, uplinks);
     let mut ports = crate::ports();
     for mut second in [crate::mapping("tcp", ""), crate::mapping("udp", "")] {
         second["hostPort"] = (HOST_PORT + 1).into();
@@ -507,10 +516,9 @@ fn several_at_once(from: &Namespace, servers: &[SocketAddr]) -> Result<()> {
 
 /// A request that comes by one uplink is answered by the other, if the route is
 /// there. Hazard: replies that are pinned to the device of the request.
-#[test]
-fn requests_and_replies_may_take_different_uplinks() -> Result<()> {
+fn requests_and_replies_may_take_different_uplinks(uplinks: Uplinks) -> Result<()> {
     let node = Node::new()?;
-    let outside = node.outside()?;
+    let outside = uplinks.outside(&node)?;
     node.connect("uplink1", &outside, "eth1")?;
     node.ip("addr add 203.0.113.2/24 dev uplink1\n\
          addr add 2001:db8:2::2/64 dev uplink1 nodad")?;
@@ -525,7 +533,7 @@ fn requests_and_replies_may_take_different_uplinks() -> Result<()> {
     for device in ["all", "eth0", "eth1"] {
         outside.set_sysctl(&format!("net/ipv4/conf/{device}/rp_filter"), "0")?;
     }
-    let _server = Server::new(&network(&node), "server")?;
+    let _server = Server::new(&network_by(&node, uplinks), "server")?;
     let replies = PacketSocket::open(&outside, "eth0")?;
     for (address, client) in [
         ("198.51.100.99", "192.0.2.1"),
@@ -544,11 +552,10 @@ fn requests_and_replies_may_take_different_uplinks() -> Result<()> {
 /// The node's own connection from the number that is published is not the
 /// pod's. Hazard: a host port within the range of ports that the node's
 /// own connections, or masqueraded ones, come from.
-#[test]
-fn replies_to_the_nodes_own_connections_are_not_captured() -> Result<()> {
+fn replies_to_the_nodes_own_connections_are_not_captured(uplinks: Uplinks) -> Result<()> {
     let node = Node::new()?;
-    let outside = node.outside()?;
-    let _server = Server::new(&network(&node), "server")?;
+    let outside = uplinks.outside(&node)?;
+    let _server = Server::new(&network_by(&node, uplinks), "server")?;
     for (local, server) in [
         (IpAddr::from(Outside::NODE_V4), IpAddr::from(Outside::V4)),
         (Outside::NODE_V6.into(), Outside::V6.into()),
