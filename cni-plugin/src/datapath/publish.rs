@@ -3,7 +3,7 @@
 //!
 //! Claims are made one by one with `BPF_NOEXIST`, which the kernel's batches do not
 //! know: the first who writes an entry has the number, whatever else goes wrong.
-//! Whoever changes anything here holds [`LOCK`], besides the datapath.
+//! Whoever changes anything here holds the lock of published ports, besides the datapath.
 
 mod xdp;
 

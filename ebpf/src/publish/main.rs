@@ -17,6 +17,10 @@
 //! common with the one that switches.
 #![no_std]
 #![no_main]
+#![allow(
+    clippy::needless_borrows_for_generic_args,
+    reason = "a key or value that is not borrowed is copied to the stack, which is small"
+)]
 
 mod fib;
 mod flow;
