@@ -47,12 +47,14 @@ const NOEXIST: u64 = 1;
 const LOCK: &str = "/run/bpf-bridge/publish.lock";
 
 /// The programs on tc hooks, and the slots under which `port` calls them.
-const CLASSIFIERS: [(&str, Option<u32>); 4] = [
+const CLASSIFIERS: [(&str, Option<u32>); 3] = [
     ("from_pod", Some(PROGRAM_FROM_POD)),
     ("from_host", Some(PROGRAM_FROM_HOST)),
-    ("uplink_l3", None),
     ("uplink", None),
 ];
+/// The program of uplinks without Ethernet headers, which few nodes have: it is loaded
+/// with the first of them.
+const TUNNELS: &str = "uplink_l3";
 /// The programs on the hooks of sockets.
 const SOCKETS: [&str; 8] = [
     "connect4",
@@ -184,6 +186,7 @@ pub(super) fn load() -> Result<(), Error> {
     // What a call that was killed has left may be of maps that are gone.
     remove_links()?;
     remove_pins(&xdp::program_pin())?;
+    remove_pins(&pins::published(TUNNELS))?;
     pins::create_published()?;
     let mut ebpf = loader().load(object::PUBLISH)?;
     // 0 stands for the machine's first namespace, where nothing else can be said.
@@ -226,15 +229,19 @@ pub(super) fn load() -> Result<(), Error> {
                 }
             }
         }
-        let path = pins::published(name);
-        // What a load that was killed has left.
-        let _ = fs::remove_file(&path);
-        program.pin(&path).map_err(|source| Error::Pin {
-            path,
-            source: io::Error::other(source),
-        })?;
+        pin_program(name, program)?;
     }
     Ok(())
+}
+
+fn pin_program(name: &str, program: &mut SchedClassifier) -> Result<(), Error> {
+    let path = pins::published(name);
+    // What a load that was killed has left.
+    let _ = fs::remove_file(&path);
+    program.pin(&path).map_err(|source| Error::Pin {
+        path,
+        source: io::Error::other(source),
+    })
 }
 
 /// Lets the programs of `level`, which are about to be loaded, call those of published
@@ -580,6 +587,10 @@ impl Publication<'_> {
             return Ok(());
         }
         let name = uplink_program(device);
+        if !pins::published(name).exists() {
+            let mut ebpf = loader().load(object::PUBLISH)?;
+            pin_program(name, object::load_program(&mut ebpf, name)?)?;
+        }
         let mut program = open_classifier(name)?;
         let attached = program.attach_with_options(
             &device.name,
@@ -625,9 +636,10 @@ impl Publication<'_> {
         if uplink_pin(device.index).exists() {
             return Ok(true);
         }
+        let program = pins::published(uplink_program(device));
         match filter(host, device.index)? {
-            Some(there) => Ok(there == id(&pins::published(uplink_program(device)))?),
-            None => Ok(false),
+            Some(there) if program.exists() => Ok(there == id(&program)?),
+            _ => Ok(false),
         }
     }
 
@@ -705,11 +717,7 @@ impl Service {
 
 /// The program for a device: tunnels have no Ethernet header.
 fn uplink_program(device: &Link) -> &'static str {
-    if device.ethernet {
-        "uplink"
-    } else {
-        "uplink_l3"
-    }
+    if device.ethernet { LAST } else { TUNNELS }
 }
 
 fn uplink_pin(index: u32) -> PathBuf {

@@ -448,7 +448,11 @@ fn a_pod_whose_sandbox_went_leaves_no_port_to_its_heir() -> Result<()> {
     let sandbox = node.sandbox("gone")?;
     let attachment = with_ports(&sandbox, &ports());
     network.add(&attachment)?;
+    let devices = node.device_names()?.len();
     drop(sandbox);
+    wait_for("end of the sandbox", PATIENCE, || {
+        Ok(node.device_names()?.len() < devices)
+    })?;
     let heir = network.pod("heir")?;
     let _listeners = crate::listen(&heir, "heir", POD_PORT)?;
     let left = published(&node)?;
