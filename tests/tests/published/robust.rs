@@ -208,7 +208,11 @@ fn what_a_killed_add_claimed_is_free_for_all() -> Result<()> {
                 .context(what.clone())?,
             2 => {
                 if reply.status.code().is_none() {
-                    network.add(&attachment).context(what.clone())?;
+                    match network.add(&attachment) {
+                        // It was killed when all was done and said.
+                        Err(_) if serde_json::from_str::<Value>(&reply.stdout).is_ok() => {}
+                        again => drop(again.context(what.clone())?),
+                    }
                     network.check(&attachment).context(what.clone())?;
                 }
                 network.del(&attachment).context(what.clone())?;
