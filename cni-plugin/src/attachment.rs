@@ -22,7 +22,7 @@ use thiserror::Error;
 
 use crate::{
     cni::names::check_ifname,
-    datapath::{LogLevel, publish::NodePort},
+    datapath::{LogLevel, nat::NodePort},
     lock::{Lock, LockError, Mode},
     mac::MacAddr,
 };

@@ -13,7 +13,7 @@ use crate::{
     cni::{CniError, HostIp, NetworkConfig, PortMapping, Protocol, result::IpConfig},
     datapath::{
         self, Datapath,
-        publish::{NodePort, Publication, Service, XdpRun},
+        nat::{NodePort, Publication, Service, XdpRun},
     },
     gateway::{self, Gateway},
     link::{Address, Link, Netlink, SockDiag},

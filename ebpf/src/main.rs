@@ -6,7 +6,7 @@
 //! | [`responder`] | called by `port` for broadcasts that may be neighbour requests |
 //! | [`flood`] | called by both for what every port must get |
 //!
-//! Published ports are an object of their own, `publish/main.rs`, two of whose programs
+//! Published ports are an object of their own, `nat/main.rs`, two of whose programs
 //! `port` calls once a port is published.
 //!
 //! [`maps`] has the tables, and the `bpf-bridge-common` crate their layouts.

@@ -10,9 +10,9 @@
 //! list that broadcasts go to has no holes.
 
 mod attach;
+pub mod nat;
 mod object;
 mod pins;
-pub mod publish;
 #[cfg(test)]
 mod tests;
 
@@ -126,9 +126,9 @@ pub enum Error {
     )]
     Taken {
         /// The port.
-        port: publish::NodePort,
+        port: nat::NodePort,
         /// What was published before.
-        taken: publish::NodePort,
+        taken: nat::NodePort,
         /// The ifindex of its owner's host veth.
         owner: u32,
     },
@@ -223,13 +223,13 @@ impl Datapath {
     pub fn open_or_load(level: LogLevel, publishing: bool) -> Result<(Self, bool), Error> {
         require_bpffs()?;
         let mut fresh = false;
-        let is_loaded = || attach::is_loaded(level) && (!publishing || publish::is_loaded());
+        let is_loaded = || attach::is_loaded(level) && (!publishing || nat::is_loaded());
         let load = || {
             if !attach::is_loaded(level) {
                 object::load(level)?;
             }
-            if publishing && !publish::is_loaded() {
-                publish::load()?;
+            if publishing && !nat::is_loaded() {
+                nat::load()?;
             }
             Ok(())
         };
@@ -666,7 +666,7 @@ impl Datapath {
         if let Some(mut publication) = self.publication()? {
             publication.sweep(exists)?;
         }
-        Ok(publish::unload_if_unused()?)
+        Ok(nat::unload_if_unused()?)
     }
 
     /// Removes all that belongs to other ports than these.
@@ -838,11 +838,11 @@ fn remove_unused_pins() -> Result<(), Error> {
     let in_use =
         pins::map("PORTS").exists() && table::<u32, Port>("PORTS")?.keys().next().is_some();
     if in_use {
-        publish::unload_if_unused()
+        nat::unload_if_unused()
     } else {
         // Nothing stays attached to maps that nobody finds any more. What is in its way
         // goes with the rest.
-        let _ = publish::unload();
+        let _ = nat::unload();
         pins::remove_all()
     }
 }

@@ -9,15 +9,15 @@ use aya::{
 use bpf_bridge_common::layout::{PROGRAM_FLOOD, PROGRAM_RESPONDER, PortStats};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use super::{Error, LogLevel, Wire, failed, pins, publish};
+use super::{Error, LogLevel, Wire, failed, nat, pins};
 
 /// The programs, compiled by the build script.
 pub(super) static OBJECT: &[u8] =
     aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/bpf-bridge-datapath"));
 
 /// The programs of published ports.
-pub(super) static PUBLISH: &[u8] =
-    aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/bpf-bridge-publish"));
+pub(super) static NAT: &[u8] =
+    aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/bpf-bridge-nat"));
 
 /// The maps that all log levels share.
 const SHARED: [&str; 8] = [
@@ -98,7 +98,7 @@ pub(super) fn load(level: LogLevel) -> Result<(), Error> {
             ));
         }
     };
-    publish::fill_slots(level)?;
+    nat::fill_slots(level)?;
     for (name, slot) in PROGRAMS {
         let program = load_program(&mut ebpf, name)?;
         if let Some(slot) = slot {

@@ -4,7 +4,7 @@
 //! /sys/fs/bpf/bpf-bridge/v1/maps/PORTS …      the tables, shared by everything
 //! /sys/fs/bpf/bpf-bridge/v1/off/port …        the programs, built for log level `off`
 //! /sys/fs/bpf/bpf-bridge/v1/off/PROGRAMS      the table by which they call each other
-//! /sys/fs/bpf/bpf-bridge/v1/publish/uplink …  the programs of published ports
+//! /sys/fs/bpf/bpf-bridge/v1/nat/uplink …  the programs that translate
 //! /sys/fs/bpf/bpf-bridge/v1/links/uplink-2 …  where they are attached: the device of ifindex 2
 //! /sys/fs/bpf/bpf-bridge/v1/links/xdp-2 …     and where XDP is
 //! ```
@@ -46,9 +46,9 @@ pub(super) fn variant(level: LogLevel) -> PathBuf {
     root().join(level.name())
 }
 
-/// The pin path of a program of published ports.
-pub(super) fn published(name: &str) -> PathBuf {
-    root().join("publish").join(name)
+/// The pin path of a program that translates.
+pub(super) fn nat(name: &str) -> PathBuf {
+    root().join("nat").join(name)
 }
 
 /// Where the links of published ports are.
@@ -89,9 +89,9 @@ pub(super) fn devices(kind: &str) -> Vec<u32> {
         .collect()
 }
 
-/// Creates the directories for published ports.
-pub(super) fn create_published() -> Result<(), Error> {
-    create([published(""), links()])
+/// Creates the directories for the programs that translate.
+pub(super) fn create_nat() -> Result<(), Error> {
+    create([nat(""), links()])
 }
 
 /// Refuses to go on without bpffs.

@@ -29,11 +29,19 @@ pub enum DropReason {
     NoSourcePort = 8,
     /// There is no route back to the client of a published port.
     NoRoute = 9,
+    /// No port of the node is left under which the pod could be masqueraded: all that
+    /// were tried are in use to the same destination.
+    Exhausted = 10,
+    /// The device by which the packet leaves has no address to masquerade with.
+    NoAddress = 11,
+    /// A packet that cannot be masqueraded: a fragment without its first one, or a
+    /// message about nothing that is known.
+    NotTranslatable = 12,
 }
 
 impl DropReason {
     /// How many reasons there are.
-    pub const COUNT: usize = 10;
+    pub const COUNT: usize = 13;
 
     /// Every reason, in the order of its number.
     pub const ALL: [Self; Self::COUNT] = [
@@ -47,6 +55,9 @@ impl DropReason {
         Self::Helper,
         Self::NoSourcePort,
         Self::NoRoute,
+        Self::Exhausted,
+        Self::NoAddress,
+        Self::NotTranslatable,
     ];
 
     /// The reason with this number.
@@ -63,6 +74,9 @@ impl DropReason {
             7 => Self::Helper,
             8 => Self::NoSourcePort,
             9 => Self::NoRoute,
+            10 => Self::Exhausted,
+            11 => Self::NoAddress,
+            12 => Self::NotTranslatable,
             _ => return None,
         })
     }
@@ -80,6 +94,9 @@ impl DropReason {
             Self::Helper => "helper failed",
             Self::NoSourcePort => "no source port left",
             Self::NoRoute => "no route to the client",
+            Self::Exhausted => "no port left to masquerade with",
+            Self::NoAddress => "no address to masquerade with",
+            Self::NotTranslatable => "cannot be masqueraded",
         }
     }
 }

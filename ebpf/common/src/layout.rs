@@ -22,9 +22,13 @@
 //! | `PEERS` | LRU hash | [`PeerKey`] | [`Socket`] |
 //! | `NODE` | array of one | 0 | [`Node`] |
 //! | `XDP_UPLINKS` | hash | ifindex | the device's [`Mac`] |
+//! | `MASQUERADED` | hash | [`PodKey`] | [`Masqueraded`] |
+//! | `EXEMPT` | LPM trie | [`ExemptKey`] | one byte, 1 |
+//! | `REPLIES` | LRU hash | [`ReplyKey`] | [`Reply`] |
+//! | `UPLINKS` | hash | ifindex | [`Uplink`] |
 //!
-//! The last eight belong to the second object, which is loaded with the first
-//! published port. IPv4 addresses are mapped into IPv6 (RFC 4291 §2.5.5.2) in all of
+//! From `PUBLISHED` on they belong to the second object, which is loaded when a
+//! network needs it. IPv4 addresses are mapped into IPv6 (RFC 4291 §2.5.5.2) in all of
 //! them, and ports are in host byte order.
 //!
 //! A *segment* is one L2 network of the node. Its number is the ifindex of its
@@ -61,8 +65,16 @@ pub const MAX_MEMBERS: u32 = 32 * FLOOD_BATCH;
 /// How many ports can be published, each once for every address that it is
 /// published on.
 pub const MAX_PUBLISHED: u32 = 65_536;
-/// How many flows of pods with published ports are remembered.
+/// How many flows are remembered, as pods see them.
 pub const MAX_FLOWS: u32 = 131_072;
+/// How many flows are remembered as others see them.
+pub const MAX_REPLIES: u32 = 131_072;
+/// How many addresses of pods can be masqueraded.
+pub const MAX_MASQUERADED: u32 = MAX_NEIGHBORS;
+/// How many destinations can be exempt from masquerade, once for every policy.
+pub const MAX_EXEMPT: u32 = 16_384;
+/// How many devices of the node can be uplinks.
+pub const MAX_UPLINKS: u32 = 4096;
 /// How many datagrams can arrive in fragments at once.
 pub const MAX_FRAGMENTS: u32 = 4096;
 /// How many fragments of one datagram can come before the first one: the longest
@@ -104,8 +116,10 @@ pub const PROGRAM_RESPONDER: u32 = 1;
 pub const PROGRAM_FROM_POD: u32 = 2;
 /// The slot of the program for what the host sends to pods with published ports.
 pub const PROGRAM_FROM_HOST: u32 = 3;
+/// The slot of the program for what pods send each other past the host.
+pub const PROGRAM_BETWEEN: u32 = 4;
 /// How many slots there are.
-pub const PROGRAM_COUNT: u32 = 4;
+pub const PROGRAM_COUNT: u32 = 5;
 
 /// The port is the gateway port of its segment.
 pub const PORT_GATEWAY: u32 = 1 << 0;
@@ -120,6 +134,17 @@ pub const PORT_PROMISC: u32 = 1 << 4;
 
 /// The attachment has published ports.
 pub const PORT_PUBLISHED: u32 = 1 << 5;
+/// `ipMasq`: the programs masquerade what the attachment sends out of the node.
+pub const PORT_MASQUERADED: u32 = 1 << 6;
+/// The host's stack has brought the attachment a flow of its own segment: what a pod
+/// asked of a ClusterIP, which kube-proxy led here. Answers must take the same way.
+/// Only programs set it, and it stays.
+pub const PORT_ROUTED: u32 = 1 << 7;
+/// `netfilter` is `all`: what the attachment exchanges with other pods goes through the
+/// host's stack.
+pub const PORT_VIA_HOST: u32 = 1 << 8;
+/// `netfilter` is `none`: what is masqueraded does not go through the host's stack.
+pub const PORT_DIRECT: u32 = 1 << 9;
 
 /// The pod's end of the veth takes what XDP redirects to it (its `NAPI` runs).
 pub const PUBLISHED_XDP: u16 = 1 << 0;
@@ -470,14 +495,103 @@ pub struct Flow {
     /// The client's port.
     pub client_port: u16,
     /// The ifindex of where requests come in: an uplink, or the host veth of
-    /// another pod; 0 if the host's stack brings them, to which replies then go.
+    /// another pod; 0 if the host's stack brings them, to which replies then go. If
+    /// the flow is masqueraded, the uplink that it leaves by.
     pub from: u32,
     /// Where a client on the same link is: the request's source.
     pub client_mac: Mac,
     /// And its destination.
     pub gateway_mac: Mac,
+    /// `FLOW_*` bits.
+    pub flags: u32,
+}
+
+/// The pod has begun the flow, and is masqueraded as [`Flow::original`]; the client is
+/// whom it asked.
+pub const FLOW_MASQUERADED: u32 = 1 << 0;
+
+/// An address of a pod.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
+#[repr(C)]
+pub struct PodKey {
+    /// The address.
+    pub address: Address,
+    /// The segment in which it was assigned.
+    pub segment: u32,
+}
+
+/// A pod that is masqueraded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Masqueraded {
+    /// The policy whose exemptions count, see [`ExemptKey`].
+    pub policy: u64,
+    /// The ifindex of the pod's host veth: the entry's owner.
+    pub port: u32,
     /// Zero.
-    pub reserved: [u8; 4],
+    pub reserved: u32,
+}
+
+/// What an exempt destination is looked up by, behind the length of the prefix in bits
+/// (`struct bpf_lpm_trie_key`): 64 for the policy, then those of the destination, 96
+/// more for an IPv4 one.
+///
+/// A policy is a list of exempt prefixes; its number is a hash of them. So it never
+/// changes, and networks with the same list share it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
+#[repr(C)]
+pub struct ExemptKey {
+    /// The policy's number, in the order of the wire.
+    pub policy: [u32; 2],
+    /// The destination.
+    pub destination: Address,
+}
+
+/// A flow that others see, by what they answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
+#[repr(C)]
+pub struct ReplyKey {
+    /// Who answers.
+    pub remote: Address,
+    /// Whom: an address of the node, or of a pod that is not masqueraded.
+    pub local: Address,
+    /// The port that answers; 0 where the protocol has none.
+    pub remote_port: u16,
+    /// The port that is answered, or the number of an ICMP query.
+    pub local_port: u16,
+    /// The protocol.
+    pub protocol: u8,
+    /// Zero.
+    pub reserved: [u8; 3],
+}
+
+/// Who has begun a flow that others see.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Reply {
+    /// When a packet of the flow was last seen to leave, in ns of `CLOCK_MONOTONIC`; not
+    /// every packet writes it ([`FLOW_REFRESH_NS`]).
+    pub seen: u64,
+    /// The pod, or the node if it is the node's own flow or one that netfilter
+    /// translates.
+    pub address: Address,
+    /// The ifindex of the pod's host veth; 0 if replies are the host's stack's affair.
+    pub port: u32,
+    /// The port that the flow has behind the translation.
+    pub inner_port: u16,
+    /// Zero.
+    pub reserved: u16,
+}
+
+/// A device by which packets leave the node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Uplink {
+    /// As whom pods appear outside of it, if the kernel cannot be asked (before 6.7);
+    /// unspecified without such an address.
+    pub v4: Address,
+    /// The same in IPv6.
+    pub v6: Address,
 }
 
 /// A datagram that arrives in fragments.

@@ -104,7 +104,7 @@ fn published(node: &Node) -> Result<BTreeMap<Vec<u8>, u32>> {
 /// The pins of what is there for published ports alone.
 fn publishing_pins(node: &Node) -> Result<Vec<String>> {
     let snapshot = Snapshot::take(node)?;
-    let mut pins = snapshot.matching("v1/publish/");
+    let mut pins = snapshot.matching("v1/nat/");
     for word in ["v1/links/", "PUBLISHED", "FLOWS", "ADDRESSES", "PEERS"] {
         pins.extend(snapshot.matching(word));
     }

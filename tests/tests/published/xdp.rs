@@ -379,9 +379,7 @@ fn a_foreign_program_is_named_and_left_alone() -> Result<()> {
     // A program of before, which nobody knows any more.
     let pod = with_xdp.pod_with_ports("before", ports())?;
     let foreign = "/sys/fs/bpf/foreign";
-    node.run(&format!(
-        "ln /sys/fs/bpf/bpf-bridge/v1/publish/xdp {foreign}"
-    ))?;
+    node.run(&format!("ln /sys/fs/bpf/bpf-bridge/v1/nat/xdp {foreign}"))?;
     with_xdp.del(pod.attachment())?;
     with_xdp.gc(&[])?;
     wait_for("end of XDP", PATIENCE, || {

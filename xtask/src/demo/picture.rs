@@ -20,9 +20,9 @@ const PROGRAMS: [&str; 6] = [
     "/sys/fs/bpf/bpf-bridge/v1/off/port",
     "/sys/fs/bpf/bpf-bridge/v1/off/responder",
     "/sys/fs/bpf/bpf-bridge/v1/off/flood",
-    "/sys/fs/bpf/bpf-bridge/v1/publish/uplink",
-    "/sys/fs/bpf/bpf-bridge/v1/publish/from_pod",
-    "/sys/fs/bpf/bpf-bridge/v1/publish/from_host",
+    "/sys/fs/bpf/bpf-bridge/v1/nat/uplink",
+    "/sys/fs/bpf/bpf-bridge/v1/nat/from_pod",
+    "/sys/fs/bpf/bpf-bridge/v1/nat/from_host",
 ];
 /// Where the links to devices are, by ifindex.
 const UPLINK: &str = "/sys/fs/bpf/bpf-bridge/v1/links/uplink-";

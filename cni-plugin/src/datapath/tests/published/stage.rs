@@ -221,7 +221,7 @@ impl Stage {
                 indices.insert(peer_name, made.peer);
             }
         }
-        let mut ebpf = object::loader().load(object::PUBLISH).unwrap();
+        let mut ebpf = object::loader().load(object::NAT).unwrap();
         for name in ["uplink", "uplink_l3", "from_pod", "from_host"] {
             object::load_program(&mut ebpf, name).unwrap();
         }

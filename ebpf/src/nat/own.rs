@@ -67,7 +67,7 @@ pub(crate) fn remember(asked: &Socket, port: u16) {
         from: 0,
         client_mac: [0; 6],
         gateway_mac: [0; 6],
-        reserved: [0; 4],
+        flags: 0,
     };
     let _ = FLOWS.insert(&key(&answer), &flow, u64::from(BPF_ANY));
 }

@@ -177,7 +177,7 @@ type Calls = ProgramArray<MapData>;
 
 /// Whether the programs are loaded.
 pub(super) fn is_loaded() -> bool {
-    pins::published(LAST).exists()
+    pins::nat(LAST).exists()
 }
 
 /// Loads the programs, attaches those on sockets, and lets `port` call the others. The
@@ -186,9 +186,9 @@ pub(super) fn load() -> Result<(), Error> {
     // What a call that was killed has left may be of maps that are gone.
     remove_links()?;
     remove_pins(&xdp::program_pin())?;
-    remove_pins(&pins::published(TUNNELS))?;
-    pins::create_published()?;
-    let mut ebpf = loader().load(object::PUBLISH)?;
+    remove_pins(&pins::nat(TUNNELS))?;
+    pins::create_nat()?;
+    let mut ebpf = loader().load(object::NAT)?;
     // 0 stands for the machine's first namespace, where nothing else can be said.
     let netns = netns::cookie()
         .map_err(|source| {
@@ -235,7 +235,7 @@ pub(super) fn load() -> Result<(), Error> {
 }
 
 fn pin_program(name: &str, program: &mut SchedClassifier) -> Result<(), Error> {
-    let path = pins::published(name);
+    let path = pins::nat(name);
     // What a load that was killed has left.
     let _ = fs::remove_file(&path);
     program.pin(&path).map_err(|source| Error::Pin {
@@ -293,7 +293,7 @@ fn clear_slots(calls: &mut Calls) -> Result<(), Error> {
 /// Takes the programs away again. The lock of the pins is held alone.
 pub(super) fn unload() -> Result<(), Error> {
     // Its pin says that all is there, in case this is killed.
-    let _ = fs::remove_file(pins::published(LAST));
+    let _ = fs::remove_file(pins::nat(LAST));
     for level in LogLevel::ALL {
         if let Some(mut calls) = calls(level)? {
             clear_slots(&mut calls)?;
@@ -301,7 +301,7 @@ pub(super) fn unload() -> Result<(), Error> {
     }
     remove_links()?;
     let paths = MAPS.map(pins::map);
-    for path in [pins::published("")].iter().chain(&paths) {
+    for path in [pins::nat("")].iter().chain(&paths) {
         remove_pins(path)?;
     }
     Ok(())
@@ -357,7 +357,7 @@ fn calls(level: LogLevel) -> Result<Option<Calls>, Error> {
 }
 
 fn open_classifier(name: &str) -> Result<SchedClassifier, Error> {
-    SchedClassifier::from_pin(pins::published(name)).map_err(|source| Error::program(name, source))
+    SchedClassifier::from_pin(pins::nat(name)).map_err(|source| Error::program(name, source))
 }
 
 fn pin_link(
@@ -587,8 +587,8 @@ impl Publication<'_> {
             return Ok(());
         }
         let name = uplink_program(device);
-        if !pins::published(name).exists() {
-            let mut ebpf = loader().load(object::PUBLISH)?;
+        if !pins::nat(name).exists() {
+            let mut ebpf = loader().load(object::NAT)?;
             pin_program(name, object::load_program(&mut ebpf, name)?)?;
         }
         let mut program = open_classifier(name)?;
@@ -636,7 +636,7 @@ impl Publication<'_> {
         if uplink_pin(device.index).exists() {
             return Ok(true);
         }
-        let program = pins::published(uplink_program(device));
+        let program = pins::nat(uplink_program(device));
         match filter(host, device.index)? {
             Some(there) if program.exists() => Ok(there == id(&program)?),
             _ => Ok(false),

@@ -41,7 +41,7 @@ pub(crate) fn describe(
     flow.client_port = client.1;
     flow.original = *original.0;
     flow.original_port = original.1;
-    flow.reserved = [0; 4];
+    flow.flags = 0;
 }
 
 /// What came of looking for a flow.

@@ -1,13 +1,14 @@
 //! The tables of published ports. See [`bpf_bridge_common::layout`].
 
 use aya_ebpf::{
-    btf_maps::{Array, HashMap, LruHashMap},
+    btf_maps::{Array, HashMap, LpmTrie, LruHashMap},
     macros::btf_map,
 };
 use bpf_bridge_common::layout::{
-    Address, Flow, FlowKey, FragmentKey, Fragments, Held, HeldKey, MAX_ADDRESSES, MAX_FLOWS,
-    MAX_FRAGMENTS, MAX_HELD_TOTAL, MAX_PEERS, MAX_PUBLISHED, MAX_XDP_UPLINKS, Mac, Node, PeerKey,
-    Published, PublishedKey, Socket,
+    Address, ExemptKey, Flow, FlowKey, FragmentKey, Fragments, Held, HeldKey, MAX_ADDRESSES,
+    MAX_EXEMPT, MAX_FLOWS, MAX_FRAGMENTS, MAX_HELD_TOTAL, MAX_MASQUERADED, MAX_PEERS,
+    MAX_PUBLISHED, MAX_REPLIES, MAX_UPLINKS, MAX_XDP_UPLINKS, Mac, Masqueraded, Node, PeerKey,
+    PodKey, Published, PublishedKey, Reply, ReplyKey, Socket, Uplink,
 };
 
 use crate::shared::ON_DEMAND;
@@ -39,6 +40,25 @@ pub(crate) static PEERS: LruHashMap<PeerKey, Socket, { MAX_PEERS as usize }> = L
 
 #[btf_map]
 pub(crate) static XDP_UPLINKS: HashMap<u32, Mac, { MAX_XDP_UPLINKS as usize }, ON_DEMAND> =
+    HashMap::new();
+
+#[btf_map]
+pub(crate) static MASQUERADED: HashMap<
+    PodKey,
+    Masqueraded,
+    { MAX_MASQUERADED as usize },
+    ON_DEMAND,
+> = HashMap::new();
+
+#[btf_map]
+pub(crate) static EXEMPT: LpmTrie<ExemptKey, u8, { MAX_EXEMPT as usize }> = LpmTrie::new();
+
+#[btf_map]
+pub(crate) static REPLIES: LruHashMap<ReplyKey, Reply, { MAX_REPLIES as usize }> =
+    LruHashMap::new();
+
+#[btf_map]
+pub(crate) static UPLINKS: HashMap<u32, Uplink, { MAX_UPLINKS as usize }, ON_DEMAND> =
     HashMap::new();
 
 #[btf_map]

@@ -22,6 +22,8 @@
     reason = "a key or value that is not borrowed is copied to the stack, which is small"
 )]
 
+mod between;
+mod egress;
 mod fib;
 mod flow;
 mod fragments;

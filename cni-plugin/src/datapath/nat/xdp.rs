@@ -81,7 +81,7 @@ pub(super) fn pin(device: u32) -> PathBuf {
 
 /// The pin of the program.
 pub(super) fn program_pin() -> PathBuf {
-    pins::published(PROGRAM)
+    pins::nat(PROGRAM)
 }
 
 fn open() -> Result<Xdp, Error> {
@@ -91,7 +91,7 @@ fn open() -> Result<Xdp, Error> {
 fn open_or_load() -> Result<Xdp, Error> {
     let path = program_pin();
     if !path.exists() {
-        let mut ebpf = loader().load(object::PUBLISH)?;
+        let mut ebpf = loader().load(object::NAT)?;
         let program: &mut Xdp = ebpf
             .program_mut(PROGRAM)
             .ok_or(ProgramError::NotLoaded)
