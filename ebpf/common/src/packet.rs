@@ -40,6 +40,8 @@ const IPV6_HEADER_LEN: usize = 40;
 const ICMP_ERROR_LEN: usize = 8;
 /// Where the checksum is in an ICMP or ICMPv6 message.
 pub(crate) const ICMP_CHECKSUM: usize = 2;
+/// Where the identifier is in a query.
+pub(crate) const ICMP_IDENTIFIER: usize = 4;
 
 // RFC 8200 §4, RFC 4302 and the registry of IPv6 extension header types.
 const HOP_BY_HOP: u8 = 0;
@@ -126,6 +128,34 @@ pub enum Fragment {
     Later,
 }
 
+/// Whether an ICMP message asks or answers. What asks has an identifier, which comes
+/// back in the answer: it tells one asker from another as a port does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Query {
+    /// Neither, or its header is in another fragment.
+    None,
+    /// It asks; the identifier is the source port.
+    Request,
+    /// It answers; the identifier is the destination port.
+    Reply,
+}
+
+impl Query {
+    /// What a message of this type is.
+    #[inline(always)]
+    const fn of(version: Version, kind: u8) -> Self {
+        match (version, kind) {
+            // Echo, timestamp and information (RFC 792), address mask (RFC 950).
+            (Version::V4, 8 | 13 | 15 | 17) => Self::Request,
+            (Version::V4, 0 | 14 | 16 | 18) => Self::Reply,
+            // Echo (RFC 4443 §4).
+            (Version::V6, 128) => Self::Request,
+            (Version::V6, 129) => Self::Reply,
+            _ => Self::None,
+        }
+    }
+}
+
 /// From whom to whom.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
 #[repr(C)]
@@ -134,9 +164,9 @@ pub struct Tuple {
     pub source: Address,
     /// The destination address, likewise.
     pub destination: Address,
-    /// The source port.
+    /// The source port; in an ICMP request the identifier.
     pub source_port: u16,
-    /// The destination port.
+    /// The destination port; in the reply to an ICMP request the identifier.
     pub destination_port: u16,
 }
 
@@ -144,7 +174,7 @@ pub struct Tuple {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Parsed {
     /// Addresses and ports; ports are 0 where the protocol has none, and in a
-    /// [`Later`](Fragment::Later) fragment.
+    /// [`Later`](Fragment::Later) fragment. A [`Query`] has one, and the other is 0.
     pub tuple: Tuple,
     /// The identification that fragments of one datagram share; 16 bits in IPv4, 0 in
     /// an IPv6 packet without a fragment header.
@@ -172,6 +202,8 @@ pub struct Parsed {
     pub fragment: Fragment,
     /// Whether other fragments follow this one.
     pub more_fragments: bool,
+    /// Whether it is an ICMP message with an identifier, and which port that is.
+    pub query: Query,
 }
 
 impl Parsed {
@@ -185,6 +217,12 @@ impl Parsed {
     #[inline(always)]
     pub const fn is_icmp(&self) -> bool {
         matches!(self.protocol, IPPROTO_ICMP | IPPROTO_ICMPV6)
+    }
+
+    /// Whether it is an ICMP message with an identifier, be it a request or a reply.
+    #[inline(always)]
+    pub const fn is_query(&self) -> bool {
+        !matches!(self.query, Query::None)
     }
 
     /// What is filled in by and by: returned parts would each take stack of their own.
@@ -205,6 +243,7 @@ impl Parsed {
         protocol: 0,
         fragment: Fragment::Whole,
         more_fragments: false,
+        query: Query::None,
     };
 
     #[inline(always)]
@@ -238,6 +277,7 @@ impl Parsed {
             checksum,
             version,
             fragment: Fragment::Whole,
+            query: Query::None,
             ..*self
         }
     }
@@ -253,8 +293,8 @@ impl Parsed {
 ///
 /// `None` if it is not IP, truncated or malformed; if its IPv6 extension headers are
 /// too many, too long or cannot be skipped (ESP), or name a next destination that
-/// the packet is still to visit; or if a first fragment is too short for its ports and
-/// its checksum.
+/// the packet is still to visit; or if a first fragment is too short for its ports, or
+/// an ICMP message's identifier, and its checksum.
 #[inline(always)]
 pub fn parse(packet: &impl Packet, l3: usize, ethertype: u16) -> Option<Parsed> {
     let mut parsed = Parsed::EMPTY;
@@ -326,8 +366,8 @@ pub fn looks_unfinished(packet: &impl Packet, parsed: &Parsed) -> Option<bool> {
 /// Reads the packet that an ICMP or ICMPv6 error is about.
 ///
 /// `None` if `outer` is no error or is fragmented, or if the quoted packet is not one
-/// that [`parse`] would read, has no ports although its protocol has some, or is a
-/// [`Later`](Fragment::Later) fragment.
+/// that [`parse`] would read, has no ports or identifier although its protocol has
+/// some, or is a [`Later`](Fragment::Later) fragment.
 #[inline(always)]
 pub fn quoted(packet: &impl Packet, outer: &Parsed) -> Option<Parsed> {
     if outer.fragment != Fragment::Whole || outer.length == 0 {
@@ -484,8 +524,8 @@ fn skip_extensions(packet: &impl Packet, parsed: &mut Parsed) -> Option<()> {
     None
 }
 
-/// Reads ports, and finds the checksum; `end` is where in the frame the packet ends.
-/// Only a quoted one may end before its checksum.
+/// Reads ports or an identifier, and finds the checksum; `end` is where in the frame the
+/// packet ends. Only a quoted one may end before its checksum.
 #[inline(always)]
 fn transport(packet: &impl Packet, parsed: &mut Parsed, end: usize, quoted: bool) -> Option<()> {
     if parsed.fragment == Fragment::Later {
@@ -499,6 +539,22 @@ fn transport(packet: &impl Packet, parsed: &mut Parsed, end: usize, quoted: bool
         let [a, b, c, d] = packet.load(l4)?;
         parsed.tuple.source_port = u16::from_be_bytes([a, b]);
         parsed.tuple.destination_port = u16::from_be_bytes([c, d]);
+    }
+    if let (Version::V4, IPPROTO_ICMP) | (Version::V6, IPPROTO_ICMPV6) =
+        (parsed.version, parsed.protocol)
+    {
+        // Whatever the message is, it is longer than that.
+        if l4.wrapping_add(ICMP_IDENTIFIER + 2) > end {
+            return None;
+        }
+        let [kind, _, _, _, a, b] = packet.load(l4)?;
+        let identifier = u16::from_be_bytes([a, b]);
+        parsed.query = Query::of(parsed.version, kind);
+        match parsed.query {
+            Query::Request => parsed.tuple.source_port = identifier,
+            Query::Reply => parsed.tuple.destination_port = identifier,
+            Query::None => {}
+        }
     }
     let offset = match (parsed.version, parsed.protocol) {
         (_, IPPROTO_TCP) => TCP_CHECKSUM as usize,

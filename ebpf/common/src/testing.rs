@@ -13,8 +13,8 @@ use crate::{
     frame::{ETH_HLEN, ETH_P_IP, ETH_P_IPV6},
     layout::Address,
     packet::{
-        Fragment, IPPROTO_ICMP, IPPROTO_SCTP, IPPROTO_TCP, IPPROTO_UDP, Packet, Parsed, Tuple,
-        Version, parse,
+        Fragment, IPPROTO_ICMP, IPPROTO_SCTP, IPPROTO_TCP, IPPROTO_UDP, Packet, Parsed, Query,
+        Tuple, Version, parse,
     },
     responder::IPPROTO_ICMPV6,
 };
@@ -59,10 +59,19 @@ pub(crate) fn ethertype(version: Version) -> u16 {
 /// What an IP packet carries.
 #[derive(Clone, Debug)]
 pub(crate) enum Transport {
-    Tcp { options: Vec<u8> },
-    Udp { checksum: bool },
+    Tcp {
+        options: Vec<u8>,
+    },
+    Udp {
+        checksum: bool,
+    },
     Sctp,
-    Icmp { kind: u8, code: u8, rest: [u8; 4] },
+    /// The first half of `rest` is the tuple's port instead, if it is a query's.
+    Icmp {
+        kind: u8,
+        code: u8,
+        rest: [u8; 4],
+    },
     Other,
 }
 
@@ -126,6 +135,46 @@ impl Shape {
     pub(crate) fn has_ports(&self) -> bool {
         !matches!(self.transport, Transport::Icmp { .. } | Transport::Other)
             && !matches!(self.part, Part::Later(_))
+    }
+
+    /// What kind of ICMP query it is, in whatever fragment.
+    fn query(&self) -> Query {
+        let Transport::Icmp { kind, .. } = self.transport else {
+            return Query::None;
+        };
+        let (requests, replies) = match self.version {
+            Version::V4 => (&[8, 13, 15, 17][..], &[0, 14, 16, 18][..]),
+            Version::V6 => (&[128][..], &[129][..]),
+        };
+        if requests.contains(&kind) {
+            Query::Request
+        } else if replies.contains(&kind) {
+            Query::Reply
+        } else {
+            Query::None
+        }
+    }
+
+    /// The four bytes after an ICMP message's checksum.
+    fn rest(&self, rest: [u8; 4], tuple: &Tuple) -> [u8; 4] {
+        let [a, b] = match self.query() {
+            Query::None => return rest,
+            Query::Request => tuple.source_port.to_be_bytes(),
+            Query::Reply => tuple.destination_port.to_be_bytes(),
+        };
+        [a, b, rest[2], rest[3]]
+    }
+
+    /// What of the tuple is in the packet.
+    pub(crate) fn shown(&self, tuple: &Tuple) -> Tuple {
+        let mut tuple = *tuple;
+        match self.query() {
+            Query::Request if !matches!(self.part, Part::Later(_)) => tuple.destination_port = 0,
+            Query::Reply if !matches!(self.part, Part::Later(_)) => tuple.source_port = 0,
+            _ if !self.has_ports() => (tuple.source_port, tuple.destination_port) = (0, 0),
+            _ => {}
+        }
+        tuple
     }
 
     /// The length of the IP header and its extensions.
@@ -258,7 +307,7 @@ impl Shape {
                 let message = Icmpv4Type::Unknown {
                     type_u8: *kind,
                     code_u8: *code,
-                    bytes5to8: *rest,
+                    bytes5to8: self.rest(*rest, tuple),
                 };
                 Icmpv4Header::with_checksum(message, payload)
                     .to_bytes()
@@ -268,7 +317,7 @@ impl Shape {
                 let message = Icmpv6Type::Unknown {
                     type_u8: *kind,
                     code_u8: *code,
-                    bytes5to8: *rest,
+                    bytes5to8: self.rest(*rest, tuple),
                 };
                 Icmpv6Header::with_checksum(message, source, destination, payload)
                     .unwrap()
@@ -387,10 +436,11 @@ fn transport() -> impl Strategy<Value = Transport> {
         2 => Just(Transport::Udp { checksum: true }),
         1 => Just(Transport::Udp { checksum: false }),
         1 => Just(Transport::Sctp),
-        // Echo requests, in either protocol's numbers.
-        1 => any::<([u8; 4], bool)>().prop_map(|(rest, v6)| {
-            Transport::Icmp { kind: if v6 { 128 } else { 8 }, code: 0, rest }
-        }),
+        // Queries in either protocol's numbers, and what is neither that nor an error.
+        2 => (
+            prop::sample::select(&[8, 13, 15, 17, 0, 14, 16, 18, 128, 129, 9, 133][..]),
+            any::<[u8; 4]>(),
+        ).prop_map(|(kind, rest)| Transport::Icmp { kind, code: 0, rest }),
         1 => Just(Transport::Other),
     ]
 }
@@ -483,11 +533,7 @@ pub(crate) fn errors(version: Version) -> impl Strategy<Value = ErrorShape> {
 
 /// What [`parse`] must say of the packet, at the place where [`Frame::new`] puts it.
 pub(crate) fn expected(shape: &Shape, tuple: &Tuple) -> Parsed {
-    let mut tuple = *tuple;
-    if !shape.has_ports() {
-        (tuple.source_port, tuple.destination_port) = (0, 0);
-    }
-    let length = shape.build(&tuple).len() as u16;
+    let length = shape.build(tuple).len() as u16;
     let l4 = ETH_HLEN + shape.header_len();
     let (fragment, units) = match shape.part {
         Part::Whole | Part::Atomic => (Fragment::Whole, 0),
@@ -496,7 +542,7 @@ pub(crate) fn expected(shape: &Shape, tuple: &Tuple) -> Parsed {
     };
     let checksum = shape.checksum_offset().map(|offset| (l4 + offset) as u16);
     Parsed {
-        tuple,
+        tuple: shape.shown(tuple),
         fragment_id: shape.id,
         fragment_offset: units as u16 * 8,
         length,
@@ -507,5 +553,9 @@ pub(crate) fn expected(shape: &Shape, tuple: &Tuple) -> Parsed {
         protocol: shape.protocol(),
         fragment,
         more_fragments: fragment == Fragment::First,
+        query: match fragment {
+            Fragment::Later => Query::None,
+            _ => shape.query(),
+        },
     }
 }

@@ -4,15 +4,19 @@
 use crate::{
     checksum::{adjust, adjust_udp, diff},
     layout::Address,
-    packet::{Covered, ICMP_CHECKSUM, IPPROTO_SCTP, IPPROTO_UDP, Packet, Parsed, Tuple, Version},
+    packet::{
+        Covered, ICMP_CHECKSUM, ICMP_IDENTIFIER, IPPROTO_SCTP, IPPROTO_UDP, Packet, Parsed, Query,
+        Tuple, Version,
+    },
 };
 
 /// Makes addresses and ports of the packet those of `to`, which is of the same IP
 /// version; checksums follow.
 ///
 /// Ports are left where there are none: in a fragment that is not the first, and in
-/// protocols other than TCP, UDP and SCTP. `None` if a store fails, or if SCTP's ports
-/// were to change: its checksum would have to be made anew, over all of the packet.
+/// protocols other than TCP, UDP and SCTP. Of an ICMP [`Query`], the one that is its
+/// identifier is written. `None` if a store fails, or if SCTP's ports were to change: its
+/// checksum would have to be made anew, over all of the packet.
 #[inline(always)]
 pub fn rewrite(packet: &mut impl Packet, parsed: &Parsed, to: &Tuple) -> Option<()> {
     let new_ports = ports_to_write(parsed, to)?;
@@ -25,19 +29,26 @@ pub fn rewrite(packet: &mut impl Packet, parsed: &Parsed, to: &Tuple) -> Option<
             None => packet.store_uncovered(parsed.l4 as usize, ports)?,
         }
     }
-    let Some(at) = parsed.checksum else {
-        return Some(());
-    };
-    let at = at as usize;
     let mut field = Covered {
         pseudo_header: true,
         udp: parsed.protocol == IPPROTO_UDP,
         ipv6: parsed.version == Version::V6,
     };
-    packet.fix_transport_checksum(at, addresses, field)?;
-    if new_ports {
-        field.pseudo_header = false;
-        packet.fix_transport_checksum(at, diff(ports(&parsed.tuple), ports(to)), field)?;
+    if let Some(at) = parsed.checksum {
+        packet.fix_transport_checksum(at as usize, addresses, field)?;
+    }
+    field.pseudo_header = false;
+    if let Some((old, new)) = identifiers(parsed, to) {
+        let l4 = parsed.l4 as usize;
+        packet.store(l4.wrapping_add(ICMP_IDENTIFIER), new)?;
+        // ICMP's covers nothing but the message.
+        packet.fix_transport_checksum(l4.wrapping_add(ICMP_CHECKSUM), diff(old, new), field)?;
+    }
+    if let Some(at) = parsed.checksum
+        && new_ports
+    {
+        let ports = diff(ports(&parsed.tuple), ports(to));
+        packet.fix_transport_checksum(at as usize, ports, field)?;
     }
     Some(())
 }
@@ -78,7 +89,19 @@ pub fn rewrite_inner(packet: &mut impl Packet, inner: &Parsed, inner_to: &Tuple)
         message = ports.wrapping_add(message);
         transport = ports.wrapping_add(transport);
     }
-    if let Some(at) = inner.checksum {
+    let mut checksum = inner.checksum;
+    if let Some((old, new)) = identifiers(inner, inner_to) {
+        packet.store((inner.l4 as usize).wrapping_add(ICMP_IDENTIFIER), new)?;
+        let identifier = diff(old, new);
+        message = identifier.wrapping_add(message);
+        if checksum.is_none() {
+            // ICMP's, which covers nothing but the message.
+            checksum = Some(inner.l4.wrapping_add(ICMP_CHECKSUM as u16));
+            transport = 0;
+        }
+        transport = identifier.wrapping_add(transport);
+    }
+    if let Some(at) = checksum {
         // Data of this packet: never a checksum that a device is still to complete.
         let old = packet.load(at as usize)?;
         let new = if inner.protocol == IPPROTO_UDP {
@@ -127,6 +150,18 @@ fn ports_to_write(parsed: &Parsed, to: &Tuple) -> Option<bool> {
         return None;
     }
     Some(change)
+}
+
+/// The identifier of an ICMP query, and the one that it is to have; `None` if there is
+/// none, or it stays.
+#[inline(always)]
+fn identifiers(parsed: &Parsed, to: &Tuple) -> Option<([u8; 2], [u8; 2])> {
+    let (old, new) = match parsed.query {
+        Query::None => return None,
+        Query::Request => (parsed.tuple.source_port, to.source_port),
+        Query::Reply => (parsed.tuple.destination_port, to.destination_port),
+    };
+    (old != new).then_some((old.to_be_bytes(), new.to_be_bytes()))
 }
 
 /// Writes both addresses, and corrects the header's checksum if it has one; the

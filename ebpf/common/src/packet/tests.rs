@@ -200,8 +200,11 @@ fn a_protocol_number_means_the_same_in_its_own_version_only() {
 fn nothing_behind_a_later_fragments_header_is_read() {
     let mut shape = Shape::tcp(Version::V6);
     shape.part = Part::Later(1);
+    // 0x80 in place of a type would be an echo request's.
+    shape.payload = [0x80; 40].to_vec();
     for next in [0, 43, 44, 50, 51, 60, 135, 58] {
         let parsed = patched(&shape, 40, &[next]).unwrap();
+        assert!(!parsed.is_query());
         assert_eq!((parsed.protocol, parsed.l4), (next, ETH_HLEN as u16 + 48));
         assert_eq!((parsed.checksum, parsed.has_ports()), (None, false));
     }
@@ -219,6 +222,7 @@ fn a_frame_that_ends_too_soon_is_not_read() {
             ),
             (Transport::Udp { checksum: false }, 8),
             (Transport::Sctp, 4),
+            (echo(version), 6),
             (Transport::Other, 0),
         ] {
             let shape = Shape::plain(version, transport);
@@ -245,6 +249,7 @@ fn a_packet_that_says_it_ends_too_soon_is_not_read() {
             ),
             (Transport::Udp { checksum: true }, 8),
             (Transport::Sctp, 4),
+            (echo(version), 6),
             (Transport::Other, 0),
         ] {
             let shape = Shape::plain(version, transport);
@@ -294,6 +299,7 @@ fn a_first_fragment_without_ports_and_checksum_is_not_read() {
             ),
             (Transport::Udp { checksum: true }, 1),
             (Transport::Sctp, 1),
+            (echo(version), 1),
         ] {
             for units in 0..4 {
                 let mut shape = Shape::plain(version, transport.clone());
@@ -397,37 +403,63 @@ fn what_cannot_be_told_of_a_quoted_packet() {
         frame.0[ETH_HLEN + at..][..2].fill(0);
         let outer = frame.parse(version).unwrap();
         assert_eq!(quoted(&frame, &outer), None, "who knows where it ends");
+    }
+}
 
-        // Ports need four bytes, whatever stands in the padding.
-        let whole = error(Shape::tcp(version), kind);
-        let packet = whole.build(&tuple(version, 1), &tuple(version, 2));
-        let header = whole.outer.header_len() + 8 + whole.inner.header_len();
-        let at = match version {
-            Version::V4 => 2,
-            Version::V6 => 4,
-        };
-        for (quoted_bytes, read) in [(0, false), (3, false), (4, true), (8, true)] {
-            let mut frame = Frame::new(version, &packet, &[]);
-            let mut length = (header + quoted_bytes) as u16;
-            if version == Version::V6 {
-                length -= 40;
+#[test]
+fn a_quoted_packet_without_its_ports_is_not_read() {
+    for version in VERSIONS {
+        for (transport, needed) in [
+            (
+                Transport::Tcp {
+                    options: Vec::new(),
+                },
+                4,
+            ),
+            (Transport::Udp { checksum: true }, 4),
+            (Transport::Sctp, 4),
+            (echo(version), 6),
+        ] {
+            let whole = error(Shape::plain(version, transport), 3);
+            let packet = whole.build(&tuple(version, 1), &tuple(version, 2));
+            let inner_at = whole.outer.header_len() + 8;
+            // IPv4's length counts the header, IPv6's does not.
+            let (at, header) = match version {
+                Version::V4 => (2, 0),
+                Version::V6 => (4, 40),
+            };
+            for quoted_bytes in 0..=8 {
+                let end = whole.inner.header_len() + quoted_bytes;
+                // The error ends there, whatever stands in the padding; or the quoted packet
+                // itself says that it has no more (a length of 0 would leave that open).
+                for (l3, length) in [(0, inner_at + end), (inner_at, end)] {
+                    let mut frame = Frame::new(version, &packet, &[]);
+                    let length = ((length - header) as u16).max(1);
+                    frame.0[ETH_HLEN + l3 + at..][..2].copy_from_slice(&length.to_be_bytes());
+                    let outer = frame.parse(version).unwrap();
+                    let inner = quoted(&frame, &outer);
+                    assert_eq!(
+                        inner.is_some(),
+                        quoted_bytes >= needed,
+                        "{:?}: {quoted_bytes} bytes, header at {l3}",
+                        whole.inner
+                    );
+                }
             }
-            frame.0[ETH_HLEN + at..][..2].copy_from_slice(&length.to_be_bytes());
-            let outer = frame.parse(version).unwrap();
-            let inner = quoted(&frame, &outer);
-            assert_eq!(inner.is_some(), read, "{version:?} {quoted_bytes}");
-            // Nor is what the quoted packet itself says that it does not have.
-            let mut frame = Frame::new(version, &packet, &[]);
-            let mut length = (whole.inner.header_len() + quoted_bytes) as u16;
-            if version == Version::V6 {
-                length = (length - 40).max(1);
-            }
-            let at = ETH_HLEN + whole.outer.header_len() + 8 + at;
-            frame.0[at..][..2].copy_from_slice(&length.to_be_bytes());
-            let outer = frame.parse(version).unwrap();
-            let inner = quoted(&frame, &outer);
-            assert_eq!(inner.is_some(), read, "{version:?} {quoted_bytes}");
         }
+    }
+}
+
+/// An echo request.
+fn echo(version: Version) -> Transport {
+    let kind = match version {
+        Version::V4 => 8,
+        Version::V6 => 128,
+    };
+    Transport::Icmp {
+        kind,
+        code: 0,
+        rest: [0; 4],
     }
 }
 
