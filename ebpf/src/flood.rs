@@ -12,9 +12,9 @@ use bpf_bridge_common::{
 };
 
 use crate::{
-    maps::{MEMBERS, PROGRAMS, SEGMENTS},
+    maps::{MEMBERS, PROGRAMS},
     port::HANDED_OVER,
-    shared::{PORTS, STATS, count_drop, ifindex, skb},
+    shared::{PORTS, SEGMENTS, STATS, count_drop, ifindex, skb},
 };
 
 /// Hands the frame to [`flood()`]. Comes back only if that could not be called.

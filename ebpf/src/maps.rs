@@ -1,4 +1,4 @@
-//! The tables that all programs share. The plugin pins each under its name, so
+//! The tables of the programs that switch, besides those of [`shared`](crate::shared). The plugin pins each under its name, so
 //! that they outlive the process that made them. See [`bpf_bridge_common::layout`].
 
 use aya_ebpf::{
@@ -6,27 +6,14 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use bpf_bridge_common::layout::{
-    Endpoint, IpKey, Learned, MAX_ENDPOINTS, MAX_LEARNED, MAX_MEMBERS, MAX_NEIGHBORS, MAX_PORTS,
-    MAX_SEGMENTS, MacKey, Member, MemberKey, Neighbor, PROGRAM_COUNT, Segment,
+    Learned, MAX_LEARNED, MAX_MEMBERS, MAX_PORTS, MacKey, Member, MemberKey, PROGRAM_COUNT,
 };
 
 use crate::shared::ON_DEMAND;
 
 #[btf_map]
-pub(crate) static ENDPOINTS: HashMap<MacKey, Endpoint, { MAX_ENDPOINTS as usize }, ON_DEMAND> =
-    HashMap::new();
-
-#[btf_map]
-pub(crate) static NEIGHBORS: HashMap<IpKey, Neighbor, { MAX_NEIGHBORS as usize }, ON_DEMAND> =
-    HashMap::new();
-
-#[btf_map]
 pub(crate) static LEARNED: LruHashMap<MacKey, Learned, { MAX_LEARNED as usize }> =
     LruHashMap::new();
-
-#[btf_map]
-pub(crate) static SEGMENTS: HashMap<u32, Segment, { MAX_SEGMENTS as usize }, ON_DEMAND> =
-    HashMap::new();
 
 #[btf_map]
 pub(crate) static MEMBERS: HashMap<MemberKey, Member, { MAX_PORTS as usize }, ON_DEMAND> =

@@ -24,17 +24,20 @@ use bpf_bridge_common::{
     drops::DropReason,
     frame::{self, Destination, ETH_HLEN, ETH_P_ARP, ETH_P_IPV6},
     layout::{
-        AGEING_NS, Learned, Mac, MacKey, PORT_GATEWAY, PORT_HAIRPIN, PORT_ISOLATED,
-        PORT_MACSPOOFCHK, PORT_PROMISC, PORT_PUBLISHED, PROGRAM_FROM_HOST, PROGRAM_FROM_POD, Port,
-        REFRESH_NS,
+        AGEING_NS, Endpoint, Learned, Mac, MacKey, PORT_GATEWAY, PORT_HAIRPIN, PORT_ISOLATED,
+        PORT_MACSPOOFCHK, PORT_PROMISC, PORT_ROUTED, PORT_VIA_HOST, PROGRAM_BETWEEN,
+        PROGRAM_FROM_HOST, PROGRAM_FROM_POD, Port, REFRESH_NS,
     },
 };
 
 use crate::{
     flood,
-    maps::{ENDPOINTS, LEARNED, PROGRAMS},
+    maps::{LEARNED, PROGRAMS},
     responder,
-    shared::{PACKET_HOST, PORTS, STATS, count_drop, ifindex, skb, to_host},
+    shared::{
+        ENDPOINTS, PACKET_HOST, PORTS, SEGMENT, STATS, TARGET, TARGET_FLAGS, count_drop, ifindex,
+        skb, to_host,
+    },
 };
 
 /// The program of every port.
@@ -163,14 +166,12 @@ fn unicast(ctx: &TcContext, ifindex: u32, port: &Port, to: Mac) -> Result<i32, D
         if endpoint.flags & port.flags & PORT_ISOLATED != 0 {
             return Err(DropReason::Isolated);
         }
-        if endpoint.flags & PORT_PUBLISHED != 0 && port.flags & PORT_GATEWAY != 0 {
-            // SAFETY: as above; the context is valid for as long as the program runs.
-            unsafe {
-                (*skb(ctx)).cb[0] = endpoint.port;
-                PROGRAMS.tail_call(ctx, PROGRAM_FROM_HOST);
-            }
-        }
         show_to_host(ctx, port);
+        if port.flags & PORT_GATEWAY != 0 {
+            call(ctx, PROGRAM_FROM_HOST, port, endpoint);
+        } else if (port.flags | endpoint.flags) & (PORT_ROUTED | PORT_VIA_HOST) != 0 {
+            call(ctx, PROGRAM_BETWEEN, port, endpoint);
+        }
         // A mark of the host's stack means nothing inside the pod, and would mean
         // something else there; a veth between namespaces clears it too.
         ctx.set_mark(0);
@@ -206,6 +207,20 @@ fn unicast(ctx: &TcContext, ifindex: u32, port: &Port, to: Mac) -> Result<i32, D
         }
     }
     flood::start(ctx)
+}
+
+/// Lets another program go on with a frame for `endpoint`; comes back only if it is not
+/// loaded.
+#[inline(always)]
+fn call(ctx: &TcContext, program: u32, port: &Port, endpoint: &Endpoint) {
+    // SAFETY: the program that is called takes the same context, which is valid for as
+    // long as a program runs.
+    unsafe {
+        (*skb(ctx)).cb[TARGET] = endpoint.port;
+        (*skb(ctx)).cb[TARGET_FLAGS] = endpoint.flags;
+        (*skb(ctx)).cb[SEGMENT] = port.segment;
+        PROGRAMS.tail_call(ctx, program);
+    }
 }
 
 /// A frame for where it came from.

@@ -24,8 +24,8 @@ use bpf_bridge_common::{
 
 use crate::{
     flood,
-    maps::{NEIGHBORS, PROGRAMS},
-    shared::{PORTS, STATS, count_drop, ifindex, skb},
+    maps::PROGRAMS,
+    shared::{NEIGHBORS, PORTS, STATS, count_drop, ifindex, skb},
 };
 
 /// Hands the frame to [`responder()`]. Comes back only if that could not be called.

@@ -1,4 +1,5 @@
-//! What both objects have: the ports, their counters, and the context.
+//! What both objects have: the ports, their counters, what was assigned, and the
+//! context.
 
 use core::hint::black_box;
 
@@ -12,7 +13,10 @@ use aya_ebpf::{
 };
 use bpf_bridge_common::{
     drops::DropReason,
-    layout::{MAX_PORTS, Port, PortStats},
+    layout::{
+        Endpoint, IpKey, MAX_ENDPOINTS, MAX_NEIGHBORS, MAX_PORTS, MAX_SEGMENTS, MacKey, Neighbor,
+        Port, PortStats, Segment,
+    },
 };
 
 /// Memory is taken when an entry is made: most nodes have far fewer than the
@@ -22,6 +26,14 @@ pub(crate) const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
 /// `PACKET_HOST` of `linux/if_packet.h`.
 pub(crate) const PACKET_HOST: u32 = 0;
 
+/// Where in the control buffer `port` leaves the ifindex of the host veth that a frame is
+/// for, to a program that it calls.
+pub(crate) const TARGET: usize = 0;
+/// And that port's flags.
+pub(crate) const TARGET_FLAGS: usize = 1;
+/// And the segment.
+pub(crate) const SEGMENT: usize = 2;
+
 #[btf_map]
 pub(crate) static PORTS: HashMap<u32, Port, { MAX_PORTS as usize }, ON_DEMAND> = HashMap::new();
 
@@ -29,7 +41,19 @@ pub(crate) static PORTS: HashMap<u32, Port, { MAX_PORTS as usize }, ON_DEMAND> =
 pub(crate) static STATS: PerCpuHashMap<u32, PortStats, { MAX_PORTS as usize + 1 }, ON_DEMAND> =
     PerCpuHashMap::new();
 
-/// The device that the frame arrived on.
+#[btf_map]
+pub(crate) static ENDPOINTS: HashMap<MacKey, Endpoint, { MAX_ENDPOINTS as usize }, ON_DEMAND> =
+    HashMap::new();
+
+#[btf_map]
+pub(crate) static NEIGHBORS: HashMap<IpKey, Neighbor, { MAX_NEIGHBORS as usize }, ON_DEMAND> =
+    HashMap::new();
+
+#[btf_map]
+pub(crate) static SEGMENTS: HashMap<u32, Segment, { MAX_SEGMENTS as usize }, ON_DEMAND> =
+    HashMap::new();
+
+/// The device that the frame arrived on, or leaves by.
 #[inline(always)]
 pub(crate) fn ifindex(ctx: &TcContext) -> u32 {
     // SAFETY: the context is valid for as long as the program runs.

@@ -98,6 +98,14 @@ pub const FLOW_REFRESH_NS: u64 = 500_000_000;
 /// port if none is free, in ns: as long as Linux's connection tracking remembers a
 /// closed connection (`nf_conntrack_tcp_timeout_time_wait`).
 pub const FLOW_IDLE_NS: u64 = 120_000_000_000;
+/// How long a masqueraded TCP connection must have been silent before another flow may
+/// take its port if none is free, in ns (RFC 5382, REQ-5).
+pub const CONNECTION_IDLE_NS: u64 = 7_440_000_000_000;
+/// The same for all other flows, in ns (RFC 4787, REQ-5).
+pub const MASQUERADE_IDLE_NS: u64 = 300_000_000_000;
+/// And for connections that have ended: as long as Linux itself waits
+/// (`TCP_TIMEWAIT_LEN`).
+pub const ENDED_NS: u64 = 60_000_000_000;
 /// How long fragments of one datagram may follow each other, in ns.
 pub const FRAGMENT_NS: u64 = 5_000_000_000;
 /// How long a learned address is believed without being seen, in ns: what
@@ -509,6 +517,8 @@ pub struct Flow {
 /// The pod has begun the flow, and is masqueraded as [`Flow::original`]; the client is
 /// whom it asked.
 pub const FLOW_MASQUERADED: u32 = 1 << 0;
+/// Neither direction of the flow passes the host's stack, although it is masqueraded.
+pub const FLOW_DIRECT: u32 = 1 << 1;
 
 /// An address of a pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
@@ -579,9 +589,14 @@ pub struct Reply {
     pub port: u32,
     /// The port that the flow has behind the translation.
     pub inner_port: u16,
-    /// Zero.
-    pub reserved: u16,
+    /// `REPLY_*` bits.
+    pub flags: u16,
 }
+
+/// One side has said that the connection ends (TCP).
+pub const REPLY_ENDED: u16 = 1 << 0;
+/// As [`FLOW_DIRECT`].
+pub const REPLY_DIRECT: u16 = 1 << 1;
 
 /// A device by which packets leave the node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]

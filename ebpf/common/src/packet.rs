@@ -399,6 +399,14 @@ pub fn quoted(packet: &impl Packet, outer: &Parsed) -> Option<Parsed> {
     Some(inner)
 }
 
+/// Whether the packet is one by which IPv6 neighbours and routers find each other (RFC
+/// 4861 §4): it is of no use behind a router.
+#[inline(always)]
+pub fn is_neighbor_discovery(packet: &impl Packet, parsed: &Parsed) -> bool {
+    parsed.protocol == IPPROTO_ICMPV6
+        && matches!(packet.load(parsed.l4 as usize), Some([133..=137]))
+}
+
 /// Reads the IP header and its extensions.
 #[inline(always)]
 fn network(packet: &impl Packet, l3: usize, ethertype: u16, parsed: &mut Parsed) -> Option<()> {

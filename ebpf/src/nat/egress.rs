@@ -1,16 +1,229 @@
-//! tc egress of the devices by which packets leave the node: what pods send is
-//! masqueraded.
+//! tc egress of the devices by which packets leave the node: what masqueraded pods send
+//! gets the node's address.
+//!
+//! The host's stack has seen the packet as the pod has sent it, and sees the answer as
+//! it goes to the pod: whatever it knows of the flow, it knows both ways.
 
-use aya_ebpf::{bindings::TC_ACT_UNSPEC, macros::classifier, programs::TcContext};
+use aya_ebpf::{
+    bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC},
+    macros::classifier,
+    programs::TcContext,
+};
+use bpf_bridge_common::{
+    drops::DropReason,
+    frame::ETH_HLEN,
+    layout::{FLOW_MASQUERADED, Masqueraded},
+    packet::Fragment,
+};
+
+use crate::{
+    fib,
+    fragments::{self, Standing},
+    maps::{ADDRESSES, FLOWS, REPLIES},
+    masquerade::{self, GO_ON, Owner},
+    own,
+    shared::{PORTS, count_drop, ifindex, skb},
+    skb::Skb,
+    work::{From, Outcome, Work, apart},
+};
 
 /// The program of uplinks with Ethernet headers.
 #[classifier]
-pub(crate) fn egress(_ctx: TcContext) -> i32 {
-    TC_ACT_UNSPEC
+pub(crate) fn egress(ctx: TcContext) -> i32 {
+    send(&ctx, ETH_HLEN)
 }
 
 /// The program of uplinks without: tunnels.
 #[classifier]
-pub(crate) fn egress_l3(_ctx: TcContext) -> i32 {
-    TC_ACT_UNSPEC
+pub(crate) fn egress_l3(ctx: TcContext) -> i32 {
+    send(&ctx, 0)
+}
+
+#[inline(always)]
+fn send(ctx: &TcContext, l3: usize) -> i32 {
+    if Skb(ctx).is_tagged() {
+        // Of a VLAN device, which has its own program.
+        return TC_ACT_UNSPEC;
+    }
+    let Some(work) = Work::get() else {
+        return TC_ACT_UNSPEC;
+    };
+    work.from = From {
+        // SAFETY: the context is valid for as long as the program runs.
+        segment: unsafe { (*skb(ctx)).ingress_ifindex },
+        ifindex: ifindex(ctx),
+        linked: l3 != 0,
+        again: 0,
+        ..From::STACK
+    };
+    match translate(ctx, work, l3) {
+        Some(Ok(verdict)) => verdict,
+        Some(Err(reason)) => {
+            count_drop(work.account, reason);
+            TC_ACT_SHOT
+        }
+        // Other programs of this hook run.
+        None => TC_ACT_UNSPEC,
+    }
+}
+
+#[inline(always)]
+fn translate(ctx: &TcContext, work: &mut Work, l3: usize) -> Outcome {
+    if !work.read(ctx, l3) || work.parsed.tuple.destination.is_group() {
+        return None;
+    }
+    let is_error = work.parsed.is_icmp() && !work.parsed.is_query() && work.read_error(ctx);
+    let segment = work.from.segment;
+    // The node's own come from no device.
+    let pod = if segment == 0 {
+        None
+    } else {
+        masquerade::pod(&mut work.pod_key, &work.parsed.tuple.source, segment)
+    };
+    let mut owner = Owner {
+        port: 0,
+        segment: 0,
+        device: work.from.ifindex,
+        flags: 0,
+    };
+    match pod {
+        Some(pod) => {
+            work.account = pod.port;
+            owner.port = pod.port;
+            owner.segment = segment;
+            if work.parsed.fragment != Fragment::Whole {
+                match complete(ctx, work, pod)? {
+                    Ok(()) => {}
+                    Err(done) => return Some(done),
+                }
+            }
+            if is_error {
+                return apart(|| error_of_pod(ctx, work, pod));
+            }
+        }
+        None if is_error => return apart(|| own_error(ctx, work)),
+        None if !collides(ctx, work) => return None,
+        None => work.account = 0,
+    }
+    apart(|| match masquerade::settle(ctx, work, &owner, pod)? {
+        Ok(()) if work.rewrite(ctx) => GO_ON,
+        Ok(()) => Some(Err(DropReason::Helper)),
+        Err(reason) => Some(Err(reason)),
+    })
+}
+
+/// Completes a fragment that a masqueraded pod sends. `None` if it leaves as it is, an
+/// error with what becomes of it if it cannot go on.
+#[inline(always)]
+fn complete(
+    ctx: &TcContext,
+    work: &mut Work,
+    pod: &Masqueraded,
+) -> Option<Result<(), Result<i32, DropReason>>> {
+    if masquerade::is_exempt(&mut work.exempt, pod, &work.parsed.tuple.destination) {
+        return None;
+    }
+    Some(match fragments::complete(ctx, work, pod.port, true) {
+        Standing::Known => Ok(()),
+        Standing::Unknown => Err(Err(DropReason::NotTranslatable)),
+        Standing::Done => Err(Ok(TC_ACT_SHOT)),
+    })
+}
+
+/// What a masqueraded pod says about an answer that it got.
+#[inline(always)]
+fn error_of_pod(ctx: &TcContext, work: &mut Work, pod: &Masqueraded) -> Outcome {
+    masquerade::set_flow_key(
+        &mut work.key,
+        &masquerade::answer(&work.inner.tuple),
+        work.inner.protocol,
+        pod.port,
+    );
+    // SAFETY: an entry that is evicted meanwhile is memory of the map still.
+    let Some(flow) = (unsafe { FLOWS.get(&work.key) }) else {
+        if masquerade::is_exempt(&mut work.exempt, pod, &work.parsed.tuple.destination) {
+            return None;
+        }
+        return Some(Err(DropReason::NotTranslatable));
+    };
+    if flow.flags & FLOW_MASQUERADED == 0 {
+        return None;
+    }
+    work.to = work.inner.tuple;
+    work.to.destination = flow.original;
+    work.to.destination_port = flow.original_port;
+    work.outer = work.parsed.tuple;
+    work.outer.source = flow.original;
+    Some(if work.rewrite_error(ctx) {
+        Ok(TC_ACT_UNSPEC)
+    } else {
+        Err(DropReason::Helper)
+    })
+}
+
+/// What the node says about an answer to a masqueraded pod, which it could not pass on.
+#[inline(always)]
+fn own_error(ctx: &TcContext, work: &mut Work) -> Outcome {
+    let about = masquerade::answer(&work.inner.tuple);
+    let exit = fib::exit(ctx, work.from.ifindex, &work.inner.tuple, 0)?;
+    let pod = masquerade::pod(&mut work.pod_key, &about.source, exit.device)?;
+    work.account = pod.port;
+    masquerade::set_flow_key(&mut work.key, &about, work.inner.protocol, pod.port);
+    // SAFETY: as above.
+    let flow = unsafe { FLOWS.get(&work.key) }?;
+    if flow.flags & FLOW_MASQUERADED == 0 {
+        return None;
+    }
+    work.to = work.inner.tuple;
+    work.to.destination = flow.original;
+    work.to.destination_port = flow.original_port;
+    work.outer = work.parsed.tuple;
+    Some(if work.rewrite_error(ctx) {
+        Ok(TC_ACT_UNSPEC)
+    } else {
+        Err(DropReason::Helper)
+    })
+}
+
+/// Whether what leaves with the node's own address could be taken for a pod's: a packet
+/// of the node's processes, or one that netfilter, or we, have translated already.
+#[inline(always)]
+fn collides(ctx: &TcContext, work: &mut Work) -> bool {
+    if work.parsed.fragment == Fragment::Later {
+        return false;
+    }
+    masquerade::set_reply_key(
+        &mut work.reply_key,
+        &masquerade::answer(&work.parsed.tuple),
+        work.parsed.protocol,
+    );
+    let Some(reply) = REPLIES.get_ptr_mut(&work.reply_key) else {
+        note_forwarded(work);
+        return false;
+    };
+    // SAFETY: an entry that is evicted meanwhile is memory of the map still; at worst a
+    // store is lost.
+    let reply = unsafe { &mut *reply };
+    if reply.port == 0 {
+        masquerade::touch(reply, own::step(&Skb(ctx), &work.parsed));
+        return false;
+    }
+    let came_by = work.from.segment;
+    // SAFETY: the plugin replaces entries of this map whole.
+    let pod = unsafe { PORTS.get(reply.port) };
+    // Else it is ours, translated.
+    came_by != reply.port && pod.is_some_and(|pod| pod.segment != came_by)
+}
+
+/// Remembers a flow that netfilter has translated: the node forwards it, under its own
+/// address.
+#[inline(always)]
+fn note_forwarded(work: &mut Work) {
+    let came_by = work.from.segment;
+    if came_by != 0
+        && ADDRESSES.get_ptr(&work.parsed.tuple.source).is_some()
+        && PORTS.get_ptr(came_by).is_none()
+    {
+        masquerade::cede(work);
+    }
 }

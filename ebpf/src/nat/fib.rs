@@ -6,15 +6,15 @@ use aya_ebpf::{
     EbpfContext as _,
     bindings::{
         BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NO_NEIGH,
-        BPF_FIB_LKUP_RET_NOT_FWDED, BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup as Lookup,
-        bpf_redir_neigh,
+        BPF_FIB_LKUP_RET_NOT_FWDED, BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LOOKUP_OUTPUT,
+        BPF_FIB_LOOKUP_SKIP_NEIGH, BPF_FIB_LOOKUP_SRC, bpf_fib_lookup as Lookup, bpf_redir_neigh,
     },
     helpers::{bpf_fib_lookup, bpf_redirect_neigh},
     programs::TcContext,
 };
 use bpf_bridge_common::{layout::Address, packet::Tuple};
 
-use crate::maps::ADDRESSES;
+use crate::{maps::ADDRESSES, shared::skb};
 
 /// `AF_INET` and `AF_INET6` of `linux/socket.h`.
 const AF_INET: u8 = 2;
@@ -130,6 +130,72 @@ fn elsewhere(address: &Address) -> Address {
     } else {
         Address::v6([0x01, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xfe])
     }
+}
+
+/// The packet's mark counts as well (`BPF_FIB_LOOKUP_MARK`, since 6.10).
+const BPF_FIB_LOOKUP_MARK: u32 = 1 << 5;
+
+/// How a pod's packet leaves the node.
+pub(crate) struct Exit {
+    /// The device.
+    pub(crate) device: u32,
+    /// The node's address there.
+    pub(crate) address: Address,
+}
+
+/// How a packet from `tuple` of a pod leaves the node, and as whom the node itself would
+/// send it. `via` is the gateway device of the pod's segment, 0 for packets of the node
+/// itself; `device` is the one by which it is known to leave, 0 if that is not known.
+#[inline(never)]
+pub(crate) fn exit(ctx: &TcContext, via: u32, tuple: &Tuple, device: u32) -> Option<Exit> {
+    // SAFETY: the context is valid for as long as the program runs.
+    let mark = unsafe { (*skb(ctx)).mark };
+    let asked = BPF_FIB_LOOKUP_SRC | BPF_FIB_LOOKUP_SKIP_NEIGH;
+    let questions = [
+        // As the stack asks when it forwards.
+        (via, asked | BPF_FIB_LOOKUP_MARK),
+        (via, asked),
+        // Whatever led the packet there, this device has routes.
+        (device, asked | BPF_FIB_LOOKUP_OUTPUT),
+    ];
+    for (number, (from, flags)) in questions.into_iter().enumerate() {
+        if from == 0 {
+            continue;
+        }
+        let mut lookup = zeroed();
+        lookup.ifindex = from;
+        set_addresses(&mut lookup, &tuple.source, &tuple.destination);
+        if number == 0 {
+            // In a union with what the answer has there.
+            let [a, b, c, d] = mark.to_ne_bytes();
+            lookup.smac = [a, b, c, d, 0, 0];
+        }
+        // SAFETY: the structure is of the length that is given with it.
+        let answer = unsafe {
+            bpf_fib_lookup(ctx.as_ptr(), &mut lookup, size_of::<Lookup>() as i32, flags) as u32
+        };
+        if matches!(
+            answer,
+            BPF_FIB_LKUP_RET_SUCCESS | BPF_FIB_LKUP_RET_NO_NEIGH | BPF_FIB_LKUP_RET_FRAG_NEEDED
+        ) && (device == 0 || lookup.ifindex == device)
+        {
+            // SAFETY: the kernel has written the source there.
+            let source = unsafe { lookup.__bindgen_anon_3.ipv6_src };
+            let address = if tuple.source.is_v4() {
+                Address::v4(source[0].to_ne_bytes())
+            } else {
+                Address::from_words(source)
+            };
+            return Some(Exit {
+                device: lookup.ifindex,
+                address,
+            });
+        }
+        if device == 0 && number == 1 {
+            return None;
+        }
+    }
+    None
 }
 
 /// What is asked about a packet that is to leave the node, besides its addresses.

@@ -6,7 +6,7 @@ use aya_ebpf::{
 };
 use bpf_bridge_common::{
     layout::{Address, FLOW_IDLE_NS, FLOW_REFRESH_NS, Flow, FlowKey, Published},
-    packet::IPPROTO_SCTP,
+    packet::{IPPROTO_TCP, IPPROTO_UDP},
 };
 
 use crate::{maps::FLOWS, shared::PORTS, work::From};
@@ -88,7 +88,7 @@ pub(crate) fn find(key: &mut FlowKey, wanted: &Flow, from: &From) -> Found {
                             Found::Known
                         };
                     }
-                    if flow.from == 0 {
+                    if flow.from == 0 && from.segment == 0 {
                         return Found::Ceded;
                     }
                 }
@@ -101,8 +101,9 @@ pub(crate) fn find(key: &mut FlowKey, wanted: &Flow, from: &From) -> Found {
             None if free == 0 => free = port,
             None => {}
         }
-        if key.protocol == IPPROTO_SCTP {
-            // Its checksum would have to be made anew for another port.
+        if !matches!(key.protocol, IPPROTO_TCP | IPPROTO_UDP) {
+            // SCTP's checksum would have to be made anew for another port, and others
+            // have none.
             break;
         }
     }

@@ -1,10 +1,11 @@
 //! Fragments: only the first one of a datagram says which ports it is for.
 //!
 //! Those that come before it wait in a map. When it has come, all of them are received
-//! once more, the first one first: each then finds what it needs.
+//! once more (or sent, if they are leaving), the first one first: each then finds what it
+//! needs.
 
 use aya_ebpf::{
-    bindings::{BPF_ANY, BPF_F_INGRESS, BPF_F_INVALIDATE_HASH, BPF_F_RECOMPUTE_CSUM},
+    bindings::{BPF_ANY, BPF_F_INVALIDATE_HASH, BPF_F_RECOMPUTE_CSUM},
     btf_maps::PerCpuArray,
     helpers::{
         bpf_clone_redirect, bpf_ktime_get_ns, bpf_skb_change_tail, bpf_skb_load_bytes,
@@ -98,7 +99,7 @@ fn first(ctx: &TcContext, work: &mut Work, port: u32, hold: bool) -> Standing {
     if held == 0 {
         return Standing::Known;
     }
-    release(ctx, &key, held);
+    release(ctx, &key, held, work.from.again);
     Standing::Done
 }
 
@@ -161,14 +162,15 @@ fn keep(ctx: &TcContext, datagram: &FragmentKey, number: u16) -> bool {
     }
 }
 
-/// Receives the first fragment once more, and then all that have waited for it.
+/// Receives the first fragment once more, or sends it, and then all that have waited for
+/// it.
 #[inline(never)]
-fn release(ctx: &TcContext, datagram: &FragmentKey, held: u16) {
+fn release(ctx: &TcContext, datagram: &FragmentKey, held: u16, again: u32) {
     let device = ifindex(ctx);
-    let ingress = u64::from(BPF_F_INGRESS);
+    let again = u64::from(again);
     let changed = u64::from(BPF_F_RECOMPUTE_CSUM | BPF_F_INVALIDATE_HASH);
     // SAFETY: the context is the program's own, as for all helpers below.
-    unsafe { bpf_clone_redirect(skb(ctx), device, ingress) };
+    unsafe { bpf_clone_redirect(skb(ctx), device, again) };
     let mut key = HeldKey {
         datagram: *datagram,
         number: 0,
@@ -197,7 +199,7 @@ fn release(ctx: &TcContext, datagram: &FragmentKey, held: u16) {
                     changed,
                 ) == 0
             {
-                bpf_clone_redirect(skb(ctx), device, ingress);
+                bpf_clone_redirect(skb(ctx), device, again);
             }
         }
         let _ = HELD.remove(&key);

@@ -1,46 +1,117 @@
-//! What the host's stack sends to a pod with published ports: connections of the node's
-//! own processes, routed ones from outside, kube-proxy's. They are remembered as the
-//! stack's, so that the pod's replies go back to it; and if a client already speaks to
-//! the pod by a published port, from the same address and port, the pod is shown another
-//! port.
+//! What the host's stack sends to a pod: connections of the node's own processes, routed
+//! ones from outside, kube-proxy's. They are remembered as the stack's, so that the pod's
+//! replies go back to it; and if a client already speaks to the pod by a published port,
+//! from the same address and port, the pod is shown another port.
+//!
+//! Of a pod that neither publishes ports nor is masqueraded, all replies go to the host
+//! anyway, but those to pods of its own segment: only what comes from these is looked at.
 
 use aya_ebpf::{bindings::TC_ACT_SHOT, macros::classifier, programs::TcContext};
 use bpf_bridge_common::{
     drops::DropReason,
-    frame::ETH_HLEN,
-    layout::{Address, Published},
+    frame::{ETH_HLEN, ETH_P_IPV6},
+    layout::{
+        Address, FLOW_MASQUERADED, IpKey, MacKey, PORT_GATEWAY, PORT_MASQUERADED, PORT_PUBLISHED,
+        PORT_ROUTED, PORT_VIA_HOST, Published,
+    },
 };
 
 use crate::{
     flow::{self, Found},
     fragments::{self, Standing},
-    shared::{count_drop, ifindex, skb},
-    skb::Skb,
+    maps::FLOWS,
+    masquerade,
+    shared::{
+        ENDPOINTS, NEIGHBORS, PORTS, SEGMENT, TARGET, TARGET_FLAGS, count_drop, ifindex, skb,
+    },
+    skb::{ETH_P_IP, Skb},
     work::{From, Work},
 };
 
-/// The program that `port` goes on with. It has left the ifindex of the pod's host veth
-/// in the control buffer.
+/// The pod that a frame is for, as `port` says.
+#[derive(Clone, Copy)]
+pub(crate) struct Target {
+    /// The ifindex of its host veth.
+    pub(crate) port: u32,
+    /// Its `PORT_*` bits.
+    pub(crate) flags: u32,
+    /// The segment.
+    pub(crate) segment: u32,
+}
+
+impl Target {
+    #[inline(always)]
+    pub(crate) fn of(ctx: &TcContext) -> Self {
+        // SAFETY: the context is valid for as long as the program runs.
+        let cb = unsafe { &(*skb(ctx)).cb };
+        Self {
+            port: cb[TARGET],
+            flags: cb[TARGET_FLAGS],
+            segment: cb[SEGMENT],
+        }
+    }
+}
+
+/// The program that `port` goes on with.
 #[classifier]
 pub(crate) fn from_host(ctx: TcContext) -> i32 {
-    // SAFETY: the context is valid for as long as the program runs.
-    let port = unsafe { (*skb(&ctx)).cb[0] };
+    let target = Target::of(&ctx);
     let shown = match Work::get() {
-        Some(work) => remember(&ctx, work, port),
+        Some(work) => remember(&ctx, work, &target),
         None => Ok(()),
     };
-    match shown.and_then(|()| Skb(&ctx).deliver(port)) {
+    match shown.and_then(|()| Skb(&ctx).deliver(target.port)) {
         Ok(verdict) => verdict,
         Err(reason) => {
-            count_drop(port, reason);
+            count_drop(target.port, reason);
             TC_ACT_SHOT
         }
     }
 }
 
+/// Whether the packet's source is a pod of the segment.
+#[inline(never)]
+fn is_from_segment(ctx: &TcContext, segment: u32) -> bool {
+    let source = match Skb(ctx).ethertype() {
+        ETH_P_IP => ctx
+            .load(ETH_HLEN + 12)
+            .map(|address| IpKey::v4(segment, address)),
+        ETH_P_IPV6 => ctx
+            .load(ETH_HLEN + 8)
+            .map(|address| IpKey::v6(segment, address)),
+        _ => return false,
+    };
+    let Ok(source) = source else {
+        return false;
+    };
+    // SAFETY: the plugin replaces entries of this map whole.
+    unsafe { NEIGHBORS.get(&source) }.is_some_and(|pod| pod.flags & PORT_GATEWAY == 0)
+}
+
+/// From now on replies of the pod to pods of its segment are looked at.
+#[inline(always)]
+fn mark_routed(target: &Target) {
+    if target.flags & PORT_ROUTED != 0 {
+        return;
+    }
+    let Some(port) = PORTS.get_ptr_mut(target.port) else {
+        return;
+    };
+    // SAFETY: an entry that is replaced meanwhile is memory of the map still; at worst a
+    // store is lost, and the next flow makes it again.
+    let mac = unsafe {
+        (*port).flags |= PORT_ROUTED;
+        (*port).mac
+    };
+    if let Some(endpoint) = ENDPOINTS.get_ptr_mut(MacKey::new(target.segment, mac)) {
+        // SAFETY: as above.
+        unsafe { (*endpoint).flags |= PORT_ROUTED };
+    }
+}
+
 /// The pod as packets address it: nothing is translated.
 #[inline(always)]
-fn itself(address: &Address, pod_port: u16, port: u32) -> Published {
+pub(crate) fn itself(address: &Address, pod_port: u16, port: u32) -> Published {
     Published {
         address: *address,
         gateway: Address::UNSPECIFIED,
@@ -55,7 +126,11 @@ fn itself(address: &Address, pod_port: u16, port: u32) -> Published {
 }
 
 #[inline(always)]
-fn remember(ctx: &TcContext, work: &mut Work, port: u32) -> Result<(), DropReason> {
+fn remember(ctx: &TcContext, work: &mut Work, target: &Target) -> Result<(), DropReason> {
+    let turned = target.flags & PORT_VIA_HOST == 0 && is_from_segment(ctx, target.segment);
+    if !turned && target.flags & (PORT_PUBLISHED | PORT_MASQUERADED) == 0 {
+        return Ok(());
+    }
     // Replies go to the stack, whatever brought the request there.
     work.from = From::STACK;
     if Skb(ctx).is_tagged() || !work.read(ctx, ETH_HLEN) {
@@ -68,31 +143,47 @@ fn remember(ctx: &TcContext, work: &mut Work, port: u32) -> Result<(), DropReaso
     ) {
         return Ok(());
     }
-    if work.parsed.is_icmp() && work.read_error(ctx) {
-        return show_error(ctx, work, port);
-    }
-    if !work.parsed.is_transport() {
-        return Ok(());
+    if work.parsed.is_icmp() {
+        return if work.read_error(ctx) {
+            show_error(ctx, work, target.port)
+        } else {
+            // Queries are answered, and answers begin nothing.
+            Ok(())
+        };
     }
     let tuple = &work.parsed.tuple;
     flow::describe(
         &mut work.key,
         &mut work.flow,
-        &itself(&tuple.destination, tuple.destination_port, port),
+        &itself(&tuple.destination, tuple.destination_port, target.port),
         &tuple.source,
         (&tuple.source, tuple.source_port),
         (&tuple.destination, tuple.destination_port),
         work.parsed.protocol,
     );
+    // SAFETY: the value is read at once.
+    if let Some(flow) = unsafe { FLOWS.get(&work.key) }
+        && flow.flags & FLOW_MASQUERADED != 0
+    {
+        // The pod has begun it.
+        return Ok(());
+    }
     match flow::find(&mut work.key, &work.flow, &work.from) {
         Found::Known => {}
-        Found::Stale => flow::refresh(&work.key, &work.from),
         found => {
-            if !flow::make(&work.key, &mut work.flow, &work.from, found) {
+            if found == Found::Stale {
+                flow::refresh(&work.key, &work.from);
+            } else if !flow::make(&work.key, &mut work.flow, &work.from, found) {
                 return Err(DropReason::NoSourcePort);
+            }
+            masquerade::set_reply_key(&mut work.reply_key, tuple, work.parsed.protocol);
+            masquerade::cede(work);
+            if turned {
+                mark_routed(target);
             }
         }
     }
+    let tuple = &work.parsed.tuple;
     if work.key.client_port == tuple.source_port {
         return Ok(());
     }

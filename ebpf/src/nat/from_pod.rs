@@ -1,7 +1,11 @@
 //! What a pod sends to the gateway, once a port is published on the node: replies of
 //! published ports, requests to them, and all else, which goes to the host's stack.
 
-use aya_ebpf::{bindings::TC_ACT_SHOT, macros::classifier, programs::TcContext};
+use aya_ebpf::{
+    bindings::{BPF_F_INGRESS, TC_ACT_SHOT},
+    macros::classifier,
+    programs::TcContext,
+};
 use bpf_bridge_common::{
     frame::ETH_HLEN,
     layout::{PORT_PUBLISHED, Port},
@@ -32,6 +36,7 @@ pub(crate) fn from_pod(ctx: TcContext) -> i32 {
         client_mac: [0; 6],
         gateway_mac: [0; 6],
         linked: true,
+        again: BPF_F_INGRESS,
     };
     match translate(&ctx, work, port) {
         Some(Ok(verdict)) => verdict,

@@ -30,6 +30,7 @@ mod fragments;
 mod from_host;
 mod from_pod;
 mod maps;
+mod masquerade;
 mod own;
 mod reply;
 mod request;

@@ -11,6 +11,8 @@ use bpf_bridge_common::layout::{
     PodKey, Published, PublishedKey, Reply, ReplyKey, Socket, Uplink,
 };
 
+use crate::shared::{PORTS, SEGMENTS};
+
 use crate::shared::ON_DEMAND;
 
 #[btf_map]
@@ -63,6 +65,16 @@ pub(crate) static UPLINKS: HashMap<u32, Uplink, { MAX_UPLINKS as usize }, ON_DEM
 
 #[btf_map]
 pub(crate) static NODE: Array<Node, 1> = Array::new();
+
+/// The gateway's MAC address in a segment.
+#[inline(always)]
+pub(crate) fn gateway_mac(segment: u32) -> Option<Mac> {
+    // SAFETY: the plugin replaces entries of these maps whole.
+    unsafe {
+        let segment = SEGMENTS.get(segment)?;
+        Some(PORTS.get(segment.gateway_port)?.mac)
+    }
+}
 
 /// Who serves `port` of `address`, if anybody does.
 #[inline(always)]

@@ -73,7 +73,9 @@ pub(crate) fn remember(asked: &Socket, port: u16) {
 }
 
 /// TCP's flags, in the byte that they are in.
+const FIN: u8 = 1 << 0;
 const SYN: u8 = 1 << 1;
+const RST: u8 = 1 << 2;
 const ACK: u8 = 1 << 4;
 
 /// What a packet says of the connection that it belongs to.
@@ -83,6 +85,8 @@ pub(crate) enum Step {
     Begins,
     /// Its receiver has begun it (TCP).
     Answers,
+    /// Its sender ends it (TCP).
+    Ends,
     /// Nothing.
     Other,
 }
@@ -94,6 +98,7 @@ pub(crate) fn step(packet: &impl Packet, parsed: &Parsed) -> Step {
         return Step::Other;
     }
     match packet.load(usize::from(parsed.l4) + 12) {
+        Some([_, flags]) if flags & (FIN | RST) != 0 => Step::Ends,
         Some([_, flags]) if flags & (SYN | ACK) == SYN => Step::Begins,
         Some([_, flags]) if flags & (SYN | ACK) == SYN | ACK => Step::Answers,
         _ => Step::Other,
@@ -103,8 +108,28 @@ pub(crate) fn step(packet: &impl Packet, parsed: &Parsed) -> Step {
 /// Whether the packet belongs to a connection of the node's own.
 ///
 /// `ctx` is that of a tc or an XDP program.
-#[inline(never)]
+#[inline(always)]
 pub(crate) fn is_own(ctx: *mut c_void, packet: &Tuple, protocol: u8) -> bool {
+    if protocol == IPPROTO_UDP && FLOWS.get_ptr(&key(packet)).is_some() {
+        return true;
+    }
+    match socket(ctx, packet, protocol) {
+        // Whoever listens has no connection yet, or had one.
+        LISTEN | TIME_WAIT if protocol == IPPROTO_TCP => false,
+        0 => false,
+        state => protocol == IPPROTO_TCP || state == ESTABLISHED,
+    }
+}
+
+/// Whether any socket of the node would get the packet.
+#[inline(always)]
+pub(crate) fn is_heard(ctx: *mut c_void, packet: &Tuple, protocol: u8) -> bool {
+    socket(ctx, packet, protocol) != 0
+}
+
+/// The state of the node's socket that would get the packet, 0 if there is none.
+#[inline(never)]
+fn socket(ctx: *mut c_void, packet: &Tuple, protocol: u8) -> u32 {
     // SAFETY: the structure is made of numbers.
     let mut tuple: bpf_sock_tuple = unsafe { core::mem::zeroed() };
     let (source, destination) = (packet.source.words(), packet.destination.words());
@@ -126,30 +151,40 @@ pub(crate) fn is_own(ctx: *mut c_void, packet: &Tuple, protocol: u8) -> bool {
         };
         size_of::<TupleV6>()
     } as u32;
-    // SAFETY: the structure is at least as long as what is given with it, and each
+    match protocol {
+        IPPROTO_TCP => tcp(ctx, &mut tuple, size),
+        IPPROTO_UDP => udp(ctx, &mut tuple, size),
+        _ => 0,
+    }
+}
+
+// Two functions: the verifier refuses an instruction that reads either kind of socket.
+
+#[inline(never)]
+fn tcp(ctx: *mut c_void, tuple: &mut bpf_sock_tuple, size: u32) -> u32 {
+    // SAFETY: the structure is at least as long as what is given with it, and the
     // socket that is found is released.
     unsafe {
-        if protocol == IPPROTO_TCP {
-            let socket = bpf_skc_lookup_tcp(ctx, &mut tuple, size, CURRENT_NETNS, 0);
-            if socket.is_null() {
-                return false;
-            }
-            let state = (*socket).state;
-            bpf_sk_release(socket.cast());
-            state != LISTEN && state != TIME_WAIT
-        } else if protocol == IPPROTO_UDP {
-            if FLOWS.get_ptr(&key(packet)).is_some() {
-                return true;
-            }
-            let socket = bpf_sk_lookup_udp(ctx, &mut tuple, size, CURRENT_NETNS, 0);
-            if socket.is_null() {
-                return false;
-            }
-            let state = (*socket).state;
-            bpf_sk_release(socket.cast());
-            state == ESTABLISHED
-        } else {
-            false
+        let socket = bpf_skc_lookup_tcp(ctx, tuple, size, CURRENT_NETNS, 0);
+        if socket.is_null() {
+            return 0;
         }
+        let state = (*socket).state;
+        bpf_sk_release(socket.cast());
+        state
+    }
+}
+
+#[inline(never)]
+fn udp(ctx: *mut c_void, tuple: &mut bpf_sock_tuple, size: u32) -> u32 {
+    // SAFETY: as above.
+    unsafe {
+        let socket = bpf_sk_lookup_udp(ctx, tuple, size, CURRENT_NETNS, 0);
+        if socket.is_null() {
+            return 0;
+        }
+        let state = (*socket).state;
+        bpf_sk_release(socket.cast());
+        state
     }
 }

@@ -5,7 +5,7 @@ use aya_ebpf::programs::TcContext;
 use bpf_bridge_common::{
     checksum,
     drops::DropReason,
-    layout::{Flow, Port},
+    layout::{FLOW_DIRECT, FLOW_MASQUERADED, Flow, Port},
     packet::{IPPROTO_TCP, Packet as _, Parsed, Tuple, Version},
 };
 
@@ -39,6 +39,9 @@ fn try_undo(ctx: &TcContext, work: &mut Work, port: &Port) -> Outcome {
     key.reserved = [0; 3];
     // SAFETY: an entry that is evicted meanwhile is memory of the map still.
     let flow = unsafe { FLOWS.get(&*key) }?;
+    if flow.flags & FLOW_MASQUERADED != 0 {
+        return (flow.flags & FLOW_DIRECT == 0).then_some(Ok(to_host(port.segment)));
+    }
     work.account = work.from.ifindex;
     work.to.source = flow.original;
     work.to.source_port = flow.original_port;
@@ -74,6 +77,9 @@ fn try_undo_error(ctx: &TcContext, work: &mut Work, port: &Port) -> Outcome {
     key.reserved = [0; 3];
     // SAFETY: as in `undo`.
     let flow = unsafe { FLOWS.get(&*key) }?;
+    if flow.flags & FLOW_MASQUERADED != 0 {
+        return Some(Ok(to_host(port.segment)));
+    }
     work.account = work.from.ifindex;
     work.to.source = flow.client;
     work.to.source_port = flow.client_port;

@@ -109,7 +109,7 @@ fn admit(
         flow::make(&work.key, &mut work.flow, &From::STACK, found);
         return Err(None);
     }
-    if step == Step::Other && own::is_own(ctx, tuple, work.parsed.protocol) {
+    if step != Step::Begins && own::is_own(ctx, tuple, work.parsed.protocol) {
         return Err(None);
     }
     if work.from.segment != pod.segment

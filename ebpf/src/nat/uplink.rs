@@ -1,19 +1,26 @@
-//! tc ingress of the devices by which others reach the node: requests for published
-//! ports go into their pods, everything else goes on as if no program were here.
+//! tc ingress of the devices by which others reach the node: answers to masqueraded pods
+//! are theirs again, requests for published ports go into their pods, and everything else
+//! goes on as if no program were here.
 
 use aya_ebpf::{
-    bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC},
+    bindings::{BPF_F_INGRESS, TC_ACT_SHOT, TC_ACT_UNSPEC},
     macros::classifier,
     programs::TcContext,
 };
-use bpf_bridge_common::frame::ETH_HLEN;
+use bpf_bridge_common::{
+    drops::DropReason,
+    frame::ETH_HLEN,
+    layout::{Port, REPLY_DIRECT, Reply},
+};
 
 use crate::{
     fragments::{self, Standing},
-    request,
-    shared::{count_drop, ifindex},
+    maps::{REPLIES, gateway_mac},
+    masquerade::{self, GO_ON},
+    own, request,
+    shared::{PORTS, count_drop, ifindex},
     skb::Skb,
-    work::{From, Outcome, Work},
+    work::{From, Outcome, Work, apart},
 };
 
 /// The program of uplinks with Ethernet headers.
@@ -44,6 +51,7 @@ fn receive(ctx: &TcContext, l3: usize) -> i32 {
         client_mac: [0; 6],
         gateway_mac: [0; 6],
         linked: l3 != 0,
+        again: BPF_F_INGRESS,
     };
     match lead(ctx, work, l3) {
         Some(Ok(verdict)) => verdict,
@@ -66,11 +74,87 @@ fn lead(ctx: &TcContext, work: &mut Work, l3: usize) -> Outcome {
         Standing::Unknown => return None,
         Standing::Done => return Some(Ok(TC_ACT_SHOT)),
     }
+    if work.parsed.is_icmp() && !work.parsed.is_query() {
+        if !work.read_error(ctx) {
+            return None;
+        }
+        return apart(|| come_back_error(ctx, work)).or_else(|| request::lead_error(ctx, work));
+    }
+    if let Some(done) = apart(|| come_back(ctx, work)) {
+        return Some(done);
+    }
     if work.parsed.is_transport() {
         request::lead(ctx, work)
-    } else if work.parsed.is_icmp() && work.read_error(ctx) {
-        request::lead_error(ctx, work)
     } else {
         None
     }
+}
+
+/// Leads an answer to where it was asked.
+#[inline(always)]
+fn come_back(ctx: &TcContext, work: &mut Work) -> Outcome {
+    let step = own::step(&Skb(ctx), &work.parsed);
+    let reply = masquerade::recall(work, step)?;
+    if reply.port == 0 {
+        // The stack's, and nobody else's, whatever is published under this number.
+        if reply.inner_port == work.parsed.tuple.destination_port || work.rewrite(ctx) {
+            return GO_ON;
+        }
+        return Some(Err(DropReason::Helper));
+    }
+    // SAFETY: the plugin replaces entries of this map whole.
+    let port = unsafe { PORTS.get(reply.port) }?;
+    work.account = reply.port;
+    Some(if work.rewrite(ctx) {
+        hand_over(ctx, work, reply, port)
+    } else {
+        Err(DropReason::Helper)
+    })
+}
+
+/// Leads an error to whom it is about.
+#[inline(always)]
+fn come_back_error(ctx: &TcContext, work: &mut Work) -> Outcome {
+    let sent = work.inner.tuple;
+    masquerade::set_reply_key(
+        &mut work.reply_key,
+        &masquerade::answer(&sent),
+        work.inner.protocol,
+    );
+    // SAFETY: an entry that is evicted meanwhile is memory of the map still.
+    let reply = unsafe { REPLIES.get(&work.reply_key) }?;
+    work.to = sent;
+    work.to.source = reply.address;
+    work.to.source_port = reply.inner_port;
+    work.outer = work.parsed.tuple;
+    work.outer.destination = reply.address;
+    if reply.port == 0 {
+        if reply.inner_port == sent.source_port || work.rewrite_error(ctx) {
+            return GO_ON;
+        }
+        return Some(Err(DropReason::Helper));
+    }
+    // SAFETY: as above.
+    let port = unsafe { PORTS.get(reply.port) }?;
+    work.account = reply.port;
+    Some(if work.rewrite_error(ctx) {
+        hand_over(ctx, work, reply, port)
+    } else {
+        Err(DropReason::Helper)
+    })
+}
+
+/// To the host's stack, which has seen the request; or into the pod, if it has not.
+#[inline(always)]
+fn hand_over(ctx: &TcContext, work: &Work, reply: &Reply, port: &Port) -> Result<i32, DropReason> {
+    if reply.flags & REPLY_DIRECT == 0 {
+        return Ok(TC_ACT_UNSPEC);
+    }
+    let gateway = gateway_mac(port.segment).ok_or(DropReason::Helper)?;
+    let skb = Skb(ctx);
+    if !work.from.linked {
+        skb.add_link_header(work.parsed.version)
+            .ok_or(DropReason::Helper)?;
+    }
+    skb.into_pod(reply.port, port.mac, gateway)
 }

@@ -4,10 +4,15 @@
 //! tc programs are not interrupted by each other. For the same reason the larger steps
 //! are functions of their own, with a stack frame each.
 
-use aya_ebpf::{btf_maps::PerCpuArray, macros::btf_map, programs::TcContext};
+use aya_ebpf::{
+    bindings::BPF_F_INGRESS,
+    btf_maps::{PerCpuArray, lpm_trie::Key},
+    macros::btf_map,
+    programs::TcContext,
+};
 use bpf_bridge_common::{
     drops::DropReason,
-    layout::{Flow, FlowKey, Mac},
+    layout::{ExemptKey, Flow, FlowKey, Mac, PodKey, Reply, ReplyKey},
     packet::{Packet as _, Parsed, Tuple, parse, quoted},
     translate::{rewrite, rewrite_inner, rewrite_outer},
 };
@@ -30,6 +35,14 @@ pub(crate) struct Work {
     pub(crate) key: FlowKey,
     /// The flow that is made.
     pub(crate) flow: Flow,
+    /// The same flow as others see it.
+    pub(crate) reply_key: ReplyKey,
+    /// And who has begun it.
+    pub(crate) reply: Reply,
+    /// The pod that is looked for.
+    pub(crate) pod_key: PodKey,
+    /// The destination that may be exempt, behind the length of the prefix.
+    pub(crate) exempt: Key<ExemptKey>,
     /// What changed under its checksum.
     pub(crate) diff: u32,
     /// The port that a drop is counted against.
@@ -49,6 +62,8 @@ pub(crate) struct From {
     pub(crate) gateway_mac: Mac,
     /// Whether frames have an Ethernet header.
     pub(crate) linked: bool,
+    /// How a frame gets there once more: received, or sent (`bpf_clone_redirect`).
+    pub(crate) again: u32,
 }
 
 impl From {
@@ -59,6 +74,7 @@ impl From {
         client_mac: [0; 6],
         gateway_mac: [0; 6],
         linked: false,
+        again: BPF_F_INGRESS,
     };
 }
 

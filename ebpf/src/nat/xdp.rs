@@ -8,7 +8,10 @@
 
 use aya_ebpf::{
     EbpfContext as _,
-    bindings::xdp_action::{XDP_DROP, XDP_PASS},
+    bindings::{
+        BPF_F_INGRESS,
+        xdp_action::{XDP_DROP, XDP_PASS},
+    },
     helpers::{bpf_check_mtu, bpf_redirect},
     macros::xdp,
     programs::XdpContext,
@@ -105,6 +108,7 @@ fn read<const ETHERTYPE: u16>(ctx: &XdpContext, work: &mut Work) -> bool {
         client_mac: [0; 6],
         gateway_mac: [0; 6],
         linked: true,
+        again: BPF_F_INGRESS,
     };
     // SAFETY: the plugin replaces entries of this map whole.
     let own = unsafe { XDP_UPLINKS.get(work.from.ifindex) };

@@ -39,6 +39,42 @@ fn the_verifier_has_little_to_do() {
     });
 }
 
+/// The same for the programs that translate.
+const NAT_BUDGET: [(&str, u32); 7] = [
+    ("uplink", 300_000),
+    ("uplink_l3", 300_000),
+    ("egress", 400_000),
+    ("egress_l3", 400_000),
+    ("from_pod", 300_000),
+    ("from_host", 300_000),
+    ("between", 300_000),
+];
+
+#[test]
+fn the_verifier_has_not_too_much_to_do() {
+    let mut ebpf = object::loader().load(object::NAT).unwrap();
+    let mut failed = Vec::new();
+    for (name, limit) in NAT_BUDGET {
+        match object::load_program(&mut ebpf, name) {
+            Ok(program) => {
+                let Some(count) = program.info().unwrap().verified_instruction_count() else {
+                    continue;
+                };
+                println!("{name}: {count} instructions verified, at most {limit}");
+                if count > limit {
+                    failed.push(format!("{name}: {count} instructions"));
+                }
+            }
+            Err(error) => {
+                let error = error.to_string();
+                let end: Vec<_> = error.lines().rev().take(6).collect();
+                failed.push(format!("{name}: {end:?}"));
+            }
+        }
+    }
+    assert!(failed.is_empty(), "{failed:#?}");
+}
+
 #[test]
 fn a_log_that_is_off_is_no_code() {
     let sizes = |level| {

@@ -222,7 +222,15 @@ impl Stage {
             }
         }
         let mut ebpf = object::loader().load(object::NAT).unwrap();
-        for name in ["uplink", "uplink_l3", "from_pod", "from_host"] {
+        for name in [
+            "uplink",
+            "uplink_l3",
+            "egress",
+            "egress_l3",
+            "from_pod",
+            "from_host",
+            "between",
+        ] {
             object::load_program(&mut ebpf, name).unwrap();
         }
         let xdp: &mut Xdp = ebpf.program_mut("xdp").unwrap().try_into().unwrap();
