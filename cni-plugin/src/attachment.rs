@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::{
-    cni::names::check_ifname,
+    cni::{config::MasqBackend, names::check_ifname},
     datapath::{LogLevel, nat::NodePort},
     lock::{Lock, LockError, Mode},
     mac::MacAddr,
@@ -161,22 +161,47 @@ pub fn recorded(network: &str) -> Result<Vec<(String, String)>, RecordError> {
     Ok(all)
 }
 
-/// Whether any attachment of a network claims a port of the node.
+/// What the attachments of a network need of the node's uplinks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Outside {
+    /// One claims a port of the node.
+    pub publishes: bool,
+    /// The programs masquerade one.
+    pub masquerades: bool,
+}
+
+impl Outside {
+    /// Whether they need anything.
+    pub const fn is_needed(self) -> bool {
+        self.publishes || self.masquerades
+    }
+
+    fn and(self, other: Self) -> Self {
+        Self {
+            publishes: self.publishes || other.publishes,
+            masquerades: self.masquerades || other.masquerades,
+        }
+    }
+}
+
+/// What all attachments of a network need of the node's uplinks.
 ///
 /// # Errors
 ///
 /// The directory cannot be read.
-pub fn publishes(network: &str) -> Result<bool, RecordError> {
-    Ok(recorded(network)?.iter().any(|(container_id, ifname)| {
-        let attachment = Attachment {
-            network,
-            container_id,
-            ifname,
-        };
-        attachment
-            .peek()
-            .is_some_and(|record| !record.published.is_empty())
-    }))
+pub fn outside(network: &str) -> Result<Outside, RecordError> {
+    let outside = recorded(network)?
+        .iter()
+        .filter_map(|(container_id, ifname)| {
+            let attachment = Attachment {
+                network,
+                container_id,
+                ifname,
+            };
+            attachment.peek()
+        })
+        .fold(Outside::default(), |all, record| all.and(record.outside()));
+    Ok(outside)
 }
 
 /// Whether an alias is one of an attachment of `network`.
@@ -221,6 +246,19 @@ pub struct Record {
     /// The ports of the node that it claims.
     #[serde(default)]
     pub published: Vec<NodePort>,
+    /// What masquerades its addresses, if anything does.
+    #[serde(default)]
+    pub masquerade: Option<MasqBackend>,
+}
+
+impl Record {
+    /// What it needs of the node's uplinks.
+    pub fn outside(&self) -> Outside {
+        Outside {
+            publishes: !self.published.is_empty(),
+            masquerades: self.masquerade == Some(MasqBackend::Ebpf),
+        }
+    }
 }
 
 /// An attachment that this call works on, alone.
@@ -308,6 +346,24 @@ mod tests {
     use std::collections::HashSet;
 
     use super::*;
+
+    #[test]
+    fn a_record_of_before_masquerade_is_one_without() {
+        let record = parse(
+            r#"{"complete":true,"bridge":"cni0","segment":5,"hostIfindex":7,
+                "mac":[2,0,0,0,0,1],"addresses":["10.0.0.2"],"logLevel":"off"}"#,
+        )
+        .unwrap();
+        assert_eq!(record.masquerade, None);
+        assert_eq!(record.outside(), Outside::default());
+        let record = Record {
+            masquerade: Some(MasqBackend::Ebpf),
+            ..record
+        };
+        let text = serde_json::to_string(&record).unwrap();
+        assert_eq!(parse(&text), Some(record.clone()));
+        assert!(record.outside().is_needed() && !record.outside().publishes);
+    }
 
     fn attachment<'a>(container_id: &'a str, ifname: &'a str) -> Attachment<'a> {
         Attachment {

@@ -17,7 +17,7 @@ use crate::{
     attachment::hash,
     datapath::{self, Datapath, FILTER_HANDLE, FILTER_PRIORITY, LogLevel, PortSpec},
     link::{
-        Ipv4Conf, Link, LinkError, LinkSettings, Netlink, VethSpec,
+        Hook, Ipv4Conf, Link, LinkError, LinkSettings, Netlink, VethSpec,
         sysctl::{Family, Sysctl, SysctlError},
     },
     lock::{Lock, LockError, Mode},
@@ -205,7 +205,7 @@ fn require_leftover(host: &Netlink, bridge: &str, link: &Link) -> Result<(), Gat
     // A gateway that became whole is known to the datapath that it became so with.
     if link.alias == ALIAS
         && host
-            .tc_ingress_bpf(peer.index, FILTER_PRIORITY, FILTER_HANDLE)?
+            .tc_bpf(peer.index, Hook::Ingress, FILTER_PRIORITY, FILTER_HANDLE)?
             .is_some()
     {
         return Err(GatewayError::Orphaned(bridge.to_owned()));

@@ -13,7 +13,9 @@
 //! | [`netns`] | network namespaces |
 //! | [`link`] | devices, addresses, routes, sockets and settings, through netlink and procfs |
 //! | [`gateway`] | the gateway port, by which the host takes part in a segment |
-//! | [`ports`] | published ports: who claims what, and where it is served |
+//! | [`ports`] | published ports: who claims what |
+//! | [`masquerade`] | what pods send out of the node leaves with the node's address |
+//! | [`uplinks`] | the node's addresses, and its devices toward others |
 //! | [`datapath`] | the eBPF programs and their maps, from the plugin's side |
 //! | [`follow`] | `bpf-bridge log`: what the programs write to their log |
 //! | [`lock`] | file locks |
@@ -33,6 +35,8 @@ pub mod ipam;
 pub mod link;
 pub mod lock;
 pub mod mac;
+pub mod masquerade;
 pub mod mount;
 pub mod netns;
 pub mod ports;
+pub mod uplinks;

@@ -1,7 +1,7 @@
-//! Published ports: what an attachment claims, and where the node serves it.
+//! Published ports: what an attachment claims.
 //!
-//! The datapath knows numbers ([`crate::datapath::publish`]); here they get the names
-//! of those who want and have them, and the devices and addresses of the node.
+//! The datapath knows numbers ([`crate::datapath::nat`]); here they get the names
+//! of those who want and have them.
 
 use std::{
     collections::HashSet,
@@ -9,23 +9,17 @@ use std::{
 };
 
 use crate::{
-    attachment::{Record, RecordError},
+    attachment::Record,
     cni::{CniError, HostIp, NetworkConfig, PortMapping, Protocol, result::IpConfig},
     datapath::{
         self, Datapath,
-        nat::{NodePort, Publication, Service, XdpRun},
+        nat::{Nat, NodePort, Service},
     },
-    gateway::{self, Gateway},
-    link::{Address, Link, Netlink, SockDiag},
+    gateway::Gateway,
+    link::{Link, Netlink, SockDiag},
     mac::MacAddr,
+    uplinks,
 };
-
-/// The kind of the devices that stand for a routing table (VRF): what is enslaved to
-/// one is a device of the node's like any other.
-const VRF: &str = "vrf";
-
-/// The loopback device (`LOOPBACK_IFINDEX` of `net/flow.h`).
-const LOOPBACK: u32 = 1;
 
 /// How many look-ups are still cheaper than to list every socket that listens.
 const LOOKUPS_MAX: usize = 100;
@@ -86,10 +80,10 @@ pub fn publish(
     gateway: &Gateway,
     ips: &[IpConfig],
 ) -> Result<(), CniError> {
-    let Some(mut publication) = datapath.publication()? else {
+    let Some(mut nat) = datapath.nat()? else {
         return Ok(());
     };
-    let addresses = serve(host, &mut publication, config)?;
+    let addresses = uplinks::serve(host, &mut nat, config, record.outside())?;
     let claimed = config
         .port_mappings
         .iter()
@@ -106,17 +100,17 @@ pub fn publish(
                 gateway_mac: gateway.mac,
                 xdp: uses_xdp(config),
             };
-            claim(host, datapath, &mut publication, &port, &service)
+            claim(host, datapath, &mut nat, &port, &service)
         });
     if claimed.is_err() {
         // Before anybody else is refused for what this one does not get.
         for port in &record.published {
-            publication.withdraw(port, record.host_ifindex)?;
+            nat.withdraw(port, record.host_ifindex)?;
         }
     }
     claimed?;
     // It is in nobody's way while it looks.
-    drop(publication);
+    drop(nat);
     warn_of_listeners(&record.published, &addresses);
     Ok(())
 }
@@ -167,30 +161,16 @@ fn warn_of_listeners(ports: &[NodePort], node: &[IpAddr]) {
     }
 }
 
-/// Tells the operator that XDP costs more than it wins on a device.
-#[expect(
-    clippy::print_stderr,
-    reason = "stderr is where a plugin's warnings go; stdout is the answer"
-)]
-fn warn_of_generic(device: &Link, because: Option<&str>) {
-    let because = because.map_or(String::new(), |because| format!(" ({because})"));
-    eprintln!(
-        "bpf-bridge: warning: XDP runs on {} as generic XDP only, because its driver cannot run \
-         it{because}: that is slower than to go without, take it out of \"xdpUplinks\"",
-        device.name
-    );
-}
-
 /// Claims one port, in place of an owner whose device is gone.
 fn claim(
     host: &Netlink,
     datapath: &Datapath,
-    publication: &mut Publication<'_>,
+    nat: &mut Nat<'_>,
     port: &NodePort,
     service: &Service,
 ) -> Result<(), CniError> {
     loop {
-        let Err(error) = publication.claim(port, service) else {
+        let Err(error) = nat.claim(port, service) else {
             return Ok(());
         };
         let datapath::Error::Taken { taken, owner, .. } = &error else {
@@ -205,7 +185,7 @@ fn claim(
             }
             // Its sandbox went without a DEL.
             _ => {
-                publication.withdraw(taken, *owner)?;
+                nat.withdraw(taken, *owner)?;
             }
         }
     }
@@ -231,12 +211,12 @@ pub fn withdraw(datapath: &Datapath, record: &Record) -> Result<(), datapath::Er
     if record.published.is_empty() {
         return Ok(());
     }
-    let Some(mut publication) = datapath.publication()? else {
+    let Some(mut nat) = datapath.nat()? else {
         return Ok(());
     };
     let mut served = HashSet::new();
     for port in &record.published {
-        let service = publication.withdraw(port, record.host_ifindex)?;
+        let service = nat.withdraw(port, record.host_ifindex)?;
         if port.protocol == Protocol::Udp.number() {
             served.extend(service);
         }
@@ -251,104 +231,6 @@ pub fn withdraw(datapath: &Datapath, record: &Record) -> Result<(), datapath::Er
     Ok(())
 }
 
-/// Follows the node: its addresses, for clients on it, and its devices, for others.
-/// The devices are the matter of networks that publish, of which `publishes` says
-/// whether this is one.
-///
-/// # Errors
-///
-/// The kernel does not tell them, or a device cannot be served.
-pub fn follow_node(
-    host: &Netlink,
-    datapath: &Datapath,
-    config: &NetworkConfig,
-    publishes: impl FnOnce() -> Result<bool, RecordError>,
-) -> Result<(), CniError> {
-    let Some(mut publication) = datapath.publication()? else {
-        return Ok(());
-    };
-    if publishes()? {
-        serve(host, &mut publication, config)?;
-    } else {
-        publication.set_addresses(&numbers(&host.all_addresses()?))?;
-    }
-    Ok(())
-}
-
-fn numbers(addresses: &[Address]) -> Vec<IpAddr> {
-    addresses.iter().map(|address| address.net.addr()).collect()
-}
-
-/// Returns the node's addresses.
-fn serve(
-    host: &Netlink,
-    publication: &mut Publication<'_>,
-    config: &NetworkConfig,
-) -> Result<Vec<IpAddr>, CniError> {
-    let (addresses, devices) = node(host, config)?;
-    publication.set_addresses(&addresses)?;
-    for device in devices {
-        match publication.serve_on(host, &device) {
-            // They come and go, and others' pods may have some.
-            Err(_) if host.link_by_index(device.index)?.is_none() => {}
-            served => served?,
-        }
-    }
-    for device in named(host, "xdpUplinks", &config.xdp_uplinks)? {
-        // What XDP leaves is for the other program.
-        publication.serve_on(host, &device)?;
-        if let XdpRun::Generic { because } = publication.serve_by_xdp_on(&device)? {
-            warn_of_generic(&device, because.as_deref());
-        }
-    }
-    Ok(addresses)
-}
-
-/// The node's addresses, and the devices on which others may reach it: those that carry
-/// an address and are not ours, or those that the configuration names.
-fn node(host: &Netlink, config: &NetworkConfig) -> Result<(Vec<IpAddr>, Vec<Link>), CniError> {
-    let all = host.all_addresses()?;
-    let links = host.links_with(&all)?;
-    let devices = match &config.uplinks {
-        Some(names) => named(host, "uplinks", names)?,
-        None => {
-            let mut devices = Vec::new();
-            for link in links {
-                if is_uplink(host, &link)? {
-                    devices.push(link);
-                }
-            }
-            devices
-        }
-    };
-    Ok((numbers(&all), devices))
-}
-
-/// The devices that a list of the configuration names.
-fn named(host: &Netlink, key: &'static str, names: &[String]) -> Result<Vec<Link>, CniError> {
-    let mut devices = Vec::new();
-    for name in names {
-        let device = host.link_by_name(name)?.ok_or_else(|| {
-            CniError::invalid_config(key, name, "the name of a device of the node")
-        })?;
-        devices.push(device);
-    }
-    Ok(devices)
-}
-
-fn is_uplink(host: &Netlink, link: &Link) -> Result<bool, CniError> {
-    if link.index == LOOPBACK || gateway::is_gateway(link) {
-        return Ok(false);
-    }
-    match link.master {
-        // What a bridge or a bond gets from its ports, it receives itself.
-        Some(master) => Ok(host
-            .link_by_index(master)?
-            .is_some_and(|master| master.kind == VRF)),
-        None => Ok(true),
-    }
-}
-
 /// What is wrong with an attachment's published ports, if anything is.
 ///
 /// # Errors
@@ -358,13 +240,13 @@ pub fn check(datapath: &Datapath, record: &Record) -> Result<Option<String>, Cni
     if record.published.is_empty() {
         return Ok(None);
     }
-    let Some(publication) = datapath.publication()? else {
+    let Some(nat) = datapath.nat()? else {
         return Ok(Some(
             "the programs of published ports are not loaded".to_owned(),
         ));
     };
     for port in &record.published {
-        if publication.owner(port)? != Some(record.host_ifindex) {
+        if nat.owner(port)? != Some(record.host_ifindex) {
             return Ok(Some(format!("the published port {port} is lost")));
         }
     }

@@ -776,17 +776,6 @@ fn a_device_of_that_name_that_is_not_ours_is_refused_and_left_alone() -> Result<
 }
 
 #[test]
-fn masquerading_that_is_not_built_yet_is_warned_of_on_stderr() -> Result<()> {
-    let node = Node::new()?;
-    let sandbox = node.sandbox("pod")?;
-    let config = dual_stack_with(&node, json!({"ipMasq": true}));
-    let reply = call(&node, Verb::Add, &sandbox, config)?;
-    reply.success()?;
-    ensure!(reply.stderr.contains("ipMasq"), "{:?}", reply.stderr);
-    Ok(())
-}
-
-#[test]
 fn the_container_interface_can_be_left_down() -> Result<()> {
     let node = Node::new()?;
     let config = dual_stack_with(

@@ -3,6 +3,7 @@
 
 use std::{net::IpAddr, str::FromStr};
 
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -94,11 +95,14 @@ impl FromStr for LogLevel {
 }
 
 /// What masquerades, where that is asked for: `ipMasqBackend`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum MasqBackend {
-    /// `iptables`
-    Iptables,
-    /// `nftables`
+    /// `ebpf`: the programs on uplinks.
+    #[default]
+    Ebpf,
+    /// `nftables`, or `iptables`, which a node without iptables has too: a rule of the
+    /// network's in netfilter.
     Nftables,
 }
 
@@ -107,10 +111,44 @@ impl FromStr for MasqBackend {
 
     fn from_str(text: &str) -> Result<Self, ()> {
         match text {
-            "iptables" => Ok(Self::Iptables),
-            "nftables" => Ok(Self::Nftables),
+            "ebpf" => Ok(Self::Ebpf),
+            "nftables" | "iptables" => Ok(Self::Nftables),
             _ => Err(()),
         }
+    }
+}
+
+/// What passes the host's stack, and so netfilter: `netfilter`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Netfilter {
+    /// `routed`: what the host routes. What pods of a network send each other does not,
+    /// nor what is sent to published ports.
+    #[default]
+    Routed,
+    /// `all`: what pods send each other too.
+    All,
+    /// `none`: what the programs masquerade does not either.
+    None,
+}
+
+impl Netfilter {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Routed => "routed",
+            Self::All => "all",
+            Self::None => "none",
+        }
+    }
+}
+
+impl FromStr for Netfilter {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        [Self::Routed, Self::All, Self::None]
+            .into_iter()
+            .find(|scope| scope.name() == text)
+            .ok_or(())
     }
 }
 
@@ -134,10 +172,13 @@ pub struct NetworkConfig {
     /// `forceAddress`: replace another address of the gateway device, where
     /// otherwise it is an error.
     pub force_address: bool,
-    /// `ipMasq`: masquerade what leaves the network.
-    pub ip_masq: bool,
-    /// `ipMasqBackend`
-    pub ip_masq_backend: Option<MasqBackend>,
+    /// `ipMasq`, and by what (`ipMasqBackend`): masquerade what leaves the network.
+    pub ip_masq: Option<MasqBackend>,
+    /// `ipMasqExempt`, our own: destinations for which that is not done, besides the
+    /// network's own subnets and multicast; sorted, none twice.
+    pub ip_masq_exempt: Vec<IpNet>,
+    /// `netfilter`, our own: what passes the host's stack.
+    pub netfilter: Netfilter,
     /// `mtu` in bytes, 68 to 65535; `None` (0 in the configuration) is the
     /// kernel's default. IPv6 needs 1280 (RFC 8200 section 5), which only
     /// matters once an address is known.
@@ -317,8 +358,13 @@ impl NetworkConfig {
         // Which VLANs a port leaves matters with VLAN filtering only.
         flag("preserveDefaultVlan")?;
 
-        let ip_masq_backend =
-            judge.judge(root.parsed("ipMasqBackend", "\"iptables\" or \"nftables\""))?;
+        let backend =
+            judge.judge(root.parsed("ipMasqBackend", "\"ebpf\", \"nftables\" or \"iptables\""))?;
+        let ip_masq = ip_masq.then(|| backend.unwrap_or_default());
+        let ip_masq_exempt = judge.judge(exempt(&root))?;
+        let netfilter = judge
+            .judge(netfilter(&root, is_gateway, ip_masq))?
+            .unwrap_or_default();
         let mtu = judge.judge(mtu(&root))?;
         judge.judge(check_vlans(&root))?;
         if hairpin_mode && promisc_mode {
@@ -379,6 +425,15 @@ impl NetworkConfig {
             }
         }
 
+        if netfilter == Netfilter::All && !port_mappings.is_empty() {
+            judge.judge_ports(Err::<(), _>(CniError::invalid_config(
+                "netfilter",
+                "\"all\" together with runtimeConfig.portMappings",
+                "\"routed\", or the capability portMappings that of a \"portmap\" entry after this \
+                 one: what is sent to the ports that this plugin publishes does not pass netfilter",
+            )))?;
+        }
+
         judge.judge_ports(ports::check_options(&root))?;
         let uplinks = judge.judge_ports(ports::devices(&root, "uplinks"))?;
         let xdp_uplinks = judge.judge_ports(ports::devices(&root, "xdpUplinks"))?;
@@ -415,9 +470,6 @@ impl NetworkConfig {
             ))?
             .unwrap_or_default();
 
-        if ip_masq {
-            warnings.push("ipMasq is not built yet: traffic leaves with the pod's own address");
-        }
         // Once is enough: the other verbs, some of them polled, are silent.
         if command == Command::Add {
             judge
@@ -433,7 +485,8 @@ impl NetworkConfig {
             is_default_gateway,
             force_address,
             ip_masq,
-            ip_masq_backend,
+            ip_masq_exempt,
+            netfilter,
             mtu,
             hairpin_mode,
             promisc_mode,
@@ -473,6 +526,58 @@ fn bridge<'a>(root: &Object<'a>) -> Result<Option<&'a str>, CniError> {
             .map_err(|e| CniError::invalid_config("bridge", format!("{name:?}"), e))?;
     }
     Ok(name)
+}
+
+/// The destinations that `ipMasqExempt` lists.
+fn exempt(root: &Object<'_>) -> Result<Vec<IpNet>, CniError> {
+    let prefixes: Vec<Prefix> = root.list(
+        "ipMasqExempt",
+        "an IP prefix without bits beyond its length, such as \"10.0.0.0/8\", or an IP address",
+    )?;
+    let mut prefixes: Vec<IpNet> = prefixes.into_iter().map(|Prefix(net)| net).collect();
+    prefixes.sort_unstable();
+    prefixes.dedup();
+    Ok(prefixes)
+}
+
+struct Prefix(IpNet);
+
+impl FromStr for Prefix {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        text.parse::<IpNet>()
+            .or_else(|_| text.parse::<IpAddr>().map(IpNet::from))
+            .ok()
+            .filter(|net| *net == net.trunc())
+            .map(Self)
+            .ok_or(())
+    }
+}
+
+/// `netfilter`, if it means something for this network.
+fn netfilter(
+    root: &Object<'_>,
+    is_gateway: bool,
+    ip_masq: Option<MasqBackend>,
+) -> Result<Option<Netfilter>, CniError> {
+    let scope: Option<Netfilter> = root.parsed("netfilter", "\"routed\", \"all\" or \"none\"")?;
+    let refuse = |without: &str, expected: &str| {
+        let value = format!("{:?} without {without}", scope.unwrap_or_default().name());
+        Err(CniError::invalid_config("netfilter", value, expected))
+    };
+    match scope {
+        Some(Netfilter::All) if !is_gateway => refuse(
+            "isGateway",
+            "\"routed\", or isGateway true: it is the gateway that passes packets on",
+        ),
+        Some(Netfilter::None) if ip_masq != Some(MasqBackend::Ebpf) => refuse(
+            "ipMasq by eBPF",
+            "\"routed\", or ipMasq true with ipMasqBackend \"ebpf\": only what the programs \
+             masquerade can do without netfilter",
+        ),
+        scope => Ok(scope),
+    }
 }
 
 fn mtu(root: &Object<'_>) -> Result<Option<u32>, CniError> {
@@ -617,7 +722,6 @@ mod tests {
             config.is_gateway,
             config.is_default_gateway,
             config.force_address,
-            config.ip_masq,
             config.hairpin_mode,
             config.promisc_mode,
             config.enable_dad,
@@ -627,6 +731,9 @@ mod tests {
         ] {
             assert!(!flag);
         }
+        assert_eq!(config.ip_masq, None);
+        assert!(config.ip_masq_exempt.is_empty());
+        assert_eq!(config.netfilter, Netfilter::Routed);
         assert_eq!(config.mtu, None);
         assert_eq!(config.mac, None);
         assert_eq!(config.ipam_type, None);
@@ -642,7 +749,8 @@ mod tests {
     fn every_option_is_read_in_any_case() {
         let config = parse(&json!({
             "BRIDGE": "br1", "isgateway": true, "ForceAddress": true, "ipMasq": true,
-            "ipMasqBackend": "nftables", "MTU": 9000, "hairpinMode": true, "EnableDad": true,
+            "ipMasqBackend": "nftables", "ipMasqexempt": ["fd00::/8", "10.0.0.0/8", "10.0.0.0/8", "::1"],
+            "NetFilter": "routed", "MTU": 9000, "hairpinMode": true, "EnableDad": true,
             "macSpoofChk": true, "portIsolation": true, "preserveDefaultVlan": true, "vlan": 0,
             "vlanTrunk": [], "logLevel": "debug",
             "uplinks": ["eth0"], "xdpuplinks": ["eth1"],
@@ -658,9 +766,11 @@ mod tests {
         .unwrap();
         assert_eq!(config.bridge, "br1");
         assert!(config.is_gateway && !config.is_default_gateway && config.force_address);
-        assert!(config.ip_masq && config.hairpin_mode && config.enable_dad);
+        assert!(config.hairpin_mode && config.enable_dad);
         assert!(config.mac_spoof_check && config.port_isolation);
-        assert_eq!(config.ip_masq_backend, Some(MasqBackend::Nftables));
+        assert_eq!(config.ip_masq, Some(MasqBackend::Nftables));
+        let exempt: Vec<_> = config.ip_masq_exempt.iter().map(IpNet::to_string).collect();
+        assert_eq!(exempt, ["10.0.0.0/8", "::1/128", "fd00::/8"]);
         assert_eq!(config.mtu, Some(9000));
         assert_eq!(config.log_level, LogLevel::Debug);
         assert_eq!(config.dns.nameservers, ["1.1.1.1"]);
@@ -677,7 +787,42 @@ mod tests {
         assert_eq!(config.xdp_uplinks, ["eth1"]);
         assert_eq!(config.labels, [("app".to_owned(), "x".to_owned())]);
         assert_eq!(config.raw["unheard-of"], json!([]));
-        assert_eq!(config.warnings.len(), 2, "{:?}", config.warnings);
+        assert_eq!(config.warnings.len(), 1, "{:?}", config.warnings);
+    }
+
+    #[test]
+    fn masquerade_is_ebpfs_unless_netfilter_is_asked_to() {
+        for (more, expected) in [
+            (json!({ "ipMasq": true }), Some(MasqBackend::Ebpf)),
+            (
+                json!({ "ipMasq": true, "ipMasqBackend": "ebpf" }),
+                Some(MasqBackend::Ebpf),
+            ),
+            (
+                json!({ "ipMasq": true, "ipMasqBackend": "iptables" }),
+                Some(MasqBackend::Nftables),
+            ),
+            (json!({ "ipMasqBackend": "nftables" }), None),
+        ] {
+            assert_eq!(parse(&more).unwrap().ip_masq, expected, "{more}");
+        }
+    }
+
+    #[test]
+    fn netfilter_is_what_was_asked_for() {
+        for (more, expected) in [
+            (
+                json!({ "netfilter": "all", "isDefaultGateway": true }),
+                Netfilter::All,
+            ),
+            (
+                json!({ "netfilter": "none", "ipMasq": true }),
+                Netfilter::None,
+            ),
+            (json!({ "netfilter": null }), Netfilter::Routed),
+        ] {
+            assert_eq!(parse(&more).unwrap().netfilter, expected, "{more}");
+        }
     }
 
     #[test]
@@ -763,6 +908,44 @@ mod tests {
                 7,
                 json!({ "ipMasqBackend": "pf" }),
                 "ipMasqBackend is \"pf\"",
+            ),
+            (
+                7,
+                json!({ "ipMasqExempt": ["10.0.0.0/8", "10.0.0.1/8"] }),
+                "ipMasqExempt[1] is \"10.0.0.1/8\", must be an IP prefix without bits beyond",
+            ),
+            (
+                7,
+                json!({ "ipMasqExempt": "10.0.0.0/8" }),
+                "ipMasqExempt is \"10.0.0.0/8\"",
+            ),
+            (
+                7,
+                json!({ "netfilter": "some" }),
+                "netfilter is \"some\", must be \"routed\"",
+            ),
+            (
+                7,
+                json!({ "netfilter": "all", "ipMasq": true }),
+                "netfilter is \"all\" without isGateway, must be",
+            ),
+            (
+                7,
+                json!({ "netfilter": "none" }),
+                "netfilter is \"none\" without ipMasq by eBPF, must be",
+            ),
+            (
+                7,
+                json!({ "netfilter": "none", "ipMasq": true, "ipMasqBackend": "nftables" }),
+                "netfilter is \"none\" without ipMasq by eBPF, must be",
+            ),
+            (
+                7,
+                json!({
+                    "netfilter": "all", "isGateway": true,
+                    "runtimeConfig": { "portMappings": [{ "hostPort": 1, "containerPort": 1 }] },
+                }),
+                "netfilter is \"all\" together with runtimeConfig.portMappings, must be",
             ),
             (
                 7,
@@ -922,7 +1105,8 @@ mod tests {
             key in prop::sample::select(vec![
                 "bridge", "mtu", "isGateway", "vlan", "vlanTrunk", "ipam", "dns", "args",
                 "runtimeConfig", "prevResult", "logLevel", "ipMasqBackend", "promiscMode",
-                "snat", "conditionsV4", "markMasqBit", "uplinks", "xdpUplinks",
+                "snat", "conditionsV4", "markMasqBit", "uplinks", "xdpUplinks", "ipMasq",
+                "ipMasqExempt", "netfilter",
             ]),
             value in prop_oneof![
                 Just(json!(null)), any::<bool>().prop_map(Value::from), any::<i64>().prop_map(Value::from),

@@ -18,7 +18,8 @@ use std::{
 };
 
 use bpf_bridge_common::layout::{
-    PORT_HAIRPIN, PORT_ISOLATED, PORT_MACSPOOFCHK, PORT_PROMISC, PORT_PUBLISHED,
+    PORT_DIRECT, PORT_HAIRPIN, PORT_ISOLATED, PORT_MACSPOOFCHK, PORT_MASQUERADED, PORT_PROMISC,
+    PORT_PUBLISHED, PORT_VIA_HOST,
 };
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
@@ -27,9 +28,10 @@ use crate::{
     attachment::{Attachment, Claim, Record, hash},
     cni::{
         Call, CniError, CniResult, ErrorCode, NetworkConfig,
+        config::Netfilter,
         result::{Interface, IpConfig, Route},
     },
-    datapath::{self, Datapath, PortSpec},
+    datapath::{self, Datapath, PortSpec, nat},
     gateway::{self, Gateway},
     ipam::Ipam,
     link::{
@@ -37,6 +39,7 @@ use crate::{
         sysctl::{Family, Sysctl, SysctlError},
     },
     mac::MacAddr,
+    masquerade,
     netns::Netns,
     ports,
 };
@@ -243,6 +246,7 @@ impl Add<'_> {
             addresses: ips.iter().map(|ip| ip.address.addr()).collect(),
             log_level: self.config.log_level,
             published: ports::wanted(self.config, ips),
+            masquerade: masquerade::wanted(self.config, ips),
         }
     }
 
@@ -345,8 +349,14 @@ impl Add<'_> {
         let level = config.log_level;
         let mtu = config.mtu.unwrap_or(0);
         let _lock = gateway::lock(&config.bridge)?;
-        let publishing = !record.published.is_empty();
-        let (mut datapath, loaded) = Datapath::open_or_load(level, publishing)?;
+        let outside = record.outside();
+        let parts = nat::parts(
+            config.is_gateway,
+            outside.masquerades,
+            outside.publishes,
+            config.netfilter == Netfilter::None,
+        );
+        let (mut datapath, loaded) = Datapath::open_or_load(level, &parts)?;
         shared.loaded = loaded;
         let (gateway, created) =
             gateway::ensure(self.host, &mut datapath, level, &config.bridge, mtu)?;
@@ -362,14 +372,15 @@ impl Add<'_> {
             &PortSpec {
                 ifindex: record.host_ifindex,
                 segment: gateway.segment,
-                flags: flags(config),
+                flags: flags(config, record),
                 mac: record.mac,
                 addresses: &record.addresses,
             },
         )?;
         self.serve(&mut datapath, &gateway, given)?;
+        masquerade::begin(self.host, &datapath, config, record, &given.ips)?;
         self.host.set_up(record.host_ifindex)?;
-        if publishing {
+        if outside.publishes {
             ports::publish(self.host, &datapath, config, record, &gateway, &given.ips)?;
         }
         Ok(gateway)
@@ -470,13 +481,16 @@ fn has_ipv6(given: &CniResult) -> bool {
     given.ips.iter().any(|ip| ip.address.addr().is_ipv6())
 }
 
-fn flags(config: &NetworkConfig) -> u32 {
+fn flags(config: &NetworkConfig, record: &Record) -> u32 {
     [
         (config.hairpin_mode, PORT_HAIRPIN),
         (config.mac_spoof_check, PORT_MACSPOOFCHK),
         (config.port_isolation, PORT_ISOLATED),
         (config.promisc_mode, PORT_PROMISC),
         (!config.port_mappings.is_empty(), PORT_PUBLISHED),
+        (record.outside().masquerades, PORT_MASQUERADED),
+        (config.netfilter == Netfilter::All, PORT_VIA_HOST),
+        (config.netfilter == Netfilter::None, PORT_DIRECT),
     ]
     .into_iter()
     .filter_map(|(set, flag)| set.then_some(flag))

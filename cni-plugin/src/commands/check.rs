@@ -9,9 +9,10 @@ use crate::{
     cni::{Call, CniError, CniResult, ErrorCode, result::IpConfig},
     datapath::{Datapath, FILTER_HANDLE, FILTER_PRIORITY},
     ipam::Ipam,
-    link::Netlink,
+    link::{Hook, Netlink},
+    masquerade,
     netns::Netns,
-    ports,
+    ports, uplinks,
 };
 
 use super::{add, is_alive, open_sandbox};
@@ -60,11 +61,16 @@ pub(super) fn run(
     if let Some(what) = port(&host, &datapath, attachment, &record)? {
         return Err(fault(what));
     }
-    if let Some(what) = ports::check(&datapath, &record)? {
+    if let Some(what) = translation(&datapath, &record)? {
         return Err(fault(what));
     }
-    if !record.published.is_empty() {
-        ports::follow_node(&host, &datapath, call.config, || Ok(true))?;
+    if record.outside().is_needed() {
+        let lost = uplinks::check(&host, &datapath)?;
+        // Told or not, it is put right.
+        uplinks::follow(&host, &datapath, call.config, || Ok(record.outside()))?;
+        if let Some(what) = lost {
+            return Err(fault(what));
+        }
     }
     check_gateway(call, &host, &record, &ips)?;
     check_inside(call, attachment, &sandbox, expected, &ips)?;
@@ -80,7 +86,12 @@ pub(super) fn port(
     record: &Record,
 ) -> Result<Option<String>, CniError> {
     let name = attachment.host_veth();
-    let carried = host.tc_ingress_bpf(record.host_ifindex, FILTER_PRIORITY, FILTER_HANDLE)?;
+    let carried = host.tc_bpf(
+        record.host_ifindex,
+        Hook::Ingress,
+        FILTER_PRIORITY,
+        FILTER_HANDLE,
+    )?;
     let expected = datapath.program_id(record.log_level).ok();
     if carried.is_none() || expected.is_some() && carried != expected {
         return Ok(Some(match carried {
@@ -116,6 +127,17 @@ pub(super) fn port(
         return lost("what is flooded");
     }
     Ok(None)
+}
+
+/// What is wrong with what is translated for an attachment, if anything is.
+pub(super) fn translation(
+    datapath: &Datapath,
+    record: &Record,
+) -> Result<Option<String>, CniError> {
+    match ports::check(datapath, record)? {
+        None => masquerade::check(datapath, record),
+        fault => Ok(fault),
+    }
 }
 
 /// The gateway device is there, and has the addresses that pods are sent to.

@@ -11,7 +11,7 @@ use crate::{
     gateway,
     ipam::Ipam,
     link::{Link, LinkError, Netlink},
-    ports,
+    masquerade, ports,
 };
 
 use super::collect;
@@ -69,6 +69,7 @@ pub(super) fn unplug(attachment: &Attachment<'_>, record: Option<&Record>) -> Re
             match Datapath::open()? {
                 Some(mut datapath) => {
                     ports::withdraw(&datapath, record)?;
+                    masquerade::end(&datapath, record)?;
                     Ok(datapath.remove_port(
                         record.host_ifindex,
                         record.segment,

@@ -9,7 +9,7 @@ use crate::{
     gateway,
     ipam::Ipam,
     link::Netlink,
-    ports,
+    uplinks,
 };
 
 use super::{collect, del};
@@ -59,8 +59,8 @@ fn remove_strays(call: &Call<'_>, valid: &[AttachmentId]) -> Result<(), CniError
     }
     gateway::sweep(&host)?;
     match Datapath::open()? {
-        Some(datapath) => ports::follow_node(&host, &datapath, call.config, || {
-            attachment::publishes(&call.config.name)
+        Some(datapath) => uplinks::follow(&host, &datapath, call.config, || {
+            attachment::outside(&call.config.name)
         }),
         None => Ok(()),
     }

@@ -6,8 +6,8 @@ use crate::{
     datapath::{self, Datapath, FILTER_HANDLE, FILTER_PRIORITY},
     gateway,
     ipam::Ipam,
-    link::Netlink,
-    ports,
+    link::{Hook, Netlink},
+    uplinks,
 };
 
 use super::is_alive;
@@ -18,8 +18,8 @@ pub(super) fn run(call: &Call<'_>) -> Result<(), CniError> {
     let host = Netlink::host()?;
     // What came to the node since is not their fault.
     if let Ok(Some(datapath)) = Datapath::open() {
-        ports::follow_node(&host, &datapath, call.config, || {
-            attachment::publishes(&call.config.name)
+        uplinks::follow(&host, &datapath, call.config, || {
+            attachment::outside(&call.config.name)
         })?;
     }
     attached(call, &host)?;
@@ -63,14 +63,17 @@ fn attached(call: &Call<'_>, host: &Netlink) -> Result<(), CniError> {
         if let Some(fault) = super::check::port(host, datapath, &attachment, &record)? {
             return Err(degraded(fault));
         }
-        if let Some(fault) = ports::check(datapath, &record)? {
+        if let Some(fault) = super::check::translation(datapath, &record)? {
             return Err(degraded(fault));
         }
         let gateway = datapath.segment(record.segment)?;
         let carried = match gateway {
-            Some(gateway) => {
-                host.tc_ingress_bpf(gateway.gateway_port, FILTER_PRIORITY, FILTER_HANDLE)?
-            }
+            Some(gateway) => host.tc_bpf(
+                gateway.gateway_port,
+                Hook::Ingress,
+                FILTER_PRIORITY,
+                FILTER_HANDLE,
+            )?,
             None => None,
         };
         if carried.is_none() {

@@ -12,7 +12,7 @@ use std::os::fd::AsFd as _;
 use aya::programs::SchedClassifier;
 
 use super::{Datapath, Error, LogLevel, pins};
-use crate::link::Netlink;
+use crate::link::{Hook, Netlink};
 
 /// The program of every port.
 const PROGRAM: &str = "port";
@@ -45,7 +45,14 @@ impl Datapath {
             .fd()
             .map_err(|source| Error::program(PROGRAM, source))?;
         host.add_clsact(index)?;
-        host.add_ingress_bpf(index, FILTER_PRIORITY, FILTER_HANDLE, fd.as_fd(), PROGRAM)?;
+        host.add_bpf(
+            index,
+            Hook::Ingress,
+            FILTER_PRIORITY,
+            FILTER_HANDLE,
+            fd.as_fd(),
+            PROGRAM,
+        )?;
         Ok(())
     }
 

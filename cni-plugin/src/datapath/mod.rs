@@ -32,7 +32,7 @@ use aya::{
 };
 use bpf_bridge_common::layout::{
     Endpoint, IpKey, MAX_MEMBERS, Mac, MacKey, Member, MemberKey, Neighbor, PORT_GATEWAY,
-    PORT_PUBLISHED, Port, PortStats, Segment,
+    PORT_MASQUERADED, PORT_PUBLISHED, PORT_ROUTED, Port, PortStats, Segment,
 };
 use thiserror::Error;
 
@@ -44,6 +44,8 @@ use crate::{
 };
 
 pub use crate::cni::config::LogLevel;
+
+use nat::Part;
 
 pub use attach::{FILTER_HANDLE, FILTER_PRIORITY};
 pub use object::verify;
@@ -214,24 +216,21 @@ pub struct Datapath {
 
 impl Datapath {
     /// Opens the datapath, and loads it first if nobody did since the boot. Says
-    /// also whether this call loaded it. `publishing`: with the programs of published
-    /// ports.
+    /// also whether this call loaded it. `parts`: what is needed of the programs that
+    /// translate.
     ///
     /// # Errors
     ///
     /// bpffs is not mounted, the kernel refuses the programs, or the pins cannot be used.
-    pub fn open_or_load(level: LogLevel, publishing: bool) -> Result<(Self, bool), Error> {
+    pub fn open_or_load(level: LogLevel, parts: &[Part]) -> Result<(Self, bool), Error> {
         require_bpffs()?;
         let mut fresh = false;
-        let is_loaded = || attach::is_loaded(level) && (!publishing || nat::is_loaded());
+        let is_loaded = || attach::is_loaded(level) && parts.iter().copied().all(Part::is_loaded);
         let load = || {
             if !attach::is_loaded(level) {
                 object::load(level)?;
             }
-            if publishing && !nat::is_loaded() {
-                nat::load()?;
-            }
-            Ok(())
+            nat::load(parts)
         };
         loop {
             let lock = pins::lock(Mode::Shared)?;
@@ -570,10 +569,10 @@ impl Datapath {
         let Some(port) = self.port(ifindex)? else {
             return Ok(());
         };
-        if port.flags & PORT_PUBLISHED != 0
-            && let Some(mut publication) = self.publication()?
+        if port.flags & (PORT_PUBLISHED | PORT_MASQUERADED) != 0
+            && let Some(mut nat) = self.nat()?
         {
-            publication.withdraw_all(ifindex)?;
+            nat.forget(ifindex)?;
         }
         self.remove_port(ifindex, port.segment, port.mac, &[])
     }
@@ -619,14 +618,32 @@ impl Datapath {
             && let Some(mover) = tail
         {
             set(&mut self.members, "MEMBERS", at(port.slot), mover, ANY)?;
-            if let Some(mut moved) = self.port(mover.port)? {
-                moved.slot = port.slot;
-                set(&mut self.ports, "PORTS", mover.port, moved, EXIST)?;
-            }
+            self.set_slot(mover.port, port.slot)?;
         }
         segment.members = last;
         set(&mut self.segments, "SEGMENTS", number, segment, EXIST)?;
         remove(&mut self.members, "MEMBERS", at(last))
+    }
+
+    /// Tells a port its place in its segment's list.
+    ///
+    /// The programs set a bit of the entry that is replaced here, and before that the
+    /// same bit of the port's endpoint: one that is set meanwhile is found there.
+    fn set_slot(&mut self, ifindex: u32, slot: u32) -> Result<(), Error> {
+        let Some(mut port) = self.port(ifindex)? else {
+            return Ok(());
+        };
+        port.slot = slot;
+        set(&mut self.ports, "PORTS", ifindex, port, EXIST)?;
+        let routed = self
+            .endpoint(port.segment, port.mac)?
+            .filter(|endpoint| endpoint.port == ifindex)
+            .map_or(0, |endpoint| endpoint.flags & PORT_ROUTED);
+        if port.flags | routed != port.flags {
+            port.flags |= routed;
+            set(&mut self.ports, "PORTS", ifindex, port, EXIST)?;
+        }
+        Ok(())
     }
 
     /// Removes what is left of devices of which `exists` says that they are gone,
@@ -663,10 +680,10 @@ impl Datapath {
         }
         self.tidy_lists(&mut left)?;
         self.forget_all_but(&left.into_iter().collect())?;
-        if let Some(mut publication) = self.publication()? {
-            publication.sweep(exists)?;
+        if let Some(mut nat) = self.nat()? {
+            nat.sweep(exists)?;
         }
-        Ok(nat::unload_if_unused()?)
+        Ok(nat::unload_unused()?)
     }
 
     /// Removes all that belongs to other ports than these.
@@ -714,14 +731,14 @@ impl Datapath {
             };
             let member = Member {
                 port: *ifindex,
-                flags: port.flags,
+                flags: port.flags & !PORT_ROUTED,
             };
             if get(&self.members, "MEMBERS", key)? != Some(member) {
                 set(&mut self.members, "MEMBERS", key, member, ANY)?;
             }
             if port.slot != slot {
                 port.slot = slot;
-                set(&mut self.ports, "PORTS", *ifindex, *port, EXIST)?;
+                self.set_slot(*ifindex, slot)?;
             }
         }
         for (number, segment) in entries(&self.segments, "SEGMENTS")? {
@@ -838,7 +855,7 @@ fn remove_unused_pins() -> Result<(), Error> {
     let in_use =
         pins::map("PORTS").exists() && table::<u32, Port>("PORTS")?.keys().next().is_some();
     if in_use {
-        nat::unload_if_unused()
+        nat::unload_unused()
     } else {
         // Nothing stays attached to maps that nobody finds any more. What is in its way
         // goes with the rest.

@@ -4,8 +4,9 @@
 //! /sys/fs/bpf/bpf-bridge/v1/maps/PORTS …      the tables, shared by everything
 //! /sys/fs/bpf/bpf-bridge/v1/off/port …        the programs, built for log level `off`
 //! /sys/fs/bpf/bpf-bridge/v1/off/PROGRAMS      the table by which they call each other
-//! /sys/fs/bpf/bpf-bridge/v1/nat/uplink …  the programs that translate
-//! /sys/fs/bpf/bpf-bridge/v1/links/uplink-2 …  where they are attached: the device of ifindex 2
+//! /sys/fs/bpf/bpf-bridge/v1/nat/uplink …    the programs that translate
+//! /sys/fs/bpf/bpf-bridge/v1/links/uplink-2 …  where they are attached: what the device of ifindex 2 receives
+//! /sys/fs/bpf/bpf-bridge/v1/links/egress-2 …  and what it sends
 //! /sys/fs/bpf/bpf-bridge/v1/links/xdp-2 …     and where XDP is
 //! ```
 //!
@@ -51,7 +52,7 @@ pub(super) fn nat(name: &str) -> PathBuf {
     root().join("nat").join(name)
 }
 
-/// Where the links of published ports are.
+/// Where the links of programs that translate are.
 pub(super) fn links() -> PathBuf {
     root().join("links")
 }
@@ -60,16 +61,6 @@ pub(super) fn links() -> PathBuf {
 pub(super) fn link(name: &str) -> PathBuf {
     links().join(name)
 }
-
-/// What the names of links to uplinks begin with; the ifindex follows.
-pub(super) const UPLINK: &str = "uplink-";
-
-/// What those of programs begin with that are filters of clsact there, where there are
-/// no links to uplinks.
-pub(super) const FILTER: &str = "filter-";
-
-/// What those of links of XDP begin with.
-pub(super) const XDP: &str = "xdp-";
 
 /// The ifindex of every device that has a pinned link of this kind.
 pub(super) fn devices(kind: &str) -> Vec<u32> {

@@ -26,6 +26,9 @@ pub struct Address {
     pub duplicate: bool,
     /// Whether it is valid on this link only (scope link: `fe80::/10`).
     pub link_local: bool,
+    /// Whether the kernel may choose it as the source of a packet to anywhere: it is
+    /// global, and neither secondary, temporary nor deprecated, nor unusable.
+    pub eligible: bool,
 }
 
 impl Netlink {
@@ -182,6 +185,14 @@ fn describe(message: &AddressMessage) -> Option<Address> {
         tentative: flags.contains(AddressFlags::Tentative),
         duplicate: flags.contains(AddressFlags::Dadfailed),
         link_local: message.header.scope == AddressScope::Link,
+        eligible: message.header.scope == AddressScope::Universe
+            && !flags.intersects(
+                // `IFA_F_TEMPORARY` of IPv6 is `IFA_F_SECONDARY` of IPv4.
+                AddressFlags::Secondary
+                    | AddressFlags::Deprecated
+                    | AddressFlags::Tentative
+                    | AddressFlags::Dadfailed,
+            ),
     })
 }
 

@@ -11,6 +11,31 @@ use rtnetlink::packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 
 use super::{LinkError, Netlink};
 
+/// Where a device's classifiers run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hook {
+    /// On what it receives.
+    Ingress,
+    /// On what it sends.
+    Egress,
+}
+
+impl Hook {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Ingress, Self::Egress];
+
+    /// Its place in a clsact qdisc.
+    const fn parent(self) -> TcHandle {
+        TcHandle {
+            major: TcHandle::CLSACT.major,
+            minor: match self {
+                Self::Ingress => TcHandle::MIN_INGRESS,
+                Self::Egress => TcHandle::MIN_EGRESS,
+            },
+        }
+    }
+}
+
 /// `ETH_P_ALL` of `linux/if_ether.h`.
 const EVERY_PROTOCOL: u16 = 3;
 
@@ -39,25 +64,23 @@ impl Netlink {
         Ok(())
     }
 
-    /// Lets a BPF program see, and decide about, what device `index` receives. The
-    /// device needs a [clsact](Self::add_clsact) qdisc. `name` is what `tc` shows.
+    /// Lets a BPF program see, and decide about, what device `index` receives or
+    /// sends. The device needs a [clsact](Self::add_clsact) qdisc. `name` is what `tc` shows.
     ///
     /// # Errors
     ///
     /// [`LinkError::Refused`], with `EEXIST` if the place is taken.
-    pub fn add_ingress_bpf(
+    pub fn add_bpf(
         &self,
         index: u32,
+        hook: Hook,
         pref: u16,
         handle: u32,
         program: BorrowedFd<'_>,
         name: &str,
     ) -> Result<(), LinkError> {
         let mut message = tc_message(index);
-        message.header.parent = TcHandle {
-            major: TcHandle::CLSACT.major,
-            minor: TcHandle::MIN_INGRESS,
-        };
+        message.header.parent = hook.parent();
         message.header.handle = handle.into();
         message.header.info = u32::from(pref) << 16 | u32::from(EVERY_PROTOCOL.to_be());
         message.attributes = vec![
@@ -84,17 +107,20 @@ impl Netlink {
         Ok(())
     }
 
-    /// Takes a BPF program away again that [`Self::add_ingress_bpf`] has put there.
+    /// Takes a BPF program away again that [`Self::add_bpf`] has put there.
     ///
     /// # Errors
     ///
     /// [`LinkError::Refused`].
-    pub fn delete_ingress_bpf(&self, index: u32, pref: u16, handle: u32) -> Result<(), LinkError> {
+    pub fn delete_bpf(
+        &self,
+        index: u32,
+        hook: Hook,
+        pref: u16,
+        handle: u32,
+    ) -> Result<(), LinkError> {
         let mut message = tc_message(index);
-        message.header.parent = TcHandle {
-            major: TcHandle::CLSACT.major,
-            minor: TcHandle::MIN_INGRESS,
-        };
+        message.header.parent = hook.parent();
         message.header.handle = handle.into();
         message.header.info = u32::from(pref) << 16 | u32::from(EVERY_PROTOCOL.to_be());
         message
@@ -107,15 +133,16 @@ impl Netlink {
     }
 
     /// The id of the BPF program that the classifier of priority `pref` and
-    /// handle `handle` at the clsact ingress of device `index` runs. `None` if
+    /// handle `handle` at a clsact hook of device `index` runs. `None` if
     /// there is no such device, no clsact, or no BPF classifier in that place.
     ///
     /// # Errors
     ///
     /// [`LinkError::Refused`].
-    pub fn tc_ingress_bpf(
+    pub fn tc_bpf(
         &self,
         index: u32,
+        hook: Hook,
         pref: u16,
         handle: u32,
     ) -> Result<Option<u32>, LinkError> {
@@ -127,10 +154,7 @@ impl Netlink {
             return Ok(None);
         };
         let mut query = TcMessage::with_index(tc_index);
-        query.header.parent = TcHandle {
-            major: TcHandle::CLSACT.major,
-            minor: TcHandle::MIN_INGRESS,
-        };
+        query.header.parent = hook.parent();
         query.header.handle = handle.into();
         // The protocol in the lower half is left 0, which is any.
         query.header.info = u32::from(pref) << 16;
@@ -234,53 +258,34 @@ mod tests {
             .unwrap()
     }
 
-    /// At egress: a place that is not ours.
-    fn attach_to_egress(netlink: &Netlink, index: u32, program: &OwnedFd) {
-        let mut message = tc_message(index);
-        message.header.parent = TcHandle {
-            major: u16::MAX,
-            minor: TcHandle::MIN_EGRESS,
-        };
-        message.header.handle = HANDLE.into();
-        message.header.info = u32::from(PREF) << 16 | u32::from(EVERY_PROTOCOL.to_be());
-        message.attributes = vec![
-            TcAttribute::Kind(TcFilterBpf::KIND.to_owned()),
-            TcAttribute::Options(vec![
-                TcOption::Bpf(TcFilterBpfOption::ProgFd(
-                    u32::try_from(program.as_raw_fd()).unwrap(),
-                )),
-                TcOption::Bpf(TcFilterBpfOption::ProgName("test".to_owned())),
-                TcOption::Bpf(TcFilterBpfOption::Flags(TcBpfFlags::DirectAction)),
-            ]),
-        ];
-        netlink
-            .request(
-                RouteNetlinkMessage::NewTrafficFilter(message),
-                NLM_F_CREATE | NLM_F_EXCL,
-                || "add a classifier".to_owned(),
-            )
-            .unwrap();
-    }
-
     #[test]
     fn finds_the_program_in_its_place_only() {
         let pair = Pair::new();
         let (netlink, index) = (&pair.outside, pair.made.host);
-        let found = |pref, handle| netlink.tc_ingress_bpf(index, pref, handle).unwrap();
+        let at = |hook, pref, handle| netlink.tc_bpf(index, hook, pref, handle).unwrap();
+        let found = |pref, handle| at(Hook::Ingress, pref, handle);
+        let add = |hook, program: &OwnedFd| {
+            netlink
+                .add_bpf(index, hook, PREF, HANDLE, program.as_fd(), "test")
+                .unwrap();
+        };
         assert_eq!(found(PREF, HANDLE), None, "without clsact");
         netlink.add_clsact(index).unwrap();
         assert_eq!(found(PREF, HANDLE), None, "with clsact alone");
         let program = program();
-        attach_to_egress(netlink, index, &program);
+        let other = self::program();
+        add(Hook::Egress, &other);
         assert_eq!(found(PREF, HANDLE), None, "with one at egress");
-        netlink
-            .add_ingress_bpf(index, PREF, HANDLE, program.as_fd(), "test")
-            .unwrap();
+        add(Hook::Ingress, &program);
         assert_eq!(found(PREF, HANDLE), Some(id_of(&program)));
         assert_eq!(found(PREF, HANDLE + 1), None, "another handle");
         assert_eq!(found(PREF + 1, HANDLE), None, "another priority");
-        netlink.delete_ingress_bpf(index, PREF, HANDLE).unwrap();
+        assert_eq!(at(Hook::Egress, PREF, HANDLE), Some(id_of(&other)));
+        netlink
+            .delete_bpf(index, Hook::Ingress, PREF, HANDLE)
+            .unwrap();
         assert_eq!(found(PREF, HANDLE), None, "detached");
+        assert_eq!(at(Hook::Egress, PREF, HANDLE), Some(id_of(&other)));
     }
 
     #[test]
@@ -288,7 +293,9 @@ mod tests {
         let pair = Pair::new();
         for index in [99_999, u32::MAX] {
             assert_eq!(
-                pair.outside.tc_ingress_bpf(index, PREF, HANDLE).unwrap(),
+                pair.outside
+                    .tc_bpf(index, Hook::Ingress, PREF, HANDLE)
+                    .unwrap(),
                 None
             );
         }

@@ -25,6 +25,7 @@ pub use self::{
     address::Address,
     device::{Ipv4Conf, Link, LinkSettings, VethIndices, VethSpec, Xdp},
     diag::{DiagError, Listener, SockDiag},
+    filter::Hook,
     netlink::{LinkError, Netlink},
     offload::enable_gro,
     route::{MAIN_TABLE, Route},

@@ -8,8 +8,14 @@ use std::{io, path::PathBuf};
 use aya::programs::{ProgramError, Xdp, XdpMode, links::FdLink};
 use aya_obj::programs::XdpAttachType;
 
-use super::{ANY, Error, Publication, loader, object, pin_link, pins, set};
+use super::{
+    super::{ANY, Error, object, pins, set},
+    Nat, loader, pin_link, remove_pins,
+};
 use crate::link::Link;
+
+/// What the names of links begin with; the ifindex follows.
+pub(super) const KIND: &str = "xdp-";
 
 /// The program, and its pin.
 const PROGRAM: &str = "xdp";
@@ -26,7 +32,7 @@ pub enum XdpRun {
     },
 }
 
-impl Publication<'_> {
+impl Nat<'_> {
     /// Serves published ports by XDP on a device of the node, unless that is done
     /// already.
     ///
@@ -76,20 +82,23 @@ fn attach(program: &mut Xdp, device: &Link, mode: XdpMode) -> Result<(), Program
 
 /// The pin of its link to a device.
 pub(super) fn pin(device: u32) -> PathBuf {
-    pins::link(&format!("{}{device}", pins::XDP))
+    pins::link(&format!("{}{device}", KIND))
 }
 
-/// The pin of the program.
-pub(super) fn program_pin() -> PathBuf {
-    pins::nat(PROGRAM)
+/// Detaches the program from all devices, and takes it away.
+pub(super) fn detach_all() -> Result<(), Error> {
+    for device in pins::devices(KIND) {
+        remove_pins(&pin(device))?;
+    }
+    remove_pins(&pins::nat(PROGRAM))
 }
 
 fn open() -> Result<Xdp, Error> {
-    Xdp::from_pin(program_pin(), XdpAttachType::Interface).map_err(failed)
+    Xdp::from_pin(pins::nat(PROGRAM), XdpAttachType::Interface).map_err(failed)
 }
 
 fn open_or_load() -> Result<Xdp, Error> {
-    let path = program_pin();
+    let path = pins::nat(PROGRAM);
     if !path.exists() {
         let mut ebpf = loader().load(object::NAT)?;
         let program: &mut Xdp = ebpf

@@ -1,0 +1,508 @@
+//! What translates, from the plugin's side: published ports, masquerade, and the record
+//! of what the host's stack brings to pods.
+//!
+//! | file | |
+//! |---|---|
+//! | [`publish`] | who serves which port |
+//! | [`masquerade`] | which pods are masqueraded, and toward whom not |
+//! | [`uplinks`] | the devices of the node, and its addresses |
+//! | [`xdp`] | XDP on those of them that the operator names |
+//!
+//! The programs come in [`Part`]s, each of which is loaded when the first network needs
+//! it. Whoever changes anything here holds a lock of its own, besides the datapath.
+
+pub mod masquerade;
+pub mod publish;
+pub mod uplinks;
+mod xdp;
+
+use std::{
+    fs, io,
+    net::{IpAddr, Ipv6Addr},
+    os::fd::AsFd as _,
+    path::Path,
+};
+
+use aya::{
+    Ebpf, EbpfLoader,
+    maps::{Array, LpmTrie, MapData, MapError, ProgramArray},
+    programs::{CgroupAttachMode, CgroupSockAddr, ProgramError, SchedClassifier, links::FdLink},
+};
+use bpf_bridge_common::layout::{
+    Address, ExemptKey, IpKey, Mac, Masqueraded, Neighbor, Node, PORT_DIRECT, PORT_GATEWAY,
+    PROGRAM_BETWEEN, PROGRAM_FROM_HOST, PROGRAM_FROM_POD, PodKey, Port, Published, PublishedKey,
+    Uplink,
+};
+
+use super::{
+    Datapath, Error, LogLevel, Table, Wire, entries, failed, foreign, is_missing, object, pinned,
+    pins, table,
+};
+use crate::{
+    lock::{Lock, Mode},
+    mount, netns,
+};
+
+pub use self::{
+    masquerade::Policy,
+    publish::{NodePort, Service},
+    xdp::XdpRun,
+};
+
+/// `BPF_NOEXIST` of `linux/bpf.h`.
+const NOEXIST: u64 = 1;
+/// The lock under which ports are claimed and uplinks are found.
+const LOCK: &str = "/run/bpf-bridge/publish.lock";
+
+/// Programs that are needed together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// What the host's stack brings to pods, and what pods answer: for networks that
+    /// have a gateway. All others need it.
+    Host,
+    /// The uplinks: for networks that publish ports, or are masqueraded.
+    Outside,
+    /// What pods send to the gateway: for published ports, and for networks whose
+    /// packets do not pass netfilter.
+    Pods,
+    /// The sockets of the node's own processes: for published ports.
+    Sockets,
+}
+
+/// The programs on the hooks of sockets.
+const SOCKETS: [&str; 8] = [
+    "connect4",
+    "connect6",
+    "sendmsg4",
+    "sendmsg6",
+    "recvmsg4",
+    "recvmsg6",
+    "getpeername4",
+    "getpeername6",
+];
+/// The maps that are found again by later calls.
+const MAPS: [&str; 12] = [
+    "PUBLISHED",
+    "FLOWS",
+    "FRAGMENTS",
+    "HELD",
+    "ADDRESSES",
+    "PEERS",
+    "NODE",
+    "XDP_UPLINKS",
+    "MASQUERADED",
+    "EXEMPT",
+    "REPLIES",
+    "UPLINKS",
+];
+/// Those of the first object that this one uses.
+const SHARED: [&str; 5] = ["PORTS", "STATS", "NEIGHBORS", "ENDPOINTS", "SEGMENTS"];
+
+impl Part {
+    /// Every part, in the order in which they are loaded.
+    const ALL: [Self; 4] = [Self::Host, Self::Outside, Self::Pods, Self::Sockets];
+
+    /// Its programs on tc hooks, and the slots under which `port` calls them. The pin of
+    /// the last one says that all are there.
+    const fn classifiers(self) -> &'static [(&'static str, Option<u32>)] {
+        match self {
+            Self::Host => &[
+                ("from_host", Some(PROGRAM_FROM_HOST)),
+                ("between", Some(PROGRAM_BETWEEN)),
+            ],
+            Self::Outside => &[("uplink", None), ("egress", None)],
+            Self::Pods => &[("from_pod", Some(PROGRAM_FROM_POD))],
+            Self::Sockets => &[],
+        }
+    }
+
+    /// Its programs that are called.
+    fn slots(self) -> impl Iterator<Item = (&'static str, u32)> {
+        self.classifiers()
+            .iter()
+            .filter_map(|&(name, slot)| Some((name, slot?)))
+    }
+
+    /// Whether it is loaded.
+    pub(super) fn is_loaded(self) -> bool {
+        let pin = match self.classifiers().last() {
+            Some((name, _)) => pins::nat(name),
+            None => pins::link(SOCKETS[SOCKETS.len() - 1]),
+        };
+        pin.exists() && (self == Self::Host || Self::Host.is_loaded())
+    }
+}
+
+/// The parts that a network needs.
+pub fn parts(has_gateway: bool, masquerades: bool, publishes: bool, direct: bool) -> Vec<Part> {
+    [
+        (has_gateway || masquerades || publishes, Part::Host),
+        (masquerades || publishes, Part::Outside),
+        (direct || publishes, Part::Pods),
+        (publishes, Part::Sockets),
+    ]
+    .into_iter()
+    .filter_map(|(needed, part)| needed.then_some(part))
+    .collect()
+}
+
+/// Loads what is missing of these parts. The lock of the pins is held alone.
+pub(super) fn load(parts: &[Part]) -> Result<(), Error> {
+    let missing: Vec<Part> = Part::ALL
+        .into_iter()
+        .filter(|part| parts.contains(part) && !part.is_loaded())
+        .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    if !Part::Host.is_loaded() {
+        // What a call that was killed has left may be of maps that are gone.
+        unload()?;
+    }
+    pins::create_nat()?;
+    let mut ebpf = loader().load(object::NAT)?;
+    if missing.contains(&Part::Host) {
+        name_node()?;
+    }
+    // The first one says that there is anything at all, so it comes last.
+    for &part in missing.iter().rev() {
+        unload_part(part)?;
+        if part == Part::Sockets {
+            attach_sockets(&mut ebpf)?;
+        }
+        for &(name, slot) in part.classifiers() {
+            let program = object::load_program(&mut ebpf, name)?;
+            if let Some(slot) = slot {
+                for level in LogLevel::ALL {
+                    if let Some(mut calls) = calls(level)? {
+                        fill(&mut calls, slot, name, program)?;
+                    }
+                }
+            }
+            pin_program(name, program)?;
+        }
+    }
+    Ok(())
+}
+
+/// Tells the programs which network namespace they serve.
+fn name_node() -> Result<(), Error> {
+    // 0 stands for the machine's first namespace, where nothing else can be said.
+    let netns = netns::cookie()
+        .map_err(|source| {
+            failed(
+                "naming the network namespace for",
+                "NODE",
+                &0,
+                MapError::IoError(source),
+            )
+        })?
+        .unwrap_or(0);
+    let mut node: Array<_, Wire<Node>> =
+        Array::try_from(pinned("NODE")?).map_err(|source| foreign("NODE", &source))?;
+    node.set(0, Wire(Node { netns }), 0)
+        .map_err(|source| failed("writing", "NODE", &0, source))
+}
+
+fn attach_sockets(ebpf: &mut Ebpf) -> Result<(), Error> {
+    let root = mount::cgroup_root()?;
+    for name in SOCKETS {
+        let error = |source| Error::program(name, source);
+        let program: &mut CgroupSockAddr = ebpf
+            .program_mut(name)
+            .ok_or(ProgramError::NotLoaded)
+            .and_then(TryInto::try_into)
+            .map_err(error)?;
+        program.load().map_err(error)?;
+        let id = program
+            .attach(root.as_fd(), CgroupAttachMode::Single)
+            .map_err(error)?;
+        let link = program.take_link(id).map_err(error)?;
+        pin_link(FdLink::try_from(link), &pins::link(name))?;
+    }
+    Ok(())
+}
+
+fn pin_program(name: &str, program: &mut SchedClassifier) -> Result<(), Error> {
+    let path = pins::nat(name);
+    // What a load that was killed has left.
+    let _ = fs::remove_file(&path);
+    program.pin(&path).map_err(|source| Error::Pin {
+        path,
+        source: io::Error::other(source),
+    })
+}
+
+type Calls = ProgramArray<MapData>;
+
+/// Lets the programs of `level`, which are about to be loaded, call those that are here.
+pub(super) fn fill_slots(level: LogLevel) -> Result<(), Error> {
+    let Some(mut calls) = calls(level)? else {
+        return Ok(());
+    };
+    for part in Part::ALL {
+        if !part.is_loaded() {
+            clear_slots(&mut calls, part)?;
+            continue;
+        }
+        for (name, slot) in part.slots() {
+            fill(&mut calls, slot, name, &open_classifier(name)?)?;
+        }
+    }
+    Ok(())
+}
+
+/// A loader that makes or finds the maps where they are pinned.
+fn loader<'a>() -> EbpfLoader<'a> {
+    let mut loader = object::loader();
+    for name in MAPS.into_iter().chain(SHARED) {
+        loader.map_pin_path(name, pins::map(name));
+    }
+    loader
+}
+
+fn fill(calls: &mut Calls, slot: u32, name: &str, program: &SchedClassifier) -> Result<(), Error> {
+    let fd = program
+        .fd()
+        .map_err(|source| Error::program(name, source))?;
+    calls
+        .set(slot, fd, 0)
+        .map_err(|source| failed("writing", "PROGRAMS", &slot, source))
+}
+
+fn clear_slots(calls: &mut Calls, part: Part) -> Result<(), Error> {
+    for (_, slot) in part.slots() {
+        match calls.clear_index(&slot) {
+            Ok(()) => {}
+            Err(error) if is_missing(&error) => {}
+            Err(source) => return Err(failed("clearing", "PROGRAMS", &slot, source)),
+        }
+    }
+    Ok(())
+}
+
+/// Takes a part away, or what is left of it. The lock of the pins is held alone.
+fn unload_part(part: Part) -> Result<(), Error> {
+    // The pin that says that all is there goes first, in case this is killed.
+    for (name, _) in part.classifiers().iter().rev() {
+        remove_pins(&pins::nat(name))?;
+    }
+    for level in LogLevel::ALL {
+        if let Some(mut calls) = calls(level)? {
+            clear_slots(&mut calls, part)?;
+        }
+    }
+    match part {
+        Part::Host | Part::Pods => Ok(()),
+        Part::Outside => uplinks::detach_all(),
+        Part::Sockets => {
+            for name in SOCKETS.iter().rev() {
+                remove_pins(&pins::link(name))?;
+            }
+            // XDP serves published ports only.
+            xdp::detach_all()
+        }
+    }
+}
+
+/// Takes everything away. The lock of the pins is held alone.
+pub(super) fn unload() -> Result<(), Error> {
+    for part in Part::ALL {
+        unload_part(part)?;
+    }
+    let paths = MAPS.map(pins::map);
+    for path in [pins::nat(""), pins::links()].iter().chain(&paths) {
+        remove_pins(path)?;
+    }
+    Ok(())
+}
+
+/// Removes one pin, or a directory of pins.
+fn remove_pins(path: &Path) -> Result<(), Error> {
+    let removed = if path.is_dir() {
+        fs::remove_dir_all(path)
+    } else {
+        fs::remove_file(path)
+    };
+    match removed {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(Error::Pin {
+            path: path.to_owned(),
+            source,
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// Takes away what nobody needs any more. It looks at every port, so it is for GC. The
+/// lock of the pins is held alone.
+pub(super) fn unload_unused() -> Result<(), Error> {
+    if !Part::Host.is_loaded() {
+        return unload();
+    }
+    let published = table::<PublishedKey, Published>("PUBLISHED")?;
+    let masqueraded = table::<PodKey, Masqueraded>("MASQUERADED")?;
+    let has_gateway = entries(&table::<IpKey, Neighbor>("NEIGHBORS")?, "NEIGHBORS")?
+        .iter()
+        .any(|(_, neighbor)| neighbor.flags & PORT_GATEWAY != 0);
+    let direct = entries(&table::<u32, Port>("PORTS")?, "PORTS")?
+        .iter()
+        .any(|(_, port)| port.flags & PORT_DIRECT != 0);
+    let needed = parts(
+        has_gateway,
+        masqueraded.keys().next().is_some(),
+        published.keys().next().is_some(),
+        direct,
+    );
+    if needed.is_empty() {
+        return unload();
+    }
+    for part in Part::ALL {
+        if part.is_loaded() && !needed.contains(&part) {
+            unload_part(part)?;
+        }
+    }
+    Ok(())
+}
+
+/// The table by which the programs of `level` call each other, if it is pinned: that
+/// comes before them.
+fn calls(level: LogLevel) -> Result<Option<Calls>, Error> {
+    let path = pins::variant(level).join("PROGRAMS");
+    if !path.exists() {
+        return Ok(None);
+    }
+    Calls::try_from(super::pinned_at(&path)?)
+        .map(Some)
+        .map_err(|source| foreign("PROGRAMS", &source))
+}
+
+fn open_classifier(name: &str) -> Result<SchedClassifier, Error> {
+    SchedClassifier::from_pin(pins::nat(name)).map_err(|source| Error::program(name, source))
+}
+
+/// The kernel's id of a pinned classifier.
+fn id(pin: &Path) -> Result<u32, Error> {
+    SchedClassifier::from_pin(pin)
+        .and_then(|program| program.info().map(|info| info.id()))
+        .map_err(|source| Error::program(&pin.display().to_string(), source))
+}
+
+fn pin_link(
+    link: Result<FdLink, aya::programs::links::LinkError>,
+    path: &Path,
+) -> Result<(), Error> {
+    let error = |source: io::Error| Error::Pin {
+        path: path.to_owned(),
+        source,
+    };
+    let link = link.map_err(|source| error(io::Error::other(source)))?;
+    link.pin(path)
+        .map_err(|source| error(io::Error::other(source)))?;
+    Ok(())
+}
+
+/// What translates, for one call that changes it.
+pub struct Nat<'d> {
+    datapath: &'d Datapath,
+    published: Table<PublishedKey, Published>,
+    masqueraded: Table<PodKey, Masqueraded>,
+    exempt: LpmTrie<MapData, Wire<ExemptKey>, u8>,
+    addresses: Table<Address, u8>,
+    uplinks: Table<u32, Uplink>,
+    xdp_uplinks: Table<u32, Mac>,
+    _lock: Lock,
+}
+
+impl Datapath {
+    /// Opens what translates, if there is anything.
+    ///
+    /// # Errors
+    ///
+    /// It is locked, or a pin is not what this version pins there.
+    pub fn nat(&self) -> Result<Option<Nat<'_>>, Error> {
+        if !Part::Host.is_loaded() {
+            return Ok(None);
+        }
+        let lock = Lock::take(Path::new(LOCK), Mode::Exclusive)?;
+        Ok(Some(Nat {
+            datapath: self,
+            published: table("PUBLISHED")?,
+            masqueraded: table("MASQUERADED")?,
+            exempt: LpmTrie::try_from(pinned("EXEMPT")?)
+                .map_err(|source| foreign("EXEMPT", &source))?,
+            addresses: table("ADDRESSES")?,
+            uplinks: table("UPLINKS")?,
+            xdp_uplinks: table("XDP_UPLINKS")?,
+            _lock: lock,
+        }))
+    }
+}
+
+impl Nat<'_> {
+    /// Whether the uplinks are served.
+    pub fn has_uplinks(&self) -> bool {
+        Part::Outside.is_loaded()
+    }
+
+    /// Removes what is left of pods that are gone, and of devices of which `exists` says
+    /// so. It looks at every entry, so it is for GC.
+    ///
+    /// # Errors
+    ///
+    /// A table cannot be read or written.
+    pub fn sweep<E: From<Error>>(
+        &mut self,
+        exists: impl FnMut(u32) -> Result<bool, E>,
+    ) -> Result<(), E> {
+        self.sweep_published()?;
+        self.sweep_masqueraded()?;
+        self.sweep_uplinks(exists)
+    }
+
+    /// Removes all that is `owner`'s. It looks at every entry, so it is for owners of
+    /// which nobody has a record.
+    ///
+    /// # Errors
+    ///
+    /// A table cannot be read or written.
+    pub fn forget(&mut self, owner: u32) -> Result<(), Error> {
+        self.withdraw_all(owner)?;
+        self.unmasquerade_all(owner)
+    }
+}
+
+/// Whether a write says that somebody else has made the entry.
+fn is_taken(error: &MapError) -> bool {
+    matches!(error, MapError::SyscallError(error)
+        if error.io_error.kind() == io::ErrorKind::AlreadyExists)
+}
+
+/// An address as the maps have it.
+const fn octets(address: IpAddr) -> Address {
+    match address {
+        IpAddr::V4(address) => Address::v4(address.octets()),
+        IpAddr::V6(address) => Address::v6(address.octets()),
+    }
+}
+
+/// And back.
+fn address(address: Address) -> IpAddr {
+    Ipv6Addr::from(address.octets()).to_canonical()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_part_is_loaded_with_the_first_who_needs_it() {
+        assert_eq!(parts(false, false, false, false), []);
+        assert_eq!(parts(true, false, false, false), [Part::Host]);
+        assert_eq!(parts(true, true, false, false), [Part::Host, Part::Outside]);
+        assert_eq!(
+            parts(true, true, false, true),
+            [Part::Host, Part::Outside, Part::Pods]
+        );
+        assert_eq!(parts(false, false, true, false), Part::ALL);
+    }
+}
