@@ -294,6 +294,7 @@ mod tests {
             tentative: false,
             duplicate: false,
             link_local: true,
+            eligible: false,
         };
         assert_eq!(found, [expected]);
         // The route to its prefix, which a device that is down cannot have.

@@ -26,6 +26,7 @@
 //! | `EXEMPT` | LPM trie | [`ExemptKey`] | one byte, 1 |
 //! | `REPLIES` | LRU hash | [`ReplyKey`] | [`Reply`] |
 //! | `UPLINKS` | hash | ifindex | [`Uplink`] |
+//! | `NEXT` | program array | `NEXT_*` | the programs that those of the second object call |
 //!
 //! From `PUBLISHED` on they belong to the second object, which is loaded when a
 //! network needs it. IPv4 addresses are mapped into IPv6 (RFC 4291 §2.5.5.2) in all of
@@ -128,6 +129,11 @@ pub const PROGRAM_FROM_HOST: u32 = 3;
 pub const PROGRAM_BETWEEN: u32 = 4;
 /// How many slots there are.
 pub const PROGRAM_COUNT: u32 = 5;
+
+/// The slot of `NEXT` of the program that sends masqueraded flows past the host's stack.
+pub const NEXT_FORWARD: u32 = 0;
+/// How many slots `NEXT` has.
+pub const NEXT_COUNT: u32 = 1;
 
 /// The port is the gateway port of its segment.
 pub const PORT_GATEWAY: u32 = 1 << 0;

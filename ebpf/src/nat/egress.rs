@@ -17,7 +17,7 @@ use bpf_bridge_common::{
 };
 
 use crate::{
-    fib,
+    fib::{self, Leaving},
     fragments::{self, Standing},
     maps::{ADDRESSES, FLOWS, REPLIES},
     masquerade::{self, GO_ON, Owner},
@@ -165,8 +165,15 @@ fn error_of_pod(ctx: &TcContext, work: &mut Work, pod: &Masqueraded) -> Outcome 
 #[inline(always)]
 fn own_error(ctx: &TcContext, work: &mut Work) -> Outcome {
     let about = masquerade::answer(&work.inner.tuple);
-    let exit = fib::exit(ctx, work.from.ifindex, &work.inner.tuple, 0)?;
-    let pod = masquerade::pod(&mut work.pod_key, &about.source, exit.device)?;
+    let leaving = Leaving {
+        via: work.from.ifindex,
+        device: 0,
+        length: 0,
+    };
+    if !fib::exit(ctx, &work.inner.tuple, &leaving, &mut work.exit) {
+        return None;
+    }
+    let pod = masquerade::pod(&mut work.pod_key, &about.source, work.exit.device)?;
     work.account = pod.port;
     masquerade::set_flow_key(&mut work.key, &about, work.inner.protocol, pod.port);
     // SAFETY: as above.

@@ -136,66 +136,105 @@ fn elsewhere(address: &Address) -> Address {
 const BPF_FIB_LOOKUP_MARK: u32 = 1 << 5;
 
 /// How a pod's packet leaves the node.
+#[derive(Clone, Copy)]
 pub(crate) struct Exit {
     /// The device.
     pub(crate) device: u32,
     /// The node's address there.
     pub(crate) address: Address,
+    /// The family of the next hop.
+    family: u8,
+    /// Whether the packet is longer than the way allows; then nothing else is known.
+    pub(crate) too_big: bool,
+    /// The next hop.
+    next: [u32; 4],
 }
 
-/// How a packet from `tuple` of a pod leaves the node, and as whom the node itself would
-/// send it. `via` is the gateway device of the pod's segment, 0 for packets of the node
-/// itself; `device` is the one by which it is known to leave, 0 if that is not known.
+impl Exit {
+    /// Sends a packet there.
+    #[inline(always)]
+    pub(crate) fn go(&self) -> i32 {
+        hand_to(self.device, self.family, self.next)
+    }
+}
+
+/// What is known of a packet that leaves the node.
+#[derive(Clone, Copy)]
+pub(crate) struct Leaving {
+    /// The gateway device of the pod's segment.
+    pub(crate) via: u32,
+    /// The device by which it leaves, 0 if that is not known.
+    pub(crate) device: u32,
+    /// As in [`Question`].
+    pub(crate) length: u16,
+}
+
+/// How a packet of a pod leaves the node, and as whom the node itself would send it (since
+/// Linux 6.7); says whether it does.
 #[inline(never)]
-pub(crate) fn exit(ctx: &TcContext, via: u32, tuple: &Tuple, device: u32) -> Option<Exit> {
+pub(crate) fn exit(ctx: &TcContext, tuple: &Tuple, leaving: &Leaving, exit: &mut Exit) -> bool {
+    let Leaving {
+        via,
+        device,
+        length,
+    } = *leaving;
     // SAFETY: the context is valid for as long as the program runs.
     let mark = unsafe { (*skb(ctx)).mark };
     let asked = BPF_FIB_LOOKUP_SRC | BPF_FIB_LOOKUP_SKIP_NEIGH;
-    let questions = [
+    for (from, flags) in [
         // As the stack asks when it forwards.
         (via, asked | BPF_FIB_LOOKUP_MARK),
         (via, asked),
         // Whatever led the packet there, this device has routes.
         (device, asked | BPF_FIB_LOOKUP_OUTPUT),
-    ];
-    for (number, (from, flags)) in questions.into_iter().enumerate() {
+    ] {
         if from == 0 {
             continue;
         }
         let mut lookup = zeroed();
         lookup.ifindex = from;
+        lookup.__bindgen_anon_1.tot_len = length;
         set_addresses(&mut lookup, &tuple.source, &tuple.destination);
-        if number == 0 {
+        if flags & BPF_FIB_LOOKUP_MARK != 0 {
             // In a union with what the answer has there.
             let [a, b, c, d] = mark.to_ne_bytes();
             lookup.smac = [a, b, c, d, 0, 0];
         }
         // SAFETY: the structure is of the length that is given with it.
         let answer = unsafe {
-            bpf_fib_lookup(ctx.as_ptr(), &mut lookup, size_of::<Lookup>() as i32, flags) as u32
+            let length = size_of::<Lookup>() as i32;
+            bpf_fib_lookup(ctx.as_ptr(), &mut lookup, length, flags) as u32
         };
-        if matches!(
+        let too_big = answer == BPF_FIB_LKUP_RET_FRAG_NEEDED && length != 0;
+        if !matches!(
             answer,
             BPF_FIB_LKUP_RET_SUCCESS | BPF_FIB_LKUP_RET_NO_NEIGH | BPF_FIB_LKUP_RET_FRAG_NEEDED
-        ) && (device == 0 || lookup.ifindex == device)
+        ) || device != 0 && lookup.ifindex != device
         {
-            // SAFETY: the kernel has written the source there.
-            let source = unsafe { lookup.__bindgen_anon_3.ipv6_src };
-            let address = if tuple.source.is_v4() {
-                Address::v4(source[0].to_ne_bytes())
-            } else {
-                Address::from_words(source)
-            };
-            return Some(Exit {
-                device: lookup.ifindex,
-                address,
-            });
+            continue;
         }
-        if device == 0 && number == 1 {
-            return None;
-        }
+        // SAFETY: the kernel has written both there; an IPv4 address is the first word.
+        let (source, next) = unsafe {
+            (
+                lookup.__bindgen_anon_3.ipv6_src,
+                lookup.__bindgen_anon_4.ipv6_dst,
+            )
+        };
+        let address = if tuple.source.is_v4() {
+            Address::v4(source[0].to_ne_bytes())
+        } else {
+            Address::from_words(source)
+        };
+        *exit = Exit {
+            device: lookup.ifindex,
+            address,
+            family: lookup.family,
+            too_big,
+            next,
+        };
+        return true;
     }
-    None
+    false
 }
 
 /// What is asked about a packet that is to leave the node, besides its addresses.

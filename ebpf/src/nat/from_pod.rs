@@ -1,5 +1,6 @@
 //! What a pod sends to the gateway, once a port is published on the node: replies of
-//! published ports, requests to them, and all else, which goes to the host's stack.
+//! published ports, requests to them, and all else, which goes to the host's stack, or
+//! out of the node if the pod's flows do not pass the stack.
 
 use aya_ebpf::{
     bindings::{BPF_F_INGRESS, TC_ACT_SHOT},
@@ -8,11 +9,12 @@ use aya_ebpf::{
 };
 use bpf_bridge_common::{
     frame::ETH_HLEN,
-    layout::{PORT_PUBLISHED, Port},
+    layout::{NEXT_FORWARD, PORT_DIRECT, PORT_PUBLISHED, Port},
 };
 
 use crate::{
     fragments::{self, Standing},
+    maps::NEXT,
     reply, request,
     shared::{PORTS, count_drop, ifindex, to_host},
     skb::Skb,
@@ -54,7 +56,8 @@ fn translate(ctx: &TcContext, work: &mut Work, port: &Port) -> Outcome {
         return None;
     }
     let publishes = port.flags & PORT_PUBLISHED != 0;
-    match fragments::complete(ctx, work, work.from.ifindex, publishes) {
+    let hold = publishes || port.flags & PORT_DIRECT != 0;
+    match fragments::complete(ctx, work, work.from.ifindex, hold) {
         Standing::Known => {}
         Standing::Unknown => return None,
         Standing::Done => return Some(Ok(TC_ACT_SHOT)),
@@ -65,11 +68,17 @@ fn translate(ctx: &TcContext, work: &mut Work, port: &Port) -> Outcome {
         }
         return request::lead_error(ctx, work);
     }
-    if !work.parsed.is_transport() {
-        return None;
+    if work.parsed.is_transport() {
+        if publishes && let Some(done) = reply::undo(ctx, work, port) {
+            return Some(done);
+        }
+        if let Some(done) = request::lead(ctx, work) {
+            return Some(done);
+        }
     }
-    if publishes && let Some(done) = reply::undo(ctx, work, port) {
-        return Some(done);
+    if port.flags & PORT_DIRECT != 0 {
+        // SAFETY: the program that is called takes the same context.
+        unsafe { NEXT.tail_call(ctx, NEXT_FORWARD) };
     }
-    request::lead(ctx, work)
+    None
 }

@@ -1,14 +1,14 @@
 //! The tables of published ports. See [`bpf_bridge_common::layout`].
 
 use aya_ebpf::{
-    btf_maps::{Array, HashMap, LpmTrie, LruHashMap},
+    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, ProgramArray},
     macros::btf_map,
 };
 use bpf_bridge_common::layout::{
     Address, ExemptKey, Flow, FlowKey, FragmentKey, Fragments, Held, HeldKey, MAX_ADDRESSES,
     MAX_EXEMPT, MAX_FLOWS, MAX_FRAGMENTS, MAX_HELD_TOTAL, MAX_MASQUERADED, MAX_PEERS,
-    MAX_PUBLISHED, MAX_REPLIES, MAX_UPLINKS, MAX_XDP_UPLINKS, Mac, Masqueraded, Node, PeerKey,
-    PodKey, Published, PublishedKey, Reply, ReplyKey, Socket, Uplink,
+    MAX_PUBLISHED, MAX_REPLIES, MAX_UPLINKS, MAX_XDP_UPLINKS, Mac, Masqueraded, NEXT_COUNT, Node,
+    PeerKey, PodKey, Published, PublishedKey, Reply, ReplyKey, Socket, Uplink,
 };
 
 use crate::shared::{PORTS, SEGMENTS};
@@ -65,6 +65,9 @@ pub(crate) static UPLINKS: HashMap<u32, Uplink, { MAX_UPLINKS as usize }, ON_DEM
 
 #[btf_map]
 pub(crate) static NODE: Array<Node, 1> = Array::new();
+
+#[btf_map]
+pub(crate) static NEXT: ProgramArray<{ NEXT_COUNT as usize }> = ProgramArray::new();
 
 /// The gateway's MAC address in a segment.
 #[inline(always)]

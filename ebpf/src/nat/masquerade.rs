@@ -23,7 +23,7 @@ use bpf_bridge_common::{
 };
 
 use crate::{
-    fib,
+    fib::{self, Leaving},
     maps::{EXEMPT, FLOWS, MASQUERADED, REPLIES, UPLINKS, published},
     own::{self, Step},
     shared::PORTS,
@@ -246,9 +246,15 @@ fn begin(ctx: &TcContext, work: &mut Work, owner: &Owner, step: Step) -> u32 {
 
 /// As whom the packet leaves.
 #[inline(always)]
-fn address(ctx: &TcContext, work: &Work, owner: &Owner) -> Option<Address> {
+fn address(ctx: &TcContext, work: &mut Work, owner: &Owner) -> Option<Address> {
     let tuple = &work.parsed.tuple;
-    if let Some(exit) = fib::exit(ctx, owner.segment, tuple, owner.device)
+    let leaving = Leaving {
+        via: owner.segment,
+        device: owner.device,
+        length: 0,
+    };
+    if fib::exit(ctx, tuple, &leaving, &mut work.exit)
+        && let exit = work.exit
         && !exit.address.is_unspecified()
         && !exit.address.is_link_local()
     {

@@ -161,7 +161,7 @@ fn choose(
 /// A packet that is too long for its way goes to the host's stack as the pod has sent
 /// it: the stack finds the same, and tells the pod in its own words.
 #[inline(always)]
-fn refuse(skb: Skb<'_>, parsed: &Parsed, segment: u32) -> Result<i32, DropReason> {
+pub(crate) fn refuse(skb: Skb<'_>, parsed: &Parsed, segment: u32) -> Result<i32, DropReason> {
     if parsed.version == Version::V4 {
         // Or it would be fragmented, and leave under the pod's own address.
         let mut frame = skb;
@@ -181,7 +181,7 @@ fn refuse(skb: Skb<'_>, parsed: &Parsed, segment: u32) -> Result<i32, DropReason
 /// The length in bytes, from the IP header on, of the longest packet that the frame
 /// becomes on the wire; 0 if the headers do not say it.
 #[inline(always)]
-fn wire_length(skb: Skb<'_>, parsed: &Parsed) -> u16 {
+pub(crate) fn wire_length(skb: Skb<'_>, parsed: &Parsed) -> u16 {
     let segment = skb.segment_size();
     if segment == 0 {
         return parsed.length;

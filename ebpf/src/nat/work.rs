@@ -17,7 +17,7 @@ use bpf_bridge_common::{
     translate::{rewrite, rewrite_inner, rewrite_outer},
 };
 
-use crate::skb::Skb;
+use crate::{fib::Exit, skb::Skb};
 
 /// The state of one packet.
 pub(crate) struct Work {
@@ -43,6 +43,8 @@ pub(crate) struct Work {
     pub(crate) pod_key: PodKey,
     /// The destination that may be exempt, behind the length of the prefix.
     pub(crate) exempt: Key<ExemptKey>,
+    /// How it leaves the node.
+    pub(crate) exit: Exit,
     /// What changed under its checksum.
     pub(crate) diff: u32,
     /// The port that a drop is counted against.

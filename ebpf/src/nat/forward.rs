@@ -1,0 +1,76 @@
+//! Masqueraded flows that do not pass the host's stack (`netfilter: none`): a pod's packet
+//! leaves by the way that the routing tables say, and what answers it goes straight into
+//! the pod.
+
+use aya_ebpf::{bindings::TC_ACT_SHOT, macros::classifier, programs::TcContext};
+use bpf_bridge_common::{
+    drops::DropReason,
+    layout::{FLOW_DIRECT, Port},
+};
+
+use crate::{
+    fib::{self, Leaving},
+    maps::UPLINKS,
+    masquerade::{self, Owner},
+    reply,
+    shared::{PORTS, count_drop, to_host},
+    skb::Skb,
+    work::{Outcome, Work, apart},
+};
+
+/// The program that [`from_pod`](crate::from_pod) goes on with, in the same work.
+#[classifier]
+pub(crate) fn forward(ctx: TcContext) -> i32 {
+    let Some(work) = Work::get() else {
+        return TC_ACT_SHOT;
+    };
+    // SAFETY: the plugin replaces entries of this map whole.
+    let Some(port) = (unsafe { PORTS.get(work.from.ifindex) }) else {
+        return TC_ACT_SHOT;
+    };
+    match apart(|| try_forward(&ctx, work, port)) {
+        Some(Ok(verdict)) => verdict,
+        Some(Err(reason)) => {
+            count_drop(work.account, reason);
+            TC_ACT_SHOT
+        }
+        // It is not for outside, or the stack must deal with it.
+        None => to_host(work.from.segment),
+    }
+}
+
+#[inline(always)]
+fn try_forward(ctx: &TcContext, work: &mut Work, port: &Port) -> Outcome {
+    let tuple = &work.parsed.tuple;
+    if tuple.destination.is_group() || tuple.destination.is_link_local() {
+        return None;
+    }
+    let pod = masquerade::pod(&mut work.pod_key, &tuple.source, port.segment)?;
+    let length = reply::wire_length(Skb(ctx), &work.parsed);
+    let leaving = Leaving {
+        via: port.segment,
+        device: 0,
+        length,
+    };
+    if !fib::exit(ctx, tuple, &leaving, &mut work.exit) {
+        return None;
+    }
+    let exit = work.exit;
+    // By another device nobody would undo what is done here.
+    UPLINKS.get_ptr(exit.device)?;
+    work.account = work.from.ifindex;
+    if exit.too_big {
+        return Some(reply::refuse(Skb(ctx), &work.parsed, port.segment));
+    }
+    let owner = Owner {
+        port: work.from.ifindex,
+        segment: port.segment,
+        device: exit.device,
+        flags: FLOW_DIRECT,
+    };
+    Some(match masquerade::settle(ctx, work, &owner, Some(pod))? {
+        Ok(()) if work.rewrite(ctx) => Ok(exit.go()),
+        Ok(()) => Err(DropReason::Helper),
+        Err(reason) => Err(reason),
+    })
+}
