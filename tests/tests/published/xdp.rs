@@ -366,7 +366,7 @@ fn it_comes_and_goes_with_published_ports() -> Result<()> {
         wait_for("end of XDP", PATIENCE, || {
             Ok(mode(&node, Outside::UPLINK)?.is_none())
         })?;
-        ensure!(node.run(&format!("find {pins} -iname xdp*"))?.is_empty());
+        ensure!(node.run(&format!("find {pins} -name xdp*"))?.is_empty());
     }
     Ok(())
 }

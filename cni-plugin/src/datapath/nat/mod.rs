@@ -157,7 +157,7 @@ pub(super) fn load(parts: &[Part]) -> Result<(), Error> {
     }
     if !Part::Host.is_loaded() {
         // What a call that was killed has left may be of maps that are gone.
-        unload()?;
+        Part::ALL.into_iter().try_for_each(unload_part)?;
     }
     pins::create_nat()?;
     let mut ebpf = loader().load(object::NAT)?;
