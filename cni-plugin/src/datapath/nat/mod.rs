@@ -29,7 +29,7 @@ use aya::{
     programs::{CgroupAttachMode, CgroupSockAddr, ProgramError, SchedClassifier, links::FdLink},
 };
 use bpf_bridge_common::layout::{
-    Address, ExemptKey, IpKey, Mac, Masqueraded, Neighbor, Node, PORT_DIRECT, PORT_GATEWAY,
+    Address, ExemptKey, IpKey, Mac, Masqueraded, NEXT_FORWARD, Neighbor, Node, PORT_DIRECT, PORT_GATEWAY,
     PROGRAM_BETWEEN, PROGRAM_FROM_HOST, PROGRAM_FROM_POD, PodKey, Port, Published, PublishedKey,
     Uplink,
 };
@@ -65,6 +65,9 @@ pub enum Part {
     /// What pods send to the gateway: for published ports, and for networks whose
     /// packets do not pass netfilter.
     Pods,
+    /// What masqueraded pods send out of the node past the host's stack: for networks
+    /// whose packets do not pass netfilter.
+    Forward,
     /// The sockets of the node's own processes: for published ports.
     Sockets,
 }
@@ -80,8 +83,10 @@ const SOCKETS: [&str; 8] = [
     "getpeername4",
     "getpeername6",
 ];
+/// The program that `from_pod` goes on with.
+const FORWARD: &str = "forward";
 /// The maps that are found again by later calls.
-const MAPS: [&str; 12] = [
+const MAPS: [&str; 13] = [
     "PUBLISHED",
     "FLOWS",
     "FRAGMENTS",
@@ -94,13 +99,20 @@ const MAPS: [&str; 12] = [
     "EXEMPT",
     "REPLIES",
     "UPLINKS",
+    "NEXT",
 ];
 /// Those of the first object that this one uses.
 const SHARED: [&str; 5] = ["PORTS", "STATS", "NEIGHBORS", "ENDPOINTS", "SEGMENTS"];
 
 impl Part {
     /// Every part, in the order in which they are loaded.
-    const ALL: [Self; 4] = [Self::Host, Self::Outside, Self::Pods, Self::Sockets];
+    const ALL: [Self; 5] = [
+        Self::Host,
+        Self::Outside,
+        Self::Pods,
+        Self::Forward,
+        Self::Sockets,
+    ];
 
     /// Its programs on tc hooks, and the slots under which `port` calls them. The pin of
     /// the last one says that all are there.
@@ -112,6 +124,7 @@ impl Part {
             ],
             Self::Outside => &[("uplink", None), ("egress", None)],
             Self::Pods => &[("from_pod", Some(PROGRAM_FROM_POD))],
+            Self::Forward => &[(FORWARD, None)],
             Self::Sockets => &[],
         }
     }
@@ -139,6 +152,7 @@ pub fn parts(has_gateway: bool, masquerades: bool, publishes: bool, direct: bool
         (has_gateway || masquerades || publishes, Part::Host),
         (masquerades || publishes, Part::Outside),
         (direct || publishes, Part::Pods),
+        (direct, Part::Forward),
         (publishes, Part::Sockets),
     ]
     .into_iter()
@@ -178,6 +192,11 @@ pub(super) fn load(parts: &[Part]) -> Result<(), Error> {
                         fill(&mut calls, slot, name, program)?;
                     }
                 }
+            }
+            if name == FORWARD {
+                let mut next = Calls::try_from(pinned("NEXT")?)
+                    .map_err(|source| foreign("NEXT", &source))?;
+                fill(&mut next, NEXT_FORWARD, name, program)?;
             }
             pin_program(name, program)?;
         }
@@ -293,7 +312,7 @@ fn unload_part(part: Part) -> Result<(), Error> {
         }
     }
     match part {
-        Part::Host | Part::Pods => Ok(()),
+        Part::Host | Part::Pods | Part::Forward => Ok(()),
         Part::Outside => uplinks::detach_all(),
         Part::Sockets => {
             for name in SOCKETS.iter().rev() {
@@ -501,7 +520,7 @@ mod tests {
         assert_eq!(parts(true, true, false, false), [Part::Host, Part::Outside]);
         assert_eq!(
             parts(true, true, false, true),
-            [Part::Host, Part::Outside, Part::Pods]
+            [Part::Host, Part::Outside, Part::Pods, Part::Forward]
         );
         assert_eq!(parts(false, false, true, false), Part::ALL);
     }
