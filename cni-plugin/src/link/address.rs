@@ -259,6 +259,27 @@ mod tests {
     }
 
     #[test]
+    fn only_the_first_global_address_that_lasts_is_eligible() {
+        let pair = Pair::new();
+        let inside = &pair.inside;
+        let all = ["10.1.2.3/16", "10.1.2.4/16", "fd00:1::3/64", "fe80::5/64"];
+        for address in all {
+            inside
+                .add_address(pair.made.peer, net(address), false)
+                .unwrap();
+        }
+        pair.up();
+        let eligible: Vec<_> = inside
+            .addresses(pair.made.peer)
+            .unwrap()
+            .into_iter()
+            .filter(|address| address.eligible)
+            .map(|address| address.net)
+            .collect();
+        assert_eq!(eligible, [net("10.1.2.3/16"), net("fd00:1::3/64")]);
+    }
+
+    #[test]
     fn duplicate_address_detection_is_left_on_where_it_is_wanted() {
         let pair = Pair::new();
         pair.up();
