@@ -5,6 +5,7 @@
 use std::{
     io::{ErrorKind, Read as _, Write as _},
     net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    os::fd::AsRawFd as _,
     sync::atomic::{AtomicU16, AtomicU64, Ordering},
     thread,
     time::{Duration, Instant},
@@ -12,16 +13,18 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use bpf_bridge_tests::{Namespace, RawSocket, internet_checksum};
-use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, SockaddrStorage, bind, setsockopt, socket, sockopt,
+};
 
 use crate::PATIENCE;
 
 /// The port of every [`Remote`].
-pub const PORT: u16 = 7;
+pub(crate) const PORT: u16 = 7;
 
 /// What a flow is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub(crate) enum Kind {
     Tcp,
     /// From a socket that is connected.
     Udp,
@@ -38,9 +41,9 @@ pub enum Kind {
 
 impl Kind {
     /// Those whose source port (or identifier) can be changed on the way.
-    pub const FREE: [Self; 4] = [Self::Udp, Self::UnconnectedUdp, Self::Tcp, Self::Echo];
+    pub(crate) const FREE: [Self; 4] = [Self::Udp, Self::UnconnectedUdp, Self::Tcp, Self::Echo];
     /// Those that have ports.
-    pub const PORTS: [Self; 5] = [
+    pub(crate) const PORTS: [Self; 5] = [
         Self::Udp,
         Self::UnconnectedUdp,
         Self::Tcp,
@@ -48,7 +51,7 @@ impl Kind {
         Self::Sctp,
     ];
     /// All of them: GRE, and a number for experiments (RFC 3692) among them.
-    pub const ALL: [Self; 7] = [
+    pub(crate) const ALL: [Self; 7] = [
         Self::Udp,
         Self::UnconnectedUdp,
         Self::Tcp,
@@ -167,8 +170,8 @@ fn crc32c(bytes: &[u8]) -> u32 {
 }
 
 /// A machine's address that flows go to, on port [`PORT`].
-pub struct Remote {
-    pub address: SocketAddr,
+pub(crate) struct Remote {
+    pub(crate) address: SocketAddr,
     tcp: TcpListener,
     udp: UdpSocket,
     raw: Vec<(u8, RawSocket)>,
@@ -176,12 +179,12 @@ pub struct Remote {
 
 impl Remote {
     /// Listens on an address of a machine, whose kernel answers no echo any more.
-    pub fn new(machine: &Namespace, address: impl Into<IpAddr>) -> Result<Self> {
+    pub(crate) fn new(machine: &Namespace, address: impl Into<IpAddr>) -> Result<Self> {
         Self::on(machine, (address, PORT))
     }
 
     /// As [`Self::new`], on a port of the caller's choice.
-    pub fn on(machine: &Namespace, (address, port): (impl Into<IpAddr>, u16)) -> Result<Self> {
+    pub(crate) fn on(machine: &Namespace, (address, port): (impl Into<IpAddr>, u16)) -> Result<Self> {
         let address = SocketAddr::new(address.into(), port);
         let v4 = address.is_ipv4();
         machine.set_sysctl("net/ipv4/icmp_echo_ignore_all", "1")?;
@@ -210,7 +213,7 @@ impl Remote {
 
     /// A flow from a port (or with an identifier) of the caller's choice, 0 for any.
     /// Nothing but TCP's handshake is sent.
-    pub fn open(&self, kind: Kind, from: &Namespace, port: u16) -> Result<Flow<'_>> {
+    pub(crate) fn open(&self, kind: Kind, from: &Namespace, port: u16) -> Result<Flow<'_>> {
         self.open_within(kind, from, port, PATIENCE)
     }
 
@@ -233,8 +236,21 @@ impl Remote {
                 Near::Tcp(stream)
             }
             Kind::Udp | Kind::UnconnectedUdp => Near::Udp(from.within(|| {
-                let socket = UdpSocket::bind((any, port))
-                    .with_context(|| format!("binding to port {port}"))?;
+                let family = match any {
+                    IpAddr::V4(_) => AddressFamily::Inet,
+                    IpAddr::V6(_) => AddressFamily::Inet6,
+                };
+                let socket = socket(family, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
+                if any.is_ipv6() {
+                    // The other family may speak from the same port.
+                    setsockopt(&socket, sockopt::Ipv6V6Only, &true)?;
+                }
+                bind(
+                    socket.as_raw_fd(),
+                    &SockaddrStorage::from(SocketAddr::new(any, port)),
+                )
+                .with_context(|| format!("binding to port {port}"))?;
+                let socket = UdpSocket::from(socket);
                 if kind == Kind::Udp {
                     socket.connect(self.address)?;
                 }
@@ -268,17 +284,26 @@ impl Remote {
     }
 
     /// One message there and one back: whom the remote saw.
-    pub fn meet(&self, kind: Kind, from: &Namespace, port: u16) -> Result<SocketAddr> {
+    pub(crate) fn meet(&self, kind: Kind, from: &Namespace, port: u16) -> Result<SocketAddr> {
         self.open(kind, from, port)?.exchange()
     }
 
     /// That nothing reaches the remote.
-    pub fn never_meets(&self, kind: Kind, from: &Namespace, port: u16) -> Result<()> {
+    pub(crate) fn never_meets(&self, kind: Kind, from: &Namespace, port: u16) -> Result<()> {
         let met = self
             .open_within(kind, from, port, crate::SILENCE)
             .and_then(|mut flow| flow.says());
         ensure!(met.is_err(), "{kind:?} to {} met {met:?}", self.address);
         Ok(())
+    }
+
+    /// What is answered to a datagram from here.
+    pub(crate) fn asks(&self, server: SocketAddr, message: &[u8]) -> Result<Vec<u8>> {
+        self.udp.send_to(message, server)?;
+        receive(&self.udp, PATIENCE, |from, bytes| {
+            (from == server).then(|| bytes.to_vec())
+        })?
+        .with_context(|| format!("{server} did not answer {}", self.address))
     }
 
     fn raw(&self, kind: Kind) -> Result<&RawSocket> {
@@ -295,24 +320,24 @@ enum Near {
 }
 
 /// A client's conversation with a [`Remote`].
-pub struct Flow<'a> {
+pub(crate) struct Flow<'a> {
     remote: &'a Remote,
     kind: Kind,
     /// The client's own port.
-    pub port: u16,
+    pub(crate) port: u16,
     near: Near,
     far: Option<TcpStream>,
-    limit: Duration,
+    pub(crate) limit: Duration,
     /// How many messages there were in either direction.
     said: u32,
     heard: u32,
     /// Whom the remote saw last.
-    pub seen: Option<SocketAddr>,
+    pub(crate) seen: Option<SocketAddr>,
 }
 
 impl Flow<'_> {
     /// A message to the remote: whom it saw.
-    pub fn says(&mut self) -> Result<SocketAddr> {
+    pub(crate) fn says(&mut self) -> Result<SocketAddr> {
         let context = format!(
             "{:?} from {} to {}",
             self.kind, self.port, self.remote.address
@@ -323,7 +348,7 @@ impl Flow<'_> {
     }
 
     /// A message from the remote, to whom it saw last.
-    pub fn hears(&mut self) -> Result<()> {
+    pub(crate) fn hears(&mut self) -> Result<()> {
         let context = format!(
             "{:?} from {} to {}, seen as {:?}",
             self.kind, self.port, self.remote.address, self.seen
@@ -332,7 +357,7 @@ impl Flow<'_> {
     }
 
     /// One message there and one back, from whom the remote saw before, if it did.
-    pub fn exchange(&mut self) -> Result<SocketAddr> {
+    pub(crate) fn exchange(&mut self) -> Result<SocketAddr> {
         let before = self.seen;
         let seen = self.says()?;
         if let Some(before) = before {

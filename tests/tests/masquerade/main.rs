@@ -62,6 +62,24 @@ fn network_with<'node>(node: &'node Node, more: &Value) -> Network<'node> {
     Network::new(node, config)
 }
 
+/// As [`network`], with pods that may publish ports.
+fn publishing_network(node: &Node) -> Network<'_> {
+    let mut config = Network::dual_stack(node);
+    let name = config["name"].take();
+    config["cniVersion"].take();
+    config["ipMasq"] = json!(true);
+    let publishes = json!({"portMappings": true});
+    let mut plugins = vec![config];
+    if is_stock(node) {
+        plugins[0]["hairpinMode"] = json!(true);
+        plugins.push(json!({"type": "portmap", "capabilities": publishes}));
+    } else {
+        plugins[0]["capabilities"] = publishes;
+    }
+    let list = json!({"cniVersion": "1.0.0", "name": name, "plugins": plugins});
+    Network::from_list(node, list)
+}
+
 /// A second network, on a bridge of its own.
 fn other_network(node: &Node) -> Network<'_> {
     network_with(

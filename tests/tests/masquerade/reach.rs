@@ -369,7 +369,7 @@ fn without_netfilter_no_firewall_decides() -> Result<()> {
 
 /// Rules that masquerade, of all tables of nftables.
 fn masquerading_rules(node: &Node) -> Result<Vec<String>> {
-    let rules = node.run("nft list ruleset")?;
+    let rules = node.run("nft -s list ruleset")?;
     Ok((rules.lines())
         .filter(|line| line.contains("masquerade"))
         .map(|line| line.trim().to_owned())
@@ -384,27 +384,27 @@ fn netfilter_may_masquerade() -> Result<()> {
         let outside = node.outside()?;
         outside.ip("addr add 203.0.113.1/32 dev lo")?;
         route_to_pods(&outside)?;
-        let before = node.run("nft list ruleset")?;
+        let before = node.run("nft -s list ruleset")?;
         let exempt = json!({"ipMasqBackend": backend, "ipMasqExempt": ["203.0.113.0/24"]});
         let network = network_with(&node, &exempt);
         let one = pod(&network, "one")?;
         let remotes = remotes(&outside)?;
         reaches(&one, &remotes, NODE)?;
-        let rules = node.run("nft list ruleset")?;
+        let rules = node.run("nft -s list ruleset")?;
         ensure!(!masquerading_rules(&node)?.is_empty(), "{rules}");
         let two = network.pod("two")?;
         reaches_by(&Kind::PORTS, &two, &remotes, NODE)?;
-        ensure!(node.run("nft list ruleset")? == rules, "a rule for a pod: {rules}");
+        ensure!(node.run("nft -s list ruleset")? == rules, "a rule for a pod: {rules}");
         let exempt = Remote::new(&outside, "203.0.113.1".parse::<IpAddr>()?)?;
         let seen = exempt.meet(Kind::Udp, &two, 0)?;
         ensure!(seen.ip() == addresses(&two)?[0], "{seen}");
         network.check(two.attachment())?;
         network.del(one.attachment())?;
-        ensure!(node.run("nft list ruleset")? == rules, "not the last pod");
+        ensure!(node.run("nft -s list ruleset")? == rules, "not the last pod");
         reaches_by(&Kind::PORTS, &two, &remotes, NODE)?;
         network.del(two.attachment())?;
         ensure!(masquerading_rules(&node)?.is_empty());
-        ensure!(node.run("nft list ruleset")? == before, "{}", node.run("nft list ruleset")?);
+        ensure!(node.run("nft -s list ruleset")? == before, "{}", node.run("nft list ruleset")?);
     }
     Ok(())
 }
