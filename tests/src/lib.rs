@@ -32,7 +32,7 @@ mod traffic;
 
 pub use ip::{Packet, internet_checksum};
 pub use namespace::{Namespace, Offload, Process, wait_for};
-pub use node::{Node, Outside, Sandbox};
+pub use node::{Far, Node, Outside, Sandbox};
 pub use packet::{Captured, Frame, MacAddr, PacketSocket};
 pub use plugin::{Attachment, Call, CniError, Network, Reply, Verb, plugin_binary};
 pub use pod::Pod;

@@ -5,7 +5,7 @@
 use std::{
     io::{ErrorKind, Read as _, Write as _},
     net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
-    os::fd::AsRawFd as _,
+    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd},
     sync::atomic::{AtomicU16, AtomicU64, Ordering},
     thread,
     time::{Duration, Instant},
@@ -277,6 +277,7 @@ impl Remote {
             near,
             far: None,
             limit,
+            late: Vec::new(),
             said: 0,
             heard: 0,
             seen: None,
@@ -328,6 +329,8 @@ pub(crate) struct Flow<'a> {
     near: Near,
     far: Option<TcpStream>,
     pub(crate) limit: Duration,
+    /// What the remote has yet to hear.
+    late: Vec<[u8; 8]>,
     /// How many messages there were in either direction.
     said: u32,
     heard: u32,
@@ -344,6 +347,7 @@ impl Flow<'_> {
         );
         let seen = self.try_to_say().with_context(|| format!("{context}: the remote"))?;
         self.seen = Some(seen);
+        self.said += 1;
         Ok(seen)
     }
 
@@ -354,6 +358,30 @@ impl Flow<'_> {
             self.kind, self.port, self.remote.address, self.seen
         );
         self.try_to_hear().with_context(|| format!("{context}: the client"))
+    }
+
+    /// A message that does not arrive, perhaps.
+    pub(crate) fn sends(&mut self) -> Result<()> {
+        let token = token();
+        if self.kind == Kind::Tcp {
+            // Its stack sends it until it does arrive.
+            self.late.push(token);
+        }
+        self.send(token)
+    }
+
+    /// How many routers its packets may pass, from now on.
+    pub(crate) fn set_hop_limit(&self, hops: u8) -> Result<()> {
+        let hops = i32::from(hops);
+        let set = |socket: BorrowedFd<'_>| match self.remote.address {
+            SocketAddr::V4(_) => setsockopt(&socket, sockopt::Ipv4Ttl, &hops),
+            SocketAddr::V6(_) => setsockopt(&socket, sockopt::Ipv6Ttl, &hops),
+        };
+        Ok(match &self.near {
+            Near::Tcp(socket) => set(socket.as_fd()),
+            Near::Udp(socket) => set(socket.as_fd()),
+            Near::Raw(socket) => set(socket.as_fd()),
+        }?)
     }
 
     /// One message there and one back, from whom the remote saw before, if it did.
@@ -367,40 +395,53 @@ impl Flow<'_> {
         Ok(seen)
     }
 
-    fn try_to_say(&mut self) -> Result<SocketAddr> {
-        let (kind, v4) = (self.kind, self.remote.address.is_ipv4());
+    fn send(&mut self, token: [u8; 8]) -> Result<()> {
+        let (kind, remote) = (self.kind, self.remote.address);
         let message = Message {
             source: self.port,
-            destination: self.remote.address.port(),
-            token: token(),
+            destination: remote.port(),
+            token,
         };
-        let bytes = message.bytes(kind, v4, false, self.said);
-        self.said += 1;
-        let is_it = |from: SocketAddr, bytes: &[u8]| (bytes == message.token).then_some(from);
+        let bytes = message.bytes(kind, remote.is_ipv4(), false, self.said);
         match &self.near {
             Near::Tcp(stream) => {
                 let mut stream = stream;
                 stream.write_all(&bytes)?;
+            }
+            Near::Udp(socket) if kind == Kind::Udp => {
+                socket.send(&bytes)?;
+            }
+            Near::Udp(socket) => {
+                socket.send_to(&bytes, remote)?;
+            }
+            Near::Raw(socket) => socket.send(remote.ip(), &bytes)?,
+        }
+        Ok(())
+    }
+
+    fn try_to_say(&mut self) -> Result<SocketAddr> {
+        let (kind, v4) = (self.kind, self.remote.address.is_ipv4());
+        let token = token();
+        self.send(token)?;
+        match &self.near {
+            Near::Tcp(_) => {
                 let far = match &self.far {
                     Some(far) => far,
                     None => self.far.insert(accept(&self.remote.tcp, self.limit)?),
                 };
-                read_token(far, message.token, self.limit)?;
+                for late in self.late.drain(..).chain([token]) {
+                    read_token(far, late, self.limit)?;
+                }
                 Ok(far.peer_addr()?)
             }
-            Near::Udp(socket) => {
-                if kind == Kind::Udp {
-                    socket.send(&bytes)?;
-                } else {
-                    socket.send_to(&bytes, self.remote.address)?;
-                }
+            Near::Udp(_) => {
+                let is_it = |from, bytes: &[u8]| (bytes == token).then_some(from);
                 receive(&self.remote.udp, self.limit, is_it)?.context("heard nothing")
             }
-            Near::Raw(socket) => {
-                socket.send(self.remote.address.ip(), &bytes)?;
+            Near::Raw(_) => {
                 let found = self.remote.raw(kind)?.receive(self.limit, |from, bytes| {
                     let found = Message::parse(kind, v4, false, bytes)?;
-                    (found.token == message.token).then_some((from, found.source).into())
+                    (found.token == token).then_some((from, found.source).into())
                 })?;
                 found.context("heard nothing")
             }

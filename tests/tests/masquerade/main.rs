@@ -80,6 +80,44 @@ fn publishing_network(node: &Node) -> Network<'_> {
     Network::from_list(node, list)
 }
 
+/// What a pod's packets pass on their way out of the node.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum By {
+    /// The host's stack.
+    Stack,
+    /// Our programs alone: `netfilter` is `none`.
+    Programs,
+}
+
+impl By {
+    /// As [`network`].
+    fn network(self, node: &Node) -> Network<'_> {
+        match self {
+            Self::Stack => network(node),
+            Self::Programs => network_with(node, &json!({"netfilter": "none"})),
+        }
+    }
+}
+
+/// Makes of each function a test with either of [`By`].
+macro_rules! by_stack_and_programs {
+    ($($name:ident)*) => {
+        mod stack {$(
+            #[test]
+            fn $name() -> anyhow::Result<()> {
+                super::$name(crate::By::Stack)
+            }
+        )*}
+        mod programs {$(
+            #[test]
+            fn $name() -> anyhow::Result<()> {
+                super::$name(crate::By::Programs)
+            }
+        )*}
+    };
+}
+use by_stack_and_programs;
+
 /// A second network, on a bridge of its own.
 fn other_network(node: &Node) -> Network<'_> {
     network_with(
@@ -222,4 +260,11 @@ fn all_differ<T: Ord + Debug>(items: &[T]) -> Result<()> {
     let set: BTreeSet<&T> = items.iter().collect();
     ensure!(set.len() == items.len(), "the same twice: {items:?}");
     Ok(())
+}
+
+/// Whether an error came from one of the kernel's, of this kind.
+fn is(error: &anyhow::Error, kind: std::io::ErrorKind) -> bool {
+    error
+        .downcast_ref::<std::io::Error>()
+        .is_some_and(|error| error.kind() == kind)
 }

@@ -235,7 +235,7 @@ fn exempt_destinations_see_the_pod() -> Result<()> {
             )
         })
         .collect();
-    for number in 2..rows.len() {
+    for number in 1..rows.len() {
         outside.route_to_node(&format!("10.{}.0.0/16", 77 + number))?;
         outside.route_to_node(&format!("fd{}::/64", 77 + number))?;
     }
