@@ -360,6 +360,11 @@ impl Flow<'_> {
         self.try_to_hear().with_context(|| format!("{context}: the client"))
     }
 
+    /// Whether the remote's address is of IPv6.
+    pub(crate) fn remote_is_v6(&self) -> bool {
+        self.remote.address.is_ipv6()
+    }
+
     /// A message that does not arrive, perhaps.
     pub(crate) fn sends(&mut self) -> Result<()> {
         let token = token();
