@@ -246,8 +246,9 @@ fn length(bytes: usize) -> u16 {
     u16::try_from(bytes).unwrap_or(u16::MAX)
 }
 
-/// RFC 1071.
-fn internet_checksum(bytes: &[u8]) -> u16 {
+/// The checksum of RFC 1071.
+#[must_use]
+pub fn internet_checksum(bytes: &[u8]) -> u16 {
     let mut sum: u64 = bytes
         .chunks(2)
         .map(|pair| u64::from(u16::from_be_bytes([pair[0], *pair.get(1).unwrap_or(&0)])))

@@ -26,14 +26,16 @@ mod node;
 mod packet;
 mod plugin;
 mod pod;
+mod raw;
 mod snapshot;
 mod traffic;
 
-pub use ip::Packet;
+pub use ip::{Packet, internet_checksum};
 pub use namespace::{Namespace, Offload, Process, wait_for};
-pub use node::{Node, Outside, Sandbox};
+pub use node::{Far, Node, Outside, Sandbox};
 pub use packet::{Captured, Frame, MacAddr, PacketSocket};
 pub use plugin::{Attachment, Call, CniError, Network, Reply, Verb, plugin_binary};
 pub use pod::Pod;
+pub use raw::RawSocket;
 pub use snapshot::Snapshot;
 pub use traffic::{Client, EchoServer, Meeting, TransferReport, digest};

@@ -12,7 +12,7 @@ use std::{
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use bpf_bridge_tests::{
-    EchoServer, Frame, MacAddr, Meeting, Namespace, Network, Node, Offload, Outside, Packet,
+    EchoServer, Far, Frame, MacAddr, Meeting, Namespace, Network, Node, Offload, Outside, Packet,
     PacketSocket, Pod, wait_for,
 };
 use nix::{
@@ -53,51 +53,6 @@ const LOOPBACKS: [IpAddr; 2] = [
     IpAddr::V4(std::net::Ipv4Addr::LOCALHOST),
     IpAddr::V6(std::net::Ipv6Addr::LOCALHOST),
 ];
-
-/// A client three hops away: it, a router, and the outside, which is a router too.
-/// The link between the routers has the smallest MTU.
-struct Far {
-    client: Namespace,
-    _router: Namespace,
-}
-
-impl Far {
-    const CLIENT: [&str; 2] = ["192.0.2.2", "2001:db8:a::2"];
-
-    fn new(node: &Node, outside: &Outside, mtu: u32) -> Result<Self> {
-        let (client, router) = (node.machine()?, node.machine()?);
-        outside.connect("far0", &router, "near0")?;
-        router.connect("client0", &client, "eth0")?;
-        for router in [&**outside, &router] {
-            router.set_sysctl("net/ipv4/ip_forward", "1")?;
-            router.set_sysctl("net/ipv6/conf/all/forwarding", "1")?;
-        }
-        outside.ip(&format!(
-            "link set far0 mtu {mtu}\n\
-             addr add 203.0.113.1/24 dev far0\n\
-             addr add 2001:db8:b::1/64 dev far0 nodad\n\
-             route add 192.0.2.0/24 via 203.0.113.2\n\
-             route add 2001:db8:a::/64 via 2001:db8:b::2"
-        ))?;
-        router.ip(&format!(
-            "link set near0 mtu {mtu}\n\
-             addr add 203.0.113.2/24 dev near0\n\
-             addr add 2001:db8:b::2/64 dev near0 nodad\n\
-             addr add 192.0.2.1/24 dev client0\n\
-             addr add 2001:db8:a::1/64 dev client0 nodad\n\
-             route add 198.51.100.0/24 via 203.0.113.1\n\
-             route add 2001:db8:ffff::/64 via 2001:db8:b::1"
-        ))?;
-        client.ip("addr add 192.0.2.2/24 dev eth0\n\
-             addr add 2001:db8:a::2/64 dev eth0 nodad\n\
-             route add default via 192.0.2.1\n\
-             route add default via 2001:db8:a::1")?;
-        Ok(Self {
-            client,
-            _router: router,
-        })
-    }
-}
 
 with_and_without_xdp! {
     a_smaller_link_on_the_way_is_found
