@@ -14,7 +14,7 @@
 
 use std::{
     io::{self, Read as _, Write as _},
-    net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
     process::{Child, Command, Stdio},
     str::FromStr,
@@ -275,7 +275,7 @@ impl Flow {
 /// Connects again and again: each connection carries one byte each way.
 pub(super) struct Connector<'a> {
     from: &'a Namespace,
-    server: SocketAddr,
+    servers: Vec<SocketAddr>,
     cpu: usize,
     _peer: Peer,
 }
@@ -295,10 +295,21 @@ impl<'a> Connector<'a> {
         let (peer, server) = Peer::start(ends, Transport::Connections)?;
         Ok(Self {
             from: ends.from,
-            server,
+            servers: vec![server],
             cpu: ends.cpu,
             _peer: peer,
         })
+    }
+
+    /// Connects to these addresses in turn: no two connections look the same then for
+    /// as long as somebody may remember the first of them.
+    pub(super) fn spread(mut self, addresses: &[IpAddr]) -> Self {
+        let port = self.servers[0].port();
+        self.servers = addresses
+            .iter()
+            .map(|&address| (address, port).into())
+            .collect();
+        self
     }
 
     /// Makes connections for a time.
@@ -306,10 +317,12 @@ impl<'a> Connector<'a> {
         self.from.within(|| {
             pin(self.cpu)?;
             let mut connects = Vec::new();
+            let mut servers = self.servers.iter().cycle();
             let start = Instant::now();
             loop {
-                let connect = transact(self.server)
-                    .with_context(|| format!("connecting to {}", self.server))?;
+                let &server = servers.next().context("nobody to connect to")?;
+                let connect =
+                    transact(server).with_context(|| format!("connecting to {server}"))?;
                 connects.push(connect.as_secs_f64() * 1e6);
                 let elapsed = start.elapsed();
                 if elapsed >= time {
