@@ -5,6 +5,8 @@
 use std::{
     fs,
     net::{IpAddr, Ipv4Addr},
+    ops::RangeInclusive,
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result};
@@ -14,19 +16,23 @@ use super::{
     Plan, Settings,
     measurement::{Better, Contender, Measurement},
     node::{Arena, Chain, Netfilter, Recipe},
-    peer::{Connector, Ends, Flow, Transport},
+    peer::{Caller, Connector, Ends, Flow, Transport},
     traffic::{CONNECT, TCP_RR, UDP_RR, WARM_UP},
 };
 
 /// What one must know to read the results.
 pub(super) const NOTE: &str = "Masquerade: a pod connects to a machine outside; new connections \
-     go to eight addresses of it in turn. The rows of `netfilter` `none` have the same samples \
+     go to eight addresses of it in turn, each datagram of UDP_CRR to another of 65,536. The rows of `netfilter` `none` have the same samples \
      of the others. kube-proxy's rules are those that every node has, and of a service.";
 
-/// How many addresses the machine outside has more. A pod has some 28,000 ports to
-/// connect from; this many times as many connections differ, which takes longer than
-/// netfilter remembers one that is closed (10 s).
-const ADDRESSES: u8 = 8;
+/// Addresses that are the machine outside's, too (RFC 2544).
+const OTHERS: &str = "198.18.0.0/15";
+/// Those of them that datagrams go to, each to another.
+const CALLED: RangeInclusive<Ipv4Addr> =
+    Ipv4Addr::new(198, 19, 0, 0)..=Ipv4Addr::new(198, 19, 255, 255);
+/// For how long, at most, in one turn: netfilter remembers each for 30 s, and it must not
+/// be more than it can remember (262,144 by default).
+const CALLS_SLICE: Duration = Duration::from_millis(60);
 
 /// The rules of kube-proxy's iptables mode that packets between pods and machines
 /// outside meet.
@@ -60,7 +66,7 @@ COMMIT
 COMMIT
 ";
 
-/// Something that is told of a kind of traffic.
+/// One property of a kind of traffic.
 struct Row {
     what: &'static str,
     unit: &'static str,
@@ -75,26 +81,46 @@ impl Row {
             better: Better::Lower,
         }
     }
+
+    const fn rate(what: &'static str) -> Self {
+        Self {
+            what,
+            unit: "1000/s",
+            better: Better::Higher,
+        }
+    }
+
+    fn name(&self) -> String {
+        format!("pod to outside, {}", self.what)
+    }
 }
 
-const CONNECTIONS: Row = Row {
-    what: "TCP_CRR",
-    unit: "1000/s",
-    better: Better::Higher,
-};
+/// A kind of traffic, and what is told of it.
+type Test = (Transport, &'static [Row]);
 
-const TESTS: [(Transport, &[Row]); 3] = [
-    (Transport::Connections, &[CONNECTIONS, Row::time("connect")]),
+const TESTS: [Test; 4] = [
+    (
+        Transport::Connections,
+        &[Row::rate("TCP_CRR"), Row::time("connect")],
+    ),
+    (Transport::Calls, &[Row::rate("UDP_CRR")]),
     (TCP_RR, &[Row::time("TCP_RR")]),
     (UDP_RR, &[Row::time("UDP_RR")]),
 ];
+
+fn tests(settings: &Settings) -> impl Iterator<Item = &'static Test> {
+    let wanted = |row: &Row| row.name().contains(&settings.matching);
+    TESTS
+        .iter()
+        .filter(move |(_, rows)| rows.iter().any(wanted))
+}
 
 /// On nodes with no rules but those of the contender, and beside kube-proxy's.
 const SURROUNDINGS: [&str; 2] = ["", ", beside kube-proxy"];
 
 /// How long this part will take, in ms.
 pub(super) fn estimate(settings: &Settings) -> u64 {
-    let tests = SURROUNDINGS.len() * TESTS.len();
+    let tests = SURROUNDINGS.len() * tests(settings).count();
     // One of the contenders is there twice.
     let lanes = settings.contenders.len() as u64 + 1;
     (tests * settings.masquerade_rounds) as u64 * lanes * turn(settings)
@@ -132,6 +158,10 @@ pub(super) fn measure(
             lanes.push(Lane::new(contender, recipe, Netfilter::None)?);
         }
     }
+    let mut variants = vec![(Netfilter::Routed, "")];
+    if lanes.iter().any(|lane| lane.netfilter == Netfilter::None) {
+        variants.push((Netfilter::None, ", netfilter none"));
+    }
     let mut measurements = Vec::new();
     for surroundings in SURROUNDINGS {
         if !surroundings.is_empty() {
@@ -139,17 +169,14 @@ pub(super) fn measure(
                 lane.write_rules()?;
             }
         }
-        for (transport, rows) in TESTS {
-            let what = format!("{}{surroundings}", rows[0].what);
-            plan.say(format!("pod to outside, {what}"));
-            let samples = samples(settings, &lanes, transport, plan).context(what)?;
+        for (transport, rows) in tests(settings) {
+            let what = format!("{}{surroundings}", rows[0].name());
+            plan.say(what.clone());
+            let samples = samples(settings, &lanes, *transport, plan).context(what)?;
             for (number, row) in rows.iter().enumerate() {
-                for (netfilter, remark) in [
-                    (Netfilter::Routed, ""),
-                    (Netfilter::None, ", netfilter none"),
-                ] {
+                for &(netfilter, remark) in &variants {
                     measurements.push(Measurement {
-                        name: format!("pod to outside, {}{remark}{surroundings}", row.what),
+                        name: format!("{}{remark}{surroundings}", row.name()),
                         unit: row.unit,
                         better: row.better,
                         additive: false,
@@ -211,9 +238,7 @@ impl Lane {
         let arena = Arena::new(contender, recipe, Chain::Masquerading(netfilter))?;
         // Before the first ADD, as it is on a node.
         let outside = arena.node.outside()?;
-        for address in addresses() {
-            outside.ip(&format!("addr add {address}/24 dev eth0"))?;
-        }
+        outside.ip(&format!("route add local {OTHERS} dev lo"))?;
         let pod = arena.node.sandbox("pod")?;
         let lane = Self {
             arena,
@@ -245,30 +270,33 @@ impl Lane {
 
     /// Takes a turn; returns a value for each row of the test.
     fn run(&self, settings: &Settings, transport: Transport) -> Result<Vec<f64>> {
-        let connects = transport == Transport::Connections;
-        let address: IpAddr = if connects {
-            Ipv4Addr::UNSPECIFIED.into()
-        } else {
-            Outside::V4.into()
-        };
-        let ends = Ends {
+        let ends = |listen: Ipv4Addr| Ends {
             from: &self.pod,
             to: &self.outside,
-            listen: (address, 0).into(),
+            listen: (listen, 0).into(),
             through: None,
             cpu: settings.cpu,
         };
-        let (warm_up, slice) = (settings.slice / WARM_UP, settings.slice);
-        if connects {
-            let addresses: Vec<_> = addresses().map(IpAddr::from).collect();
-            let connector = Connector::start(&ends)?.spread(&addresses);
-            connector.run(warm_up)?;
-            let found = connector.run(slice)?;
-            return Ok(vec![found.rate / 1e3, found.connect]);
-        }
-        let mut flow = Flow::start(&ends, transport)?;
-        flow.run(warm_up)?;
-        Ok(vec![1e6 / flow.run(slice)?])
+        let slice = settings.slice;
+        Ok(match transport {
+            Transport::Connections => {
+                let connector = Connector::start(&ends(Ipv4Addr::UNSPECIFIED))?.spread(&servers());
+                connector.run(slice / WARM_UP)?;
+                let found = connector.run(slice)?;
+                vec![found.rate / 1e3, found.connect]
+            }
+            Transport::Calls => {
+                let slice = slice.min(CALLS_SLICE);
+                let mut caller = Caller::start(&ends(Ipv4Addr::UNSPECIFIED), CALLED)?;
+                caller.run(slice / WARM_UP)?;
+                vec![caller.run(slice)? / 1e3]
+            }
+            _ => {
+                let mut flow = Flow::start(&ends(Outside::V4), transport)?;
+                flow.run(slice / WARM_UP)?;
+                vec![1e6 / flow.run(slice)?]
+            }
+        })
     }
 
     /// For an error.
@@ -281,8 +309,12 @@ impl Lane {
     }
 }
 
-/// The addresses that new connections go to.
-fn addresses() -> impl Iterator<Item = Ipv4Addr> {
-    let [a, b, c, _] = Outside::V4.octets();
-    (0..ADDRESSES).map(move |number| Ipv4Addr::new(a, b, c, 100 + number))
+/// Where connections go to. A pod has some 28,000 ports to connect from; with eight
+/// addresses it takes longer until two connections look the same than netfilter remembers
+/// one that is closed (10 s).
+fn servers() -> [IpAddr; 8] {
+    std::array::from_fn(|number| {
+        let first = Ipv4Addr::new(198, 18, 0, 0).to_bits();
+        Ipv4Addr::from_bits(first + number as u32).into()
+    })
 }
