@@ -167,9 +167,7 @@ fn answer_connections(listener: &TcpListener) -> Result<()> {
     }
 }
 
-/// A socket that is bound to all addresses would answer from one of them.
 fn answer_calls(socket: &UdpSocket) -> Result<()> {
-    setsockopt(socket, sockopt::Ipv4PacketInfo, &true)?;
     let fd = socket.as_raw_fd();
     let mut space = cmsg_space!(libc::in_pktinfo);
     let mut buffer = [0; 16];
@@ -212,6 +210,10 @@ impl Peer {
                 Ok(
                     if let Transport::Udp { .. } | Transport::Calls = transport {
                         let socket = UdpSocket::bind(ends.listen)?;
+                        if transport == Transport::Calls {
+                            // Whom a datagram was sent to. The peer is too late to ask.
+                            setsockopt(&socket, sockopt::Ipv4PacketInfo, &true)?;
+                        }
                         let address = socket.local_addr()?;
                         (socket.into(), address)
                     } else {
@@ -561,6 +563,7 @@ mod tests {
     #[test]
     fn a_call_is_answered_by_whom_it_went_to() {
         let listener = UdpSocket::bind("0.0.0.0:0").unwrap();
+        setsockopt(&listener, sockopt::Ipv4PacketInfo, &true).unwrap();
         let port = listener.local_addr().unwrap().port();
         // It never ends; the process of the tests does.
         thread::spawn(move || answer_calls(&listener));
