@@ -9,6 +9,7 @@
 mod floor;
 mod latency;
 mod machine;
+mod masquerade;
 mod measurement;
 mod memory;
 mod node;
@@ -79,6 +80,8 @@ enum Part {
     Programs,
     /// Published ports: connections, ADD and DEL.
     Ports,
+    /// Masquerade: what pods ask of a machine outside.
+    Masquerade,
     /// ADD and DEL.
     Calls,
 }
@@ -103,6 +106,8 @@ struct Settings {
     port_rounds: usize,
     /// ADDs and DELs: of how many ports, and how often.
     port_calls: Vec<(usize, usize)>,
+    /// Rounds of masqueraded traffic.
+    masquerade_rounds: usize,
     /// Where both ends of all traffic run.
     cpu: usize,
 }
@@ -182,6 +187,9 @@ fn measure(arguments: &Arguments, settings: &Settings, recipe: &Recipe) -> Resul
     if wanted(Part::Ports) {
         length += ports::estimate(settings);
     }
+    if wanted(Part::Masquerade) {
+        length += masquerade::estimate(settings);
+    }
     if wanted(Part::Calls) {
         length += latency::estimate(settings);
     }
@@ -223,6 +231,11 @@ fn measure(arguments: &Arguments, settings: &Settings, recipe: &Recipe) -> Resul
                 settings.cpu,
             )?);
         }
+    }
+    if wanted(Part::Masquerade) {
+        let masquerade = masquerade::measure(settings, recipe, &plan)?;
+        report.measurements.extend(masquerade);
+        report.notes.push(masquerade::NOTE.to_owned());
     }
     let mut published = None;
     if wanted(Part::Ports) {
@@ -283,6 +296,7 @@ impl Settings {
                 ports: vec![(1, vec![1, 1000])],
                 port_rounds: 12,
                 port_calls: vec![(0, 6), (1, 6), (100, 1)],
+                masquerade_rounds: 12,
                 cpu,
             }
         } else {
@@ -297,6 +311,7 @@ impl Settings {
                 ports: vec![(1, vec![1, 100, 1000]), (100, vec![1000, 10_000])],
                 port_rounds: 15,
                 port_calls: vec![(0, 20), (1, 20), (10, 15), (100, 6), (500, 3)],
+                masquerade_rounds: 15,
                 cpu,
             }
         })
@@ -314,6 +329,7 @@ impl Settings {
             "portsByThoseOfAPod": self.ports,
             "portRounds": self.port_rounds,
             "portCalls": self.port_calls,
+            "masqueradeRounds": self.masquerade_rounds,
         })
     }
 }

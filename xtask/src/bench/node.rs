@@ -50,6 +50,17 @@ pub(super) enum Chain {
     Plain,
     /// To publish ports: the stock chain has `portmap` in it.
     Publishing,
+    /// To masquerade what leaves the node (`ipMasq`).
+    Masquerading(Netfilter),
+}
+
+/// Whether what bpf-bridge masquerades passes netfilter: its key `netfilter`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Netfilter {
+    /// It does, as with the stock plugin.
+    Routed,
+    /// It does not.
+    None,
 }
 
 /// A node on which one contender attaches pods.
@@ -131,7 +142,7 @@ impl Arena {
             "bridge": "cni0",
             "isGateway": true,
             "isDefaultGateway": true,
-            "ipMasq": false,
+            "ipMasq": matches!(chain, Chain::Masquerading(_)),
             "ipam": {
                 "type": "host-local",
                 "ranges": [[{"subnet": Network::V4_SUBNET}], [{"subnet": Network::V6_SUBNET}]],
@@ -139,7 +150,11 @@ impl Arena {
         });
         let capabilities = json!({PORT_MAPPINGS: true});
         let plugins = match chain {
-            Chain::Plain => json!([first]),
+            Chain::Masquerading(Netfilter::None) if !stock => {
+                first["netfilter"] = "none".into();
+                json!([first])
+            }
+            Chain::Plain | Chain::Masquerading(_) => json!([first]),
             Chain::Publishing if stock => json!([
                 first,
                 {"type": "portmap", "backend": "iptables", "capabilities": capabilities},

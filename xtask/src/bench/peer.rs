@@ -6,15 +6,17 @@
 //! megabytes a stream, and one of some dozens of datagrams a flow of packets of
 //! which none is ever lost, which the usual blasters cannot promise when both
 //! ends share a CPU. [`Connector`] does the first of these with a connection for
-//! each byte (TCP_CRR).
+//! each byte (TCP_CRR), [`Caller`] with another address for each (UDP_CRR).
 //!
 //! Both ends run on one CPU: there the cost of a packet is all that decides, and
 //! figures repeat within a per cent. On two, the wake-ups between the CPUs weigh
 //! more than the network, and vary several-fold.
 
 use std::{
-    io::{self, Read as _, Write as _},
-    net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
+    io::{self, IoSlice, IoSliceMut, Read as _, Write as _},
+    iter::Cycle,
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    ops::RangeInclusive,
     os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
     process::{Child, Command, Stdio},
     str::FromStr,
@@ -25,14 +27,14 @@ use std::{
 use anyhow::{Context as _, Error, Result, bail, ensure};
 use bpf_bridge_tests::Namespace;
 use nix::{
-    libc,
+    cmsg_space, libc,
     sched::{CpuSet, sched_setaffinity},
     sys::{
         prctl::set_pdeathsig,
         signal::Signal,
         socket::{
-            AddressFamily, SockFlag, SockType, SockaddrStorage, connect, setsockopt, socket,
-            sockopt,
+            AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType,
+            SockaddrIn, SockaddrStorage, connect, recvmsg, sendmsg, setsockopt, socket, sockopt,
         },
     },
     unistd::Pid,
@@ -55,6 +57,8 @@ pub(super) enum Transport {
     Udp { quota: usize, size: usize },
     /// A TCP connection for one byte there and one back.
     Connections,
+    /// A datagram there and one back, from wherever it went.
+    Calls,
 }
 
 /// Where a flow starts and where it ends.
@@ -82,6 +86,7 @@ impl PeerTask {
             Transport::Tcp { quota } => format!("tcp:{quota}:{}", self.cpu),
             Transport::Udp { quota, .. } => format!("udp:{quota}:{}", self.cpu),
             Transport::Connections => format!("connections:1:{}", self.cpu),
+            Transport::Calls => format!("calls:1:{}", self.cpu),
         }
     }
 
@@ -96,6 +101,7 @@ impl PeerTask {
             Transport::Tcp { quota } => answer_tcp(&TcpListener::from(socket), quota),
             Transport::Udp { quota, .. } => answer_udp(&UdpSocket::from(socket), quota),
             Transport::Connections => answer_connections(&TcpListener::from(socket)),
+            Transport::Calls => answer_calls(&UdpSocket::from(socket)),
         }
     }
 }
@@ -113,7 +119,8 @@ impl FromStr for PeerTask {
             "tcp" => Transport::Tcp { quota },
             "udp" => Transport::Udp { quota, size: 0 },
             "connections" => Transport::Connections,
-            _ => bail!("neither tcp, udp nor connections"),
+            "calls" => Transport::Calls,
+            _ => bail!("neither tcp, udp, connections nor calls"),
         };
         let cpu = cpu.parse().context("the CPU")?;
         Ok(Self { transport, cpu })
@@ -160,6 +167,33 @@ fn answer_connections(listener: &TcpListener) -> Result<()> {
     }
 }
 
+fn answer_calls(socket: &UdpSocket) -> Result<()> {
+    let fd = socket.as_raw_fd();
+    let mut space = cmsg_space!(libc::in_pktinfo);
+    let mut buffer = [0; 16];
+    loop {
+        let mut slices = [IoSliceMut::new(&mut buffer)];
+        let no_flags = MsgFlags::empty();
+        let message = recvmsg::<SockaddrIn>(fd, &mut slices, Some(&mut space), no_flags)?;
+        let asked = message.cmsgs()?.find_map(|control| match control {
+            // Of its address only: the device is for the routing tables to choose.
+            ControlMessageOwned::Ipv4PacketInfo(info) => Some(libc::in_pktinfo {
+                ipi_ifindex: 0,
+                ..info
+            }),
+            _ => None,
+        });
+        let asked = asked.context("a datagram for nobody")?;
+        sendmsg(
+            fd,
+            &[IoSlice::new(&[0])],
+            &[ControlMessage::Ipv4PacketInfo(&asked)],
+            no_flags,
+            message.address.as_ref(),
+        )?;
+    }
+}
+
 /// The process that answers; killed on drop.
 #[derive(Debug)]
 struct Peer(Child);
@@ -173,15 +207,21 @@ impl Peer {
         let (socket, address): (OwnedFd, SocketAddr) = ends
             .to
             .within(|| {
-                Ok(if let Transport::Udp { .. } = transport {
-                    let socket = UdpSocket::bind(ends.listen)?;
-                    let address = socket.local_addr()?;
-                    (socket.into(), address)
-                } else {
-                    let socket = TcpListener::bind(ends.listen)?;
-                    let address = socket.local_addr()?;
-                    (socket.into(), address)
-                })
+                Ok(
+                    if let Transport::Udp { .. } | Transport::Calls = transport {
+                        let socket = UdpSocket::bind(ends.listen)?;
+                        if transport == Transport::Calls {
+                            // Whom a datagram was sent to. The peer is too late to ask.
+                            setsockopt(&socket, sockopt::Ipv4PacketInfo, &true)?;
+                        }
+                        let address = socket.local_addr()?;
+                        (socket.into(), address)
+                    } else {
+                        let socket = TcpListener::bind(ends.listen)?;
+                        let address = socket.local_addr()?;
+                        (socket.into(), address)
+                    },
+                )
             })
             .with_context(|| format!("listening on {}", ends.listen))?;
         let cpu = ends.cpu;
@@ -242,7 +282,7 @@ impl Flow {
                     socket.set_read_timeout(Some(LOST))?;
                     Socket::Udp(socket)
                 }
-                Transport::Connections => bail!("many connections are not one flow"),
+                Transport::Connections | Transport::Calls => bail!("many flows are not one"),
             })
         };
         let socket = ends
@@ -275,7 +315,7 @@ impl Flow {
 /// Connects again and again: each connection carries one byte each way.
 pub(super) struct Connector<'a> {
     from: &'a Namespace,
-    server: SocketAddr,
+    servers: Vec<SocketAddr>,
     cpu: usize,
     _peer: Peer,
 }
@@ -295,10 +335,21 @@ impl<'a> Connector<'a> {
         let (peer, server) = Peer::start(ends, Transport::Connections)?;
         Ok(Self {
             from: ends.from,
-            server,
+            servers: vec![server],
             cpu: ends.cpu,
             _peer: peer,
         })
+    }
+
+    /// Connects to these addresses in turn: no two connections look the same then for
+    /// as long as somebody may remember the first of them.
+    pub(super) fn spread(mut self, addresses: &[IpAddr]) -> Self {
+        let port = self.servers[0].port();
+        self.servers = addresses
+            .iter()
+            .map(|&address| (address, port).into())
+            .collect();
+        self
     }
 
     /// Makes connections for a time.
@@ -306,10 +357,12 @@ impl<'a> Connector<'a> {
         self.from.within(|| {
             pin(self.cpu)?;
             let mut connects = Vec::new();
+            let mut servers = self.servers.iter().cycle();
             let start = Instant::now();
             loop {
-                let connect = transact(self.server)
-                    .with_context(|| format!("connecting to {}", self.server))?;
+                let &server = servers.next().context("nobody to connect to")?;
+                let connect =
+                    transact(server).with_context(|| format!("connecting to {server}"))?;
                 connects.push(connect.as_secs_f64() * 1e6);
                 let elapsed = start.elapsed();
                 if elapsed >= time {
@@ -320,6 +373,73 @@ impl<'a> Connector<'a> {
                 }
             }
         })
+    }
+}
+
+/// Sends a datagram to one address after another, each of which answers it: to whoever
+/// remembers flows, each is a new one.
+pub(super) struct Caller {
+    socket: UdpSocket,
+    port: u16,
+    addresses: Cycle<RangeInclusive<u32>>,
+    cpu: usize,
+    _peer: Peer,
+}
+
+impl Caller {
+    /// The machine that is called must take all of `addresses` for its own.
+    ///
+    /// Must be called by the main thread, as [`Peer::start`].
+    pub(super) fn start(ends: &Ends<'_>, addresses: RangeInclusive<Ipv4Addr>) -> Result<Self> {
+        let (peer, server) = Peer::start(ends, Transport::Calls)?;
+        let socket = ends.from.within(|| {
+            let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+            socket.set_read_timeout(Some(LOST))?;
+            Ok(socket)
+        })?;
+        let (first, last) = addresses.into_inner();
+        Ok(Self {
+            socket,
+            port: server.port(),
+            addresses: (first.to_bits()..=last.to_bits()).cycle(),
+            cpu: ends.cpu,
+            _peer: peer,
+        })
+    }
+
+    /// Calls for a time; returns how many calls a second were answered.
+    pub(super) fn run(&mut self, time: Duration) -> Result<f64> {
+        thread::scope(|scope| {
+            scope
+                .spawn(|| {
+                    pin(self.cpu)?;
+                    self.calls(time)
+                })
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
+    fn calls(&mut self, time: Duration) -> Result<f64> {
+        let mut done = 0_u32;
+        let start = Instant::now();
+        loop {
+            let address = self.addresses.next().context("nobody to call")?;
+            let server = SocketAddr::from((Ipv4Addr::from_bits(address), self.port));
+            self.socket
+                .send_to(&[0], server)
+                .with_context(|| format!("calling {server}"))?;
+            let (_, from) = self
+                .socket
+                .recv_from(&mut [0])
+                .with_context(|| format!("waiting for the answer of {server}"))?;
+            ensure!(from == server, "{from} answered for {server}");
+            done += 1;
+            let elapsed = start.elapsed();
+            if elapsed >= time {
+                return Ok(f64::from(done) / elapsed.as_secs_f64());
+            }
+        }
     }
 }
 
@@ -355,7 +475,7 @@ fn transactions(socket: &mut Socket, transport: Transport, time: Duration) -> Re
         match transport {
             Transport::Tcp { quota } => quota.min(CHUNK),
             Transport::Udp { size, .. } => size,
-            Transport::Connections => 0,
+            Transport::Connections | Transport::Calls => 0,
         }
     ];
     let mut answer = [0; 16];
@@ -410,6 +530,7 @@ mod tests {
             (Transport::Tcp { quota: 5 }, "tcp:5:3"),
             (Transport::Udp { quota: 64, size: 0 }, "udp:64:3"),
             (Transport::Connections, "connections:1:3"),
+            (Transport::Calls, "calls:1:3"),
         ] {
             let task = PeerTask { transport, cpu: 3 };
             assert_eq!(task.argument(), text);
@@ -437,5 +558,22 @@ mod tests {
             assert_eq!(end.kind(), io::ErrorKind::ConnectionReset);
         });
         assert!(transact(server).is_err(), "nobody listens any more");
+    }
+
+    #[test]
+    fn a_call_is_answered_by_whom_it_went_to() {
+        let listener = UdpSocket::bind("0.0.0.0:0").unwrap();
+        setsockopt(&listener, sockopt::Ipv4PacketInfo, &true).unwrap();
+        let port = listener.local_addr().unwrap().port();
+        // It never ends; the process of the tests does.
+        thread::spawn(move || answer_calls(&listener));
+        let asker = UdpSocket::bind("127.0.0.1:0").unwrap();
+        asker.set_read_timeout(Some(LOST)).unwrap();
+        for number in [1, 2, 200] {
+            let server = SocketAddr::from(([127, 0, 0, number], port));
+            asker.send_to(&[7], server).unwrap();
+            let (_, from) = asker.recv_from(&mut [0]).unwrap();
+            assert_eq!(from, server);
+        }
     }
 }
