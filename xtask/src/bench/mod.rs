@@ -6,7 +6,9 @@
 //! whatever disturbs the machine disturbs all of them, and are compared turn by
 //! turn.
 
+mod bytecode;
 mod floor;
+mod frames;
 mod latency;
 mod machine;
 mod masquerade;
@@ -76,7 +78,7 @@ pub(crate) struct Arguments {
 enum Part {
     /// Packets, pod to pod and pod to host.
     Traffic,
-    /// The kernel's account of the eBPF programs.
+    /// The kernel's account of the eBPF programs, and one frame at a time.
     Programs,
     /// Published ports: connections, ADD and DEL.
     Ports,
@@ -230,6 +232,10 @@ fn measure(arguments: &Arguments, settings: &Settings, recipe: &Recipe) -> Resul
                 settings.slice,
                 settings.cpu,
             )?);
+            plan.say("one frame at a time".to_owned());
+            let frames = frames::measure(&pairs, recipe, settings.cpu)?;
+            report.measurements.extend(frames);
+            report.notes.push(frames::NOTE.to_owned());
         }
     }
     if wanted(Part::Masquerade) {

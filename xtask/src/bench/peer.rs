@@ -513,7 +513,7 @@ fn transactions(socket: &mut Socket, transport: Transport, time: Duration) -> Re
 }
 
 /// Binds the calling thread to a CPU.
-fn pin(cpu: usize) -> Result<()> {
+pub(super) fn pin(cpu: usize) -> Result<()> {
     let mut cpus = CpuSet::new();
     cpus.set(cpu)
         .and_then(|()| sched_setaffinity(Pid::from_raw(0), &cpus))

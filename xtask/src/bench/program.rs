@@ -30,18 +30,21 @@ use super::{
 /// Where bpf-bridge pins what it loads.
 const PINS: &str = "/sys/fs/bpf/bpf-bridge";
 /// The programs that run by themselves; the others' time is in that of their callers.
-const PORT: &str = "port";
+pub(super) const PORT: &str = "port";
 const UPLINK: &str = "uplink";
 const CONNECT: &str = "connect4";
-/// All that is loaded, by the names of the pins.
-const PROGRAMS: [&str; 8] = [
+/// All that may be loaded, by the names of the pins.
+const PROGRAMS: [&str; 11] = [
     PORT,
     "responder",
     "flood",
     UPLINK,
     "uplink_l3",
+    "egress",
+    "egress_l3",
     "from_pod",
     "from_host",
+    "between",
     CONNECT,
 ];
 
@@ -119,8 +122,10 @@ pub(super) fn measure(
     let publisher = Publisher::new(recipe)?;
     let pins = Pins::of(&publisher.arena.node)?;
     publisher.time(&pins, slice, cpu, &mut runs)?;
+    // Some are loaded only where they are needed.
     let programs = PROGRAMS
         .iter()
+        .filter(|name| pins.path(name).is_ok())
         .map(|name| {
             let info = pins.info(name)?;
             Ok(Program {
@@ -267,13 +272,13 @@ impl Publisher {
 }
 
 /// What a node has pinned.
-struct Pins<'a> {
+pub(super) struct Pins<'a> {
     node: &'a Node,
-    paths: Vec<PathBuf>,
+    pub(super) paths: Vec<PathBuf>,
 }
 
 impl<'a> Pins<'a> {
-    fn of(node: &'a Node) -> Result<Self> {
+    pub(super) fn of(node: &'a Node) -> Result<Self> {
         let paths = node.within(|| {
             let mut paths = Vec::new();
             find(Path::new(PINS), &mut paths)?;
@@ -308,13 +313,18 @@ impl<'a> Pins<'a> {
         })
     }
 
-    /// The kernel's account of a program, of which it, or its link, is pinned.
-    fn info(&self, name: &str) -> Result<ProgramInfo> {
-        let path = self
-            .paths
+    /// The pin of this name.
+    pub(super) fn path(&self, name: &str) -> Result<&Path> {
+        self.paths
             .iter()
             .find(|path| path.file_name().is_some_and(|file| file == name))
-            .with_context(|| format!("no program {name} below {PINS}"))?;
+            .map(PathBuf::as_path)
+            .with_context(|| format!("no program {name} below {PINS}"))
+    }
+
+    /// The kernel's account of a program, of which it, or its link, is pinned.
+    fn info(&self, name: &str) -> Result<ProgramInfo> {
+        let path = self.path(name)?;
         self.node.within(|| {
             if !path
                 .parent()

@@ -98,10 +98,11 @@ fn step(settings: &Settings) -> u64 {
 /// Two pods, and the host, of one contender.
 pub(super) struct Pair {
     pub(super) arena: Arena,
-    first: Sandbox,
-    second: Sandbox,
-    second_v4: IpAddr,
-    host_v4: IpAddr,
+    pub(super) first: Sandbox,
+    pub(super) second: Sandbox,
+    pub(super) first_v4: IpAddr,
+    pub(super) second_v4: IpAddr,
+    pub(super) host_v4: IpAddr,
 }
 
 impl Pair {
@@ -109,7 +110,7 @@ impl Pair {
         let arena = Arena::new(contender, recipe, Chain::Plain)?;
         let first = arena.node.sandbox("first")?;
         let second = arena.node.sandbox("second")?;
-        let (second_v4, host_v4);
+        let (first_v4, second_v4, host_v4);
         if contender == Contender::Floor {
             // Each end of the pair is a pod; there is no host between.
             arena
@@ -117,10 +118,11 @@ impl Pair {
                 .run("ip link add eth0 netns first type veth peer name eth0 netns second")?;
             first.ip("addr add 10.77.0.2/16 dev eth0\nlink set eth0 up")?;
             second.ip("addr add 10.77.0.3/16 dev eth0\nlink set eth0 up")?;
+            first_v4 = IpAddr::from([10, 77, 0, 2]);
             second_v4 = IpAddr::from([10, 77, 0, 3]);
             host_v4 = second_v4;
         } else {
-            arena.add(&first)?;
+            first_v4 = arena.add(&first)?.v4("address")?;
             let added = arena.add(&second)?;
             second_v4 = added.v4("address")?;
             host_v4 = added.v4("gateway")?;
@@ -129,6 +131,7 @@ impl Pair {
             arena,
             first,
             second,
+            first_v4,
             second_v4,
             host_v4,
         })
