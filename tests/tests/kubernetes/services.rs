@@ -1,0 +1,534 @@
+//! Who reaches what by kube-proxy's rules, and whom the pod then sees.
+
+use std::{
+    io::ErrorKind,
+    net::{IpAddr, SocketAddr, TcpListener, UdpSocket},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use bpf_bridge_tests::{Client, Namespace, Network};
+
+use crate::{
+    CLUSTER_IPS, Connection, Counter, GATEWAYS, NODE, NODE_PORT, OUTSIDE, PATIENCE, POD_PORT,
+    SERVICE_PORT, Server, Setting, addresses, cluster_ips, gateway_frames, in_every_setting,
+    in_settings, listen, meets, meets_as,
+    proxy::{
+        ExternalTrafficPolicy::{self, Cluster, Local},
+        Service,
+    },
+};
+
+in_every_setting! {
+    a_pod_reaches_a_cluster_ip_of_its_own_network
+    a_pod_reaches_its_own_cluster_ip
+    the_node_reaches_a_cluster_ip
+    outside_reaches_a_node_port
+    a_pod_reaches_node_ports_of_its_own_node
+    outside_reaches_a_pod_by_its_address
+    a_pod_reaches_a_cluster_ip_with_an_endpoint_outside
+    a_node_port_leads_to_another_machine
+    pods_talk_past_the_host_at_the_same_time
+    one_source_port_for_a_cluster_ip_and_the_pod_behind_it
+    errors_and_fragments_come_back_by_the_cluster_ip
+}
+in_settings!(many(Iptables, true, true): many_connections_in_a_row);
+in_settings!(some(Nftables, true, true): a_service_balances_between_its_pods);
+
+fn service(server: &Server) -> Result<Service> {
+    Ok(Service::new(
+        "web",
+        CLUSTER_IPS,
+        SERVICE_PORT,
+        server.endpoints()?,
+    ))
+}
+
+/// Row 1: the answer of a pod to a pod of its own network must go back through the host,
+/// which alone knows whom the other one had asked.
+fn a_pod_reaches_a_cluster_ip_of_its_own_network(setting: Setting) -> Result<()> {
+    let node = setting.node()?;
+    let _outside = node.outside()?;
+    let network = setting.network(&node);
+    let server = Server::new(&network, "server")?;
+    let client = Server::new(&network, "client")?;
+    setting.serve(&node, &[service(&server)?])?;
+    for _ in 0..3 {
+        for (own, cluster_ip) in addresses(&client)?.into_iter().zip(CLUSTER_IPS) {
+            meets_as(&client, (cluster_ip, SERVICE_PORT).into(), "server", own)?;
+        }
+    }
+    Ok(())
+}
+
+/// Row 2.
+fn a_pod_reaches_its_own_cluster_ip(setting: Setting) -> Result<()> {
+    let node = setting.node()?;
+    let _outside = node.outside()?;
+    let network = setting.network(&node);
+    let server = Server::new(&network, "server")?;
+    setting.serve(&node, &[service(&server)?])?;
+    for (gateway, cluster_ip) in GATEWAYS.into_iter().zip(CLUSTER_IPS) {
+        meets_as(&server, (cluster_ip, SERVICE_PORT).into(), "server", gateway)?;
+    }
+    Ok(())
+}
+
+/// Row 3.
+fn the_node_reaches_a_cluster_ip(setting: Setting) -> Result<()> {
+    let node = setting.node()?;
+    let _outside = node.outside()?;
+    let network = setting.network(&node);
+    let server = Server::new(&network, "server")?;
+    setting.serve(&node, &[service(&server)?])?;
+    for (gateway, cluster_ip) in GATEWAYS.into_iter().zip(CLUSTER_IPS) {
+        meets_as(&node, (cluster_ip, SERVICE_PORT).into(), "server", gateway)?;
+    }
+    Ok(())
+}
+
+/// A service with a node port of either policy: the second has the next number.
+fn node_ports(server: &Server) -> Result<[Service; 2]> {
+    let of = |name, number, port, policy: ExternalTrafficPolicy| {
+        let endpoints = server.endpoints()?;
+        let service = Service::new(name, cluster_ips(number), SERVICE_PORT, endpoints);
+        Ok::<_, anyhow::Error>(service.node_port(port, policy))
+    };
+    Ok([
+        of("cluster", 20, NODE_PORT, Cluster)?,
+        of("local", 21, NODE_PORT + 1, Local)?,
+    ])
+}
+
+/// Row 4.
+fn outside_reaches_a_node_port(setting: Setting) -> Result<()> {
+    let node = setting.node()?;
+    let outside = node.outside()?;
+    let network = setting.network(&node);
+    let server = Server::new(&network, "server")?;
+    setting.serve(&node, &node_ports(&server)?)?;
+    for family in 0..2 {
+        let at = |port| SocketAddr::new(NODE[family], port);
+        meets_as(&outside, at(NODE_PORT), "server", GATEWAYS[family])?;
+        meets_as(&outside, at(NODE_PORT + 1), "server", OUTSIDE[family])?;
+    }
+    Ok(())
+}
+
+/// Row 5: whether it is another pod's, or its own.
+fn a_pod_reaches_node_ports_of_its_own_node(setting: Setting) -> Result<()> {
+    let node = setting.node()?;
+    let _outside = node.outside()?;
+    let network = setting.network(&node);
+    let server = Server::new(&network, "server")?;
+    let client = network.pod("client")?;
+    setting.serve(&node, &node_ports(&server)?)?;
+    for family in 0..2 {
+        let at = |port| SocketAddr::new(NODE[family], port);
+        let own = addresses(&client)?[family];
+        meets_as(&client, at(NODE_PORT), "server", GATEWAYS[family])?;
+        meets_as(&client, at(NODE_PORT + 1), "server", own)?;
+        meets_as(&server, at(NODE_PORT), "server", GATEWAYS[family])?;
+        meets_as(&server, at(NODE_PORT + 1), "server", GATEWAYS[family])?;
+    }
+    Ok(())
+}
+
+/// Row 6: what outside begins is answered as the pod; what the pod begins is masqueraded.
+fn outside_reaches_a_pod_by_its_address(setting: Setting) -> Result<()> {
+    let node = setting.node()?;
+    let outside = node.outside()?;
+    outside.route_to_node(Network::V4_SUBNET)?;
+    outside.route_to_node(Network::V6_SUBNET)?;
+    let network = setting.network(&node);
+    let server = Server::new(&network, "server")?;
+    setting.serve(&node, &[service(&server)?])?;
+    let _outside = listen(&outside, &OUTSIDE, POD_PORT, "outside")?;
+    for family in 0..2 {
+        let pod = addresses(&server)?[family];
+        for _ in 0..2 {
+            meets_as(&outside, (pod, POD_PORT).into(), "server", OUTSIDE[family])?;
+            let seen = setting.seen_outside_as(&server)?[family];
+            meets_as(&server, (OUTSIDE[family], POD_PORT).into(), "outside", seen)?;
+        }
+        // From each other's port.
+        let any = |other: IpAddr| -> IpAddr {
+            if other.is_ipv4() { [0; 4].into() } else { [0; 16].into() }
+        };
+        let from = SocketAddr::new(any(pod), 4242);
+        for client in Client::ALL {
+            let meeting = outside.meet_from(client, from, (pod, POD_PORT).into(), PATIENCE)?;
+            ensure!(meeting.client == (OUTSIDE[family], 4242).into(), "{meeting:?}");
+            server
+                .meet_from(client, from, (OUTSIDE[family], POD_PORT).into(), PATIENCE)
+                .with_context(|| format!("{client:?} to the outside"))?;
+        }
+        outside.ping(pod, 1)?;
+        server.ping(OUTSIDE[family], 1)?;
+    }
+    Ok(())
+}
+
+/// As the API server: translated by kube-proxy and masqueraded by us.
+fn a_pod_reaches_a_cluster_ip_with_an_endpoint_outside(setting: Setting) -> Result<()> {
+    let node = setting.node()?;
+    let outside = node.outside()?;
+    if !setting.masquerade {
+        outside.route_to_node(Network::V4_SUBNET)?;
+        outside.route_to_node(Network::V6_SUBNET)?;
+    }
+    let network = setting.network(&node);
+    let client = network.pod("client")?;
+    let endpoints = OUTSIDE.map(|address| SocketAddr::new(address, 6443));
+    let api = Service::new("kubernetes", CLUSTER_IPS, 443, endpoints);
+    setting.serve(&node, &[api])?;
+    let _api = listen(&outside, &OUTSIDE, 6443, "api")?;
+    for family in 0..2 {
+        let seen = setting.seen_outside_as(&client)?[family];
+        for _ in 0..3 {
+            meets_as(&client, (CLUSTER_IPS[family], 443).into(), "api", seen)?;
+        }
+        // And at the same time by its own address, from the same port.
+        let any = SocketAddr::new(
+            if family == 0 { [0; 4].into() } else { [0; 16].into() },
+            4242,
+        );
+        for server in [(CLUSTER_IPS[family], 443), (OUTSIDE[family], 6443)] {
+            let meeting = client.meet_from(Client::UnconnectedUdp, any, server.into(), PATIENCE)?;
+            ensure!(meeting.client.ip() == seen, "{meeting:?}");
+        }
+        meets_as(&node, (CLUSTER_IPS[family], 443).into(), "api", NODE[family])?;
+    }
+    Ok(())
+}
+
+/// What kube-proxy forwards and masquerades itself is netfilter's, there and back, also
+/// where pods are masqueraded by us on the same device.
+fn a_node_port_leads_to_another_machine(setting: Setting) -> Result<()> {
+    let node = setting.node()?;
+    let outside = node.outside()?;
+    let elsewhere = node.machine()?;
+    node.connect("uplink1", &elsewhere, "eth0")?;
+    node.ip("addr add 203.0.113.2/24 dev uplink1\n\
+         addr add 2001:db8:2::2/64 dev uplink1 nodad")?;
+    elsewhere.ip("addr add 203.0.113.1/24 dev eth0\n\
+         addr add 2001:db8:2::1/64 dev eth0 nodad")?;
+    let network = setting.network(&node);
+    let _pod = network.pod("pod")?;
+    let there: [IpAddr; 2] = ["203.0.113.1".parse()?, "2001:db8:2::1".parse()?];
+    let here: [IpAddr; 2] = ["203.0.113.2".parse()?, "2001:db8:2::2".parse()?];
+    let service = |name, number, port, address: [IpAddr; 2]| {
+        let endpoints = address.map(|address| SocketAddr::new(address, POD_PORT));
+        Service::new(name, cluster_ips(number), SERVICE_PORT, endpoints).node_port(port, Cluster)
+    };
+    setting.serve(
+        &node,
+        &[
+            service("there", 20, NODE_PORT, there),
+            service("back", 21, NODE_PORT + 1, OUTSIDE),
+        ],
+    )?;
+    let _there = listen(&elsewhere, &there, POD_PORT, "there")?;
+    let _back = listen(&outside, &OUTSIDE, POD_PORT, "back")?;
+    for family in 0..2 {
+        let at = |port| SocketAddr::new(NODE[family], port);
+        meets_as(&outside, at(NODE_PORT), "there", here[family])?;
+        meets_as(&outside, at(NODE_PORT + 1), "back", NODE[family])?;
+    }
+    Ok(())
+}
+
+/// The port that pods talk to each other on.
+const DIRECT_PORT: u16 = 9090;
+/// The port behind the service whose connections stay open.
+const LIVE_PORT: u16 = 8081;
+
+/// Row 7.
+fn pods_talk_past_the_host_at_the_same_time(setting: Setting) -> Result<()> {
+    let node = setting.node()?;
+    let outside = node.outside()?;
+    outside.route_to_node(Network::V4_SUBNET)?;
+    outside.route_to_node(Network::V6_SUBNET)?;
+    let network = setting.network(&node);
+    let server = Server::new(&network, "server")?;
+    let client = Server::new(&network, "client")?;
+    let [cluster, local] = node_ports(&server)?;
+    let live = addresses(&server)?.map(|address| SocketAddr::new(address, LIVE_PORT));
+    let live = Service::new("live", CLUSTER_IPS, SERVICE_PORT, live).node_port(30_099, Local);
+    setting.serve(&node, &[cluster, local, live])?;
+    let directs: Vec<_> = [&client, &server]
+        .map(|pod| listen(pod, &addresses(pod)?, DIRECT_PORT, pod.name()))
+        .into_iter()
+        .collect::<Result<_>>()?;
+    ensure!(directs.len() == 2);
+    let counters = ["th dport 9090", "th sport 9090"].map(|what| Counter::new(&node, "prerouting", what));
+    let counters = counters.into_iter().collect::<Result<Vec<_>>>()?;
+
+    let everybody: [(&str, &Namespace); 3] =
+        [("client", &client), ("node", &node), ("outside", &outside)];
+    let mut connections = Vec::new();
+    for family in 0..2 {
+        let pod = addresses(&server)?[family];
+        let listener = server.within(|| Ok(TcpListener::bind((pod, LIVE_PORT))?))?;
+        for (who, from) in everybody {
+            let to = match who {
+                "outside" => SocketAddr::new(NODE[family], 30_099),
+                _ => SocketAddr::new(CLUSTER_IPS[family], SERVICE_PORT),
+            };
+            connections.push((who, Connection::open(from, 0, to, &listener).context(who)?));
+        }
+        let direct = SocketAddr::new(pod, LIVE_PORT);
+        connections.push(("routed", Connection::open(&outside, 0, direct, &listener)?));
+    }
+    let mut all_work = || -> Result<()> {
+        for (who, connection) in &mut connections {
+            connection.ask().context(*who)?;
+            connection.answer().context(*who)?;
+        }
+        for family in 0..2 {
+            let service = SocketAddr::new(cluster_ips(20)[family], SERVICE_PORT);
+            for from in [&*client as &Namespace, &server, &node] {
+                meets(from, service, "server")?;
+            }
+            for from in [&*client as &Namespace, &server, &outside] {
+                for port in [NODE_PORT, NODE_PORT + 1] {
+                    meets(from, (NODE[family], port).into(), "server")?;
+                }
+            }
+        }
+        Ok(())
+    };
+    for _ in 0..2 {
+        all_work()?;
+        let before = gateway_frames(&node)?;
+        for (from, to) in [(&client, &server), (&server, &client)] {
+            for (own, other) in addresses(from)?.into_iter().zip(addresses(to)?) {
+                meets_as(from, (other, DIRECT_PORT).into(), to.name(), own)?;
+                // The port that serves the services, too.
+                meets_as(from, (other, POD_PORT).into(), to.name(), own)?;
+                from.ping(other, 2)?;
+            }
+        }
+        let after = gateway_frames(&node)?;
+        let passed: u64 = after.iter().zip(&before).map(|(after, before)| after - before).sum();
+        // Well over a hundred were exchanged; what may pass is what the host itself says.
+        ensure!(passed < 10, "{passed} frames passed by the gateway: {before:?}, {after:?}");
+    }
+    for counter in &counters {
+        let packets = counter.packets()?;
+        ensure!(packets == 0, "the host's stack saw {packets} packets between pods");
+    }
+    Ok(())
+}
+
+/// A pod asks another by a service and directly, from one and the same port: the two
+/// flows are one 5-tuple to the pod that is asked.
+fn one_source_port_for_a_cluster_ip_and_the_pod_behind_it(setting: Setting) -> Result<()> {
+    let node = setting.node()?;
+    let _outside = node.outside()?;
+    let network = setting.network(&node);
+    let server = Server::new(&network, "server")?;
+    let client = network.pod("client")?;
+    let live = addresses(&server)?.map(|address| SocketAddr::new(address, LIVE_PORT));
+    let live = Service::new("live", cluster_ips(20), SERVICE_PORT, live);
+    setting.serve(&node, &[service(&server)?, live])?;
+    for family in 0..2 {
+        let pod = addresses(&server)?[family];
+        let own = addresses(&client)?[family];
+        let listener = server.within(|| Ok(TcpListener::bind((pod, LIVE_PORT))?))?;
+        let by_service = SocketAddr::new(cluster_ips(20)[family], SERVICE_PORT);
+        let directly = SocketAddr::new(pod, LIVE_PORT);
+        let open = |to| {
+            let connection = Connection::open(&client, 4242, to, &listener)?;
+            ensure!(connection.seen()?.ip() == own, "{}", connection.seen()?);
+            Ok(connection)
+        };
+        let mut first = open(directly).context("directly, first")?;
+        ensure!(first.seen()?.port() == 4242, "{}", first.seen()?);
+        first.ask()?;
+        first.answer()?;
+        first.abort()?;
+        for round in 0..2 {
+            let mut service = open(by_service).with_context(|| format!("by the service, {round}"))?;
+            service.answer()?;
+            service.ask()?;
+            let mut direct = open(directly).with_context(|| format!("beside it, {round}"))?;
+            in_turns(&mut direct, &mut service)?;
+            direct.abort()?;
+            service.answer().context("when the other is closed")?;
+            service.ask()?;
+            let mut again = open(directly).context("once more beside it")?;
+            service.abort()?;
+            again.answer()?;
+            again.ask()?;
+            again.abort()?;
+        }
+        // Both are begun anew in the other order.
+        let mut direct = open(directly)?;
+        let mut service = open(by_service).context("after the direct one")?;
+        in_turns(&mut direct, &mut service)?;
+
+        let any: IpAddr = if family == 0 { [0; 4].into() } else { [0; 16].into() };
+        let socket = client.within(|| Ok(UdpSocket::bind((any, 4243))?))?;
+        socket.set_read_timeout(Some(PATIENCE))?;
+        let servers = [
+            SocketAddr::new(CLUSTER_IPS[family], SERVICE_PORT),
+            SocketAddr::new(pod, POD_PORT),
+        ];
+        for round in 0..20_u8 {
+            for (number, server) in (0_u8..).zip(servers) {
+                socket.send_to(&[round, number], server)?;
+            }
+            let mut answered = Vec::new();
+            for _ in servers {
+                let mut answer = [0; 100];
+                let (length, from) = socket.recv_from(&mut answer).context("over UDP")?;
+                let number = answer[..length].last().copied().unwrap_or_default();
+                ensure!(from == servers[usize::from(number)], "{from} answered for {number}");
+                answered.push(number);
+            }
+            answered.sort_unstable();
+            ensure!(answered == [0, 1], "{answered:?}");
+        }
+    }
+    Ok(())
+}
+
+fn in_turns(one: &mut Connection, other: &mut Connection) -> Result<()> {
+    for _ in 0..2 {
+        for connection in [&mut *one, &mut *other] {
+            connection.ask()?;
+            connection.answer()?;
+        }
+    }
+    Ok(())
+}
+
+/// What a pod says about a packet that came by a service, and what has no ports.
+fn errors_and_fragments_come_back_by_the_cluster_ip(setting: Setting) -> Result<()> {
+    let node = setting.node()?;
+    let outside = node.outside()?;
+    let network = setting.network(&node);
+    let server = Server::new(&network, "server")?;
+    let client = network.pod("client")?;
+    let silent = addresses(&server)?.map(|address| SocketAddr::new(address, 9));
+    let silent = Service::new("silent", cluster_ips(30), 9, silent).node_port(30_009, Local);
+    let [web, _] = node_ports(&server)?;
+    setting.serve(&node, &[silent, web])?;
+    for family in 0..2 {
+        let refusing = SocketAddr::new(cluster_ips(30)[family], 9);
+        let everybody: [(&str, &Namespace, SocketAddr); 4] = [
+            ("client", &client, refusing),
+            ("the server itself", &server, refusing),
+            ("node", &node, refusing),
+            ("outside", &outside, (NODE[family], 30_009).into()),
+        ];
+        for (who, from, to) in everybody {
+            is_refused(from, to).with_context(|| format!("{who} to {to}"))?;
+        }
+        let echoing = SocketAddr::new(cluster_ips(20)[family], SERVICE_PORT);
+        let everybody: [(&str, &Namespace, SocketAddr); 4] = [
+            ("client", &client, echoing),
+            ("the server itself", &server, echoing),
+            ("node", &node, echoing),
+            ("outside", &outside, (NODE[family], NODE_PORT).into()),
+        ];
+        for (who, from, to) in everybody {
+            for length in [2_000, 20_000] {
+                datagram(from, to, length)
+                    .with_context(|| format!("{length} bytes from {who} to {to}"))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// That nobody listens there, and that this is said: over TCP and UDP.
+fn is_refused(from: &Namespace, to: SocketAddr) -> Result<()> {
+    let any = SocketAddr::new(if to.is_ipv4() { [0; 4].into() } else { [0; 16].into() }, 0);
+    let socket = from.within(|| {
+        let socket = UdpSocket::bind(any)?;
+        socket.connect(to)?;
+        socket.set_read_timeout(Some(PATIENCE))?;
+        Ok(socket)
+    })?;
+    socket.send(b"anyone?")?;
+    let error = socket.recv(&mut [0; 10]).err().context("something was answered")?;
+    ensure!(error.kind() == ErrorKind::ConnectionRefused, "over UDP: {error}");
+    let error = from.tcp_connect_from(any, to, PATIENCE).err();
+    let refused = |error: &anyhow::Error| {
+        error
+            .downcast_ref::<std::io::Error>()
+            .is_some_and(|error| error.kind() == ErrorKind::ConnectionRefused)
+    };
+    ensure!(error.as_ref().is_some_and(refused), "over TCP: {error:?}");
+    Ok(())
+}
+
+/// That a datagram comes back behind the greeting.
+fn datagram(from: &Namespace, to: SocketAddr, length: usize) -> Result<()> {
+    let any = SocketAddr::new(if to.is_ipv4() { [0; 4].into() } else { [0; 16].into() }, 0);
+    let socket = from.within(|| Ok(UdpSocket::bind(any)?))?;
+    socket.set_read_timeout(Some(PATIENCE))?;
+    let message: Vec<u8> = (0..length).map(|at| (at % 251) as u8).collect();
+    socket.send_to(&message, to)?;
+    let mut answer = vec![0; 65_536];
+    let (received, source) = socket.recv_from(&mut answer)?;
+    ensure!(source == to, "{source} answered");
+    ensure!(answer[..received].ends_with(&message), "something else came back");
+    Ok(())
+}
+
+/// A host that forwards a packet to where it came from tells the sender of the shorter
+/// way; who took it would lose kube-proxy.
+fn many_connections_in_a_row(setting: Setting) -> Result<()> {
+    let node = setting.node()?;
+    let _outside = node.outside()?;
+    let network = setting.network(&node);
+    let server = Server::new(&network, "server")?;
+    let client = network.pod("client")?;
+    setting.serve(&node, &[service(&server)?])?;
+    for device in ["all", "cni0"] {
+        node.set_sysctl(&format!("net/ipv4/conf/{device}/send_redirects"), "1")?;
+    }
+    for device in ["all", "eth0"] {
+        for family in ["ipv4", "ipv6"] {
+            client.set_sysctl(&format!("net/{family}/conf/{device}/accept_redirects"), "1")?;
+        }
+    }
+    for cluster_ip in CLUSTER_IPS {
+        for round in 0..150 {
+            meets(&client, (cluster_ip, SERVICE_PORT).into(), "server")
+                .with_context(|| format!("round {round}"))?;
+        }
+    }
+    Ok(())
+}
+
+/// The asker is one of a service's own pods, and meets itself and the others.
+fn a_service_balances_between_its_pods(setting: Setting) -> Result<()> {
+    let node = setting.node()?;
+    let _outside = node.outside()?;
+    let network = setting.network(&node);
+    let first = Server::new(&network, "first")?;
+    let second = Server::new(&network, "second")?;
+    let third = Server::new(&network, "third")?;
+    let mut all = Vec::new();
+    for server in [&first, &second, &third] {
+        all.extend(server.endpoints()?);
+    }
+    setting.serve(&node, &[Service::new("web", CLUSTER_IPS, SERVICE_PORT, all)])?;
+    for cluster_ip in CLUSTER_IPS {
+        let mut met = std::collections::BTreeSet::new();
+        for _ in 0..60 {
+            for client in Client::ALL {
+                let to = SocketAddr::new(cluster_ip, SERVICE_PORT);
+                met.insert(first.meet(client, to, PATIENCE)?.server);
+            }
+            if met.len() == 3 {
+                break;
+            }
+        }
+        ensure!(met.len() == 3, "{met:?}");
+    }
+    Ok(())
+}
