@@ -40,6 +40,10 @@ use crate::{
     },
 };
 
+/// What makes more of a frame than one that goes from a pod straight to another: all of it
+/// is asked at once, since most frames are those.
+const NOT_PLAIN: u32 = PORT_GATEWAY | PORT_ISOLATED | PORT_PROMISC | PORT_ROUTED | PORT_VIA_HOST;
+
 /// The program of every port.
 #[classifier]
 pub(crate) fn port(ctx: TcContext) -> i32 {
@@ -163,14 +167,16 @@ fn unicast(ctx: &TcContext, ifindex: u32, port: &Port, to: Mac) -> Result<i32, D
             unsafe { PROGRAMS.tail_call(ctx, PROGRAM_FROM_POD) };
             return Ok(to_host(port.segment));
         }
-        if endpoint.flags & port.flags & PORT_ISOLATED != 0 {
-            return Err(DropReason::Isolated);
-        }
-        show_to_host(ctx, port);
-        if port.flags & PORT_GATEWAY != 0 {
-            call(ctx, PROGRAM_FROM_HOST, port, endpoint);
-        } else if (port.flags | endpoint.flags) & (PORT_ROUTED | PORT_VIA_HOST) != 0 {
-            call(ctx, PROGRAM_BETWEEN, port, endpoint);
+        if (port.flags | endpoint.flags) & NOT_PLAIN != 0 {
+            if endpoint.flags & port.flags & PORT_ISOLATED != 0 {
+                return Err(DropReason::Isolated);
+            }
+            show_to_host(ctx, port);
+            if port.flags & PORT_GATEWAY != 0 {
+                call(ctx, PROGRAM_FROM_HOST, port, endpoint);
+            } else if (port.flags | endpoint.flags) & (PORT_ROUTED | PORT_VIA_HOST) != 0 {
+                call(ctx, PROGRAM_BETWEEN, port, endpoint);
+            }
         }
         // A mark of the host's stack means nothing inside the pod, and would mean
         // something else there; a veth between namespaces clears it too.

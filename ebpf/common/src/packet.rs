@@ -47,7 +47,6 @@ pub(crate) const ICMP_IDENTIFIER: usize = 4;
 const HOP_BY_HOP: u8 = 0;
 const ROUTING: u8 = 43;
 const FRAGMENT: u8 = 44;
-const ENCAPSULATING_SECURITY: u8 = 50;
 const AUTHENTICATION: u8 = 51;
 const DESTINATION_OPTIONS: u8 = 60;
 const MOBILITY: u8 = 135;
@@ -292,7 +291,7 @@ impl Parsed {
 /// Reads the packet whose IP header is at offset `l3` of the frame.
 ///
 /// `None` if it is not IP, truncated or malformed; if its IPv6 extension headers are
-/// too many, too long or cannot be skipped (ESP), or name a next destination that
+/// too many, too long or cannot be skipped, or name a next destination that
 /// the packet is still to visit; or if a first fragment is too short for its ports, or
 /// an ICMP message's identifier, and its checksum.
 #[inline(always)]
@@ -492,9 +491,7 @@ fn skip_extensions(packet: &impl Packet, parsed: &mut Parsed) -> Option<()> {
         match this {
             HOP_BY_HOP | ROUTING | FRAGMENT | AUTHENTICATION | DESTINATION_OPTIONS
                 if parsed.fragment != Fragment::Later => {}
-            ENCAPSULATING_SECURITY | MOBILITY | HOST_IDENTITY | SHIM6
-                if parsed.fragment != Fragment::Later =>
-            {
+            MOBILITY | HOST_IDENTITY | SHIM6 if parsed.fragment != Fragment::Later => {
                 return None;
             }
             _ => {

@@ -53,6 +53,35 @@ pub fn rewrite(packet: &mut impl Packet, parsed: &Parsed, to: &Tuple) -> Option<
     Some(())
 }
 
+/// Takes one from the packet's time to live, as each router does (RFC 1812 §5.3.1); says
+/// whether it may go on. If not, it stays as it was.
+#[inline(always)]
+pub fn pass_on(packet: &mut impl Packet, parsed: &Parsed) -> bool {
+    let l3 = parsed.l3 as usize;
+    match parsed.version {
+        Version::V4 => {
+            let at = l3.wrapping_add(8);
+            let Some([time, protocol]) = packet.load(at) else {
+                return false;
+            };
+            let old = [time, protocol];
+            let new = [time.saturating_sub(1), protocol];
+            new[0] != 0
+                && packet.store(at, new).is_some()
+                && packet
+                    .fix_header_checksum(l3.wrapping_add(10), diff(old, new))
+                    .is_some()
+        }
+        Version::V6 => {
+            let at = l3.wrapping_add(7);
+            match packet.load(at) {
+                Some([limit]) if limit > 1 => packet.store_uncovered(at, [limit - 1]).is_some(),
+                _ => false,
+            }
+        }
+    }
+}
+
 /// Makes the tuple of the packet that an error is about `inner_to`, and the error's own
 /// addresses `source` and `destination`; all checksums follow, as far as they are there.
 ///

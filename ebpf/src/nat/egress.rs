@@ -11,19 +11,19 @@ use aya_ebpf::{
 };
 use bpf_bridge_common::{
     drops::DropReason,
-    frame::ETH_HLEN,
-    layout::{FLOW_MASQUERADED, Masqueraded},
-    packet::Fragment,
+    frame::{ETH_HLEN, ETH_P_IPV6},
+    layout::{Address, FLOW_MASQUERADED, Masqueraded},
+    packet::{Fragment, IPPROTO_TCP, IPPROTO_UDP, Packet as _, Query},
 };
 
 use crate::{
-    fib::{self, Leaving},
+    fib,
     fragments::{self, Standing},
     maps::{ADDRESSES, FLOWS, REPLIES},
     masquerade::{self, GO_ON, Owner},
     own,
     shared::{PORTS, count_drop, ifindex, skb},
-    skb::Skb,
+    skb::{ETH_P_IP, Skb},
     work::{From, Outcome, Work, apart},
 };
 
@@ -69,10 +69,19 @@ fn send(ctx: &TcContext, l3: usize) -> i32 {
 
 #[inline(always)]
 fn translate(ctx: &TcContext, work: &mut Work, l3: usize) -> Outcome {
-    if !work.read(ctx, l3) || work.parsed.tuple.destination.is_group() {
+    if !work.read(ctx, l3) {
+        return unreadable(ctx, work, l3);
+    }
+    if work.parsed.tuple.destination.is_group() {
         return None;
     }
     let is_error = work.parsed.is_icmp() && !work.parsed.is_query() && work.read_error(ctx);
+    let parsed = &work.parsed;
+    if work.from.segment == 0 && parsed.fragment != Fragment::Whole && parsed.version == Version::V6
+    {
+        // The stack forgets where a packet came from when it cuts it (`ip6_copy_metadata`).
+        work.from.segment = fib::toward(ctx, work.from.ifindex, &parsed.tuple.source);
+    }
     let segment = work.from.segment;
     // The node's own come from no device.
     let pod = if segment == 0 {
@@ -110,6 +119,41 @@ fn translate(ctx: &TcContext, work: &mut Work, l3: usize) -> Outcome {
         Ok(()) => Some(Err(DropReason::Helper)),
         Err(reason) => Some(Err(reason)),
     })
+}
+
+/// What has headers that are not understood may not leave with a pod's address either.
+#[inline(never)]
+fn pod_of_unreadable(ctx: &TcContext, work: &mut Work, l3: usize) -> bool {
+    let skb = Skb(ctx);
+    let tuple = &mut work.parsed.tuple;
+    match skb.ethertype() {
+        ETH_P_IP => {
+            let Some([a, b, c, d, e, f, g, h]) = skb.load(l3 + 12) else {
+                return false;
+            };
+            tuple.source = Address::v4([a, b, c, d]);
+            tuple.destination = Address::v4([e, f, g, h]);
+        }
+        ETH_P_IPV6 => {
+            let (Some(source), Some(destination)) = (skb.load(l3 + 8), skb.load(l3 + 24)) else {
+                return false;
+            };
+            tuple.source = Address::v6(source);
+            tuple.destination = Address::v6(destination);
+        }
+        _ => return false,
+    }
+    let Some(pod) = masquerade::pod(&mut work.pod_key, &tuple.source, work.from.segment) else {
+        return false;
+    };
+    work.account = pod.port;
+    !tuple.destination.is_group()
+        && !masquerade::is_exempt(&mut work.exempt, pod, &tuple.destination)
+}
+
+#[inline(always)]
+fn unreadable(ctx: &TcContext, work: &mut Work, l3: usize) -> Outcome {
+    pod_of_unreadable(ctx, work, l3).then_some(Err(DropReason::NotTranslatable))
 }
 
 /// Completes a fragment that a masqueraded pod sends. `None` if it leaves as it is, an
@@ -165,15 +209,8 @@ fn error_of_pod(ctx: &TcContext, work: &mut Work, pod: &Masqueraded) -> Outcome 
 #[inline(always)]
 fn own_error(ctx: &TcContext, work: &mut Work) -> Outcome {
     let about = masquerade::answer(&work.inner.tuple);
-    let leaving = Leaving {
-        via: work.from.ifindex,
-        device: 0,
-        length: 0,
-    };
-    if !fib::exit(ctx, &work.inner.tuple, &leaving, &mut work.exit) {
-        return None;
-    }
-    let pod = masquerade::pod(&mut work.pod_key, &about.source, work.exit.device)?;
+    let segment = fib::toward(ctx, work.from.ifindex, &about.source);
+    let pod = masquerade::pod(&mut work.pod_key, &about.source, segment)?;
     work.account = pod.port;
     masquerade::set_flow_key(&mut work.key, &about, work.inner.protocol, pod.port);
     // SAFETY: as above.
@@ -205,7 +242,7 @@ fn collides(ctx: &TcContext, work: &mut Work) -> bool {
         work.parsed.protocol,
     );
     let Some(reply) = REPLIES.get_ptr_mut(&work.reply_key) else {
-        note_forwarded(work);
+        note_stack(work);
         return false;
     };
     // SAFETY: an entry that is evicted meanwhile is memory of the map still; at worst a
@@ -222,15 +259,18 @@ fn collides(ctx: &TcContext, work: &mut Work) -> bool {
     came_by != reply.port && pod.is_some_and(|pod| pod.segment != came_by)
 }
 
-/// Remembers a flow that netfilter has translated: the node forwards it, under its own
-/// address.
+/// Remembers a flow that netfilter has translated (the node forwards it, under its own
+/// address), and one of the node itself that no socket tells of when it is asked.
 #[inline(always)]
-fn note_forwarded(work: &mut Work) {
+fn note_stack(work: &mut Work) {
     let came_by = work.from.segment;
-    if came_by != 0
-        && ADDRESSES.get_ptr(&work.parsed.tuple.source).is_some()
-        && PORTS.get_ptr(came_by).is_none()
-    {
+    let noted = if came_by == 0 {
+        !matches!(work.parsed.protocol, IPPROTO_TCP | IPPROTO_UDP)
+            && work.parsed.query != Query::Reply
+    } else {
+        PORTS.get_ptr(came_by).is_none()
+    };
+    if noted && ADDRESSES.get_ptr(&work.parsed.tuple.source).is_some() {
         masquerade::cede(work);
     }
 }

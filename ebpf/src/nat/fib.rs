@@ -52,6 +52,21 @@ fn fate(ctx: *mut c_void, via: u32, source: &Address, destination: &Address) -> 
     ask(ctx, &mut lookup)
 }
 
+/// The device by which packets to `destination` leave that `via` receives, 0 if there is
+/// none.
+#[inline(never)]
+pub(crate) fn toward(ctx: &TcContext, via: u32, destination: &Address) -> u32 {
+    let mut lookup = zeroed();
+    lookup.ifindex = via;
+    set_addresses(&mut lookup, &destination.unspecified_like(), destination);
+    match ask(ctx.as_ptr(), &mut lookup) {
+        BPF_FIB_LKUP_RET_SUCCESS | BPF_FIB_LKUP_RET_NO_NEIGH | BPF_FIB_LKUP_RET_FRAG_NEEDED => {
+            lookup.ifindex
+        }
+        _ => 0,
+    }
+}
+
 #[inline(always)]
 fn set_addresses(lookup: &mut Lookup, source: &Address, destination: &Address) {
     let from = source.words();

@@ -68,8 +68,7 @@ pub(crate) enum Found {
 #[inline(never)]
 pub(crate) fn find(key: &mut FlowKey, wanted: &Flow, from: &From) -> Found {
     let now = now();
-    let mut free = 0;
-    let mut idle = 0;
+    let mut best = (0, Found::Full);
     for attempt in 0..ATTEMPTS {
         let port = port(wanted, attempt);
         key.client_port = port;
@@ -92,13 +91,13 @@ pub(crate) fn find(key: &mut FlowKey, wanted: &Flow, from: &From) -> Found {
                         return Found::Ceded;
                     }
                 }
-                if idle == 0 && age > FLOW_IDLE_NS {
-                    idle = port;
+                if best.1 == Found::Full && age > FLOW_IDLE_NS {
+                    best = (port, Found::Idle);
                 }
             }
             // Not yet taken: the flow may be known under a later one, whose
             // forerunner was forgotten.
-            None if free == 0 => free = port,
+            None if best.1 != Found::Free => best = (port, Found::Free),
             None => {}
         }
         if !matches!(key.protocol, IPPROTO_TCP | IPPROTO_UDP) {
@@ -107,13 +106,8 @@ pub(crate) fn find(key: &mut FlowKey, wanted: &Flow, from: &From) -> Found {
             break;
         }
     }
-    let (port, found) = match (free, idle) {
-        (0, 0) => (0, Found::Full),
-        (0, idle) => (idle, Found::Idle),
-        (free, _) => (free, Found::Free),
-    };
-    key.client_port = port;
-    found
+    key.client_port = best.0;
+    best.1
 }
 
 /// Says of a flow that it is still in use.

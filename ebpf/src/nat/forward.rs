@@ -6,6 +6,7 @@ use aya_ebpf::{bindings::TC_ACT_SHOT, macros::classifier, programs::TcContext};
 use bpf_bridge_common::{
     drops::DropReason,
     layout::{FLOW_DIRECT, Port},
+    translate::pass_on,
 };
 
 use crate::{
@@ -68,7 +69,12 @@ fn try_forward(ctx: &TcContext, work: &mut Work, port: &Port) -> Outcome {
         device: exit.device,
         flags: FLOW_DIRECT,
     };
-    Some(match masquerade::settle(ctx, work, &owner, Some(pod))? {
+    let settled = masquerade::settle(ctx, work, &owner, Some(pod))?;
+    if !pass_on(&mut Skb(ctx), &work.parsed) {
+        // The stack says that its time is over.
+        return None;
+    }
+    Some(match settled {
         Ok(()) if work.rewrite(ctx) => Ok(exit.go()),
         Ok(()) => Err(DropReason::Helper),
         Err(reason) => Err(reason),

@@ -421,12 +421,20 @@ fn remember(work: &mut Work, owner: &Owner, found: Found) -> bool {
             return false;
         }
     }
+    let tuple = work.parsed.tuple;
+    remember_flow(work, &tuple, owner);
+    true
+}
+
+/// Remembers the flow of `sent` as the pod sees it.
+#[inline(always)]
+fn remember_flow(work: &mut Work, sent: &Tuple, owner: &Owner) {
     work.flow = Flow {
-        seen: now,
+        seen: now(),
         original: work.reply_key.local,
-        client: work.parsed.tuple.destination,
+        client: sent.destination,
         original_port: work.reply_key.local_port,
-        client_port: work.parsed.tuple.destination_port,
+        client_port: sent.destination_port,
         from: owner.device,
         client_mac: [0; 6],
         gateway_mac: [0; 6],
@@ -434,7 +442,6 @@ fn remember(work: &mut Work, owner: &Owner, found: Found) -> bool {
     };
     let _ = FLOWS.insert(&work.key, &work.flow, u64::from(BPF_ANY));
     let _ = FLOWS.get_ptr(&work.key);
-    true
 }
 
 /// Says of a flow of the stack's that it is in use.
@@ -477,6 +484,28 @@ pub(crate) fn recall(work: &mut Work, step: Step) -> Option<&'static Reply> {
     work.to.destination = reply.address;
     work.to.destination_port = reply.inner_port;
     Some(reply)
+}
+
+/// Remembers the flow of an answer as the pod sees it, if that was forgotten.
+#[inline(always)]
+pub(crate) fn restore(work: &mut Work, reply: &Reply) {
+    let answer = answer(&work.to);
+    set_flow_key(&mut work.key, &answer, work.parsed.protocol, reply.port);
+    if FLOWS.get_ptr(&work.key).is_some() {
+        return;
+    }
+    let direct = if reply.flags & REPLY_DIRECT != 0 {
+        FLOW_DIRECT
+    } else {
+        0
+    };
+    let owner = Owner {
+        port: reply.port,
+        segment: 0,
+        device: work.from.ifindex,
+        flags: direct,
+    };
+    remember_flow(work, &answer, &owner);
 }
 
 #[inline(always)]

@@ -74,10 +74,7 @@ fn lead(ctx: &TcContext, work: &mut Work, l3: usize) -> Outcome {
         Standing::Unknown => return None,
         Standing::Done => return Some(Ok(TC_ACT_SHOT)),
     }
-    if work.parsed.is_icmp() && !work.parsed.is_query() {
-        if !work.read_error(ctx) {
-            return None;
-        }
+    if work.parsed.is_icmp() && !work.parsed.is_query() && work.read_error(ctx) {
         return apart(|| come_back_error(ctx, work)).or_else(|| request::lead_error(ctx, work));
     }
     if let Some(done) = apart(|| come_back(ctx, work)) {
@@ -105,6 +102,7 @@ fn come_back(ctx: &TcContext, work: &mut Work) -> Outcome {
     // SAFETY: the plugin replaces entries of this map whole.
     let port = unsafe { PORTS.get(reply.port) }?;
     work.account = reply.port;
+    masquerade::restore(work, reply);
     Some(if work.rewrite(ctx) {
         hand_over(ctx, work, reply, port)
     } else {

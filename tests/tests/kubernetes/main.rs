@@ -288,12 +288,7 @@ struct Connection {
 
 impl Connection {
     /// Connects `from` a port (0 for any) `to` where `listener` hears of it.
-    fn open(
-        from: &Namespace,
-        port: u16,
-        to: SocketAddr,
-        listener: &TcpListener,
-    ) -> Result<Self> {
+    fn open(from: &Namespace, port: u16, to: SocketAddr, listener: &TcpListener) -> Result<Self> {
         let any: IpAddr = if to.is_ipv4() {
             Ipv4Addr::UNSPECIFIED.into()
         } else {
@@ -311,7 +306,10 @@ impl Connection {
 
     /// Closes it at once, with nothing left to wait for.
     fn abort(self) -> Result<()> {
-        let linger = libc::linger { l_onoff: 1, l_linger: 0 };
+        let linger = libc::linger {
+            l_onoff: 1,
+            l_linger: 0,
+        };
         setsockopt(&self.client, sockopt::Linger, &linger)?;
         drop(self.client);
         // The server is told.
@@ -319,7 +317,8 @@ impl Connection {
         let end = server.read(&mut [0]);
         ensure!(!matches!(end, Ok(1)), "something was left");
         ensure!(
-            !end.as_ref().is_err_and(|error| error.kind() == ErrorKind::WouldBlock),
+            !end.as_ref()
+                .is_err_and(|error| error.kind() == ErrorKind::WouldBlock),
             "the server was not told of the end"
         );
         Ok(())
@@ -358,7 +357,10 @@ struct Counter<'a> {
 impl<'a> Counter<'a> {
     /// Counts in `chain`, a hook of netfilter, what matches an nft expression.
     fn new(node: &'a Node, hook: &str, what: &str) -> Result<Self> {
-        let name = format!("count_{hook}_{}", what.replace(|c: char| !c.is_alphanumeric(), "_"));
+        let name = format!(
+            "count_{hook}_{}",
+            what.replace(|c: char| !c.is_alphanumeric(), "_")
+        );
         let rules = format!(
             "table inet {name} {{
                 chain seen {{ type filter hook {hook} priority raw; {what} counter; }}
@@ -369,8 +371,12 @@ impl<'a> Counter<'a> {
     }
 
     fn packets(&self) -> Result<u64> {
-        let table = self.node.run(&format!("nft list table inet {}", self.name))?;
-        let mut words = table.split_whitespace().skip_while(|&word| word != "packets");
+        let table = self
+            .node
+            .run(&format!("nft list table inet {}", self.name))?;
+        let mut words = table
+            .split_whitespace()
+            .skip_while(|&word| word != "packets");
         let packets = words.nth(1).context("no counter")?;
         Ok(packets.parse()?)
     }

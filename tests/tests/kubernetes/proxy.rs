@@ -181,7 +181,9 @@ fn letters(length: usize, parts: &[&str]) -> String {
     let alphabet = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ234567";
     let mut text = String::new();
     for _ in 0..length {
-        text.push(char::from(alphabet[usize::try_from(rest % 32).unwrap_or(0)]));
+        text.push(char::from(
+            alphabet[usize::try_from(rest % 32).unwrap_or(0)],
+        ));
         rest /= 32;
     }
     text
@@ -319,7 +321,9 @@ fn service_chains(port: &ServicePort<'_>, chains: &mut Vec<String>, rules: &mut 
     );
     rules.push(format!("KUBE-SERVICES {addressed} -j {cluster}"));
     chains.push(cluster.clone());
-    rules.push(format!("{cluster} {addressed} ! -s {pods} -j KUBE-MARK-MASQ"));
+    rules.push(format!(
+        "{cluster} {addressed} ! -s {pods} -j KUBE-MARK-MASQ"
+    ));
     balance(port, &cluster, &port.endpoints, rules);
 
     if let Some(node_port) = port.service.node_port {
@@ -331,7 +335,8 @@ fn service_chains(port: &ServicePort<'_>, chains: &mut Vec<String>, rules: &mut 
         ));
         if port.is_local() {
             let local = format!("KUBE-SVL-{id}");
-            let why = |what| format!("-m comment --comment \"{what} {name} external destinations\"");
+            let why =
+                |what| format!("-m comment --comment \"{what} {name} external destinations\"");
             let from_here = "-m addrtype --src-type LOCAL";
             rules.push(format!(
                 "{external} {} -s {pods} -j {cluster}",
@@ -376,12 +381,7 @@ fn endpoint_chain(port: &ServicePort<'_>, endpoint: &SocketAddr) -> String {
 }
 
 /// Each endpoint with the same probability.
-fn balance(
-    port: &ServicePort<'_>,
-    chain: &str,
-    endpoints: &[SocketAddr],
-    rules: &mut Vec<String>,
-) {
+fn balance(port: &ServicePort<'_>, chain: &str, endpoints: &[SocketAddr], rules: &mut Vec<String>) {
     let count = endpoints.len();
     for (endpoint, left) in endpoints.iter().zip((1..=count).rev()) {
         let chance = if left > 1 {
@@ -607,7 +607,12 @@ fn nft_balance(port: &ServicePort<'_>, endpoints: &[SocketAddr]) -> String {
 }
 
 /// Runs a program with this on its standard input.
-pub(crate) fn feed(namespace: &Namespace, program: &str, arguments: &[&str], text: &str) -> Result<()> {
+pub(crate) fn feed(
+    namespace: &Namespace,
+    program: &str,
+    arguments: &[&str],
+    text: &str,
+) -> Result<()> {
     namespace.within(|| {
         let mut child = Command::new(program)
             .args(arguments)

@@ -68,7 +68,12 @@ fn a_pod_reaches_its_own_cluster_ip(setting: Setting) -> Result<()> {
     let server = Server::new(&network, "server")?;
     setting.serve(&node, &[service(&server)?])?;
     for (gateway, cluster_ip) in GATEWAYS.into_iter().zip(CLUSTER_IPS) {
-        meets_as(&server, (cluster_ip, SERVICE_PORT).into(), "server", gateway)?;
+        meets_as(
+            &server,
+            (cluster_ip, SERVICE_PORT).into(),
+            "server",
+            gateway,
+        )?;
     }
     Ok(())
 }
@@ -152,12 +157,19 @@ fn outside_reaches_a_pod_by_its_address(setting: Setting) -> Result<()> {
         }
         // From each other's port.
         let any = |other: IpAddr| -> IpAddr {
-            if other.is_ipv4() { [0; 4].into() } else { [0; 16].into() }
+            if other.is_ipv4() {
+                [0; 4].into()
+            } else {
+                [0; 16].into()
+            }
         };
         let from = SocketAddr::new(any(pod), 4242);
         for client in Client::ALL {
             let meeting = outside.meet_from(client, from, (pod, POD_PORT).into(), PATIENCE)?;
-            ensure!(meeting.client == (OUTSIDE[family], 4242).into(), "{meeting:?}");
+            ensure!(
+                meeting.client == (OUTSIDE[family], 4242).into(),
+                "{meeting:?}"
+            );
             server
                 .meet_from(client, from, (OUTSIDE[family], POD_PORT).into(), PATIENCE)
                 .with_context(|| format!("{client:?} to the outside"))?;
@@ -189,14 +201,23 @@ fn a_pod_reaches_a_cluster_ip_with_an_endpoint_outside(setting: Setting) -> Resu
         }
         // And at the same time by its own address, from the same port.
         let any = SocketAddr::new(
-            if family == 0 { [0; 4].into() } else { [0; 16].into() },
+            if family == 0 {
+                [0; 4].into()
+            } else {
+                [0; 16].into()
+            },
             4242,
         );
         for server in [(CLUSTER_IPS[family], 443), (OUTSIDE[family], 6443)] {
             let meeting = client.meet_from(Client::UnconnectedUdp, any, server.into(), PATIENCE)?;
             ensure!(meeting.client.ip() == seen, "{meeting:?}");
         }
-        meets_as(&node, (CLUSTER_IPS[family], 443).into(), "api", NODE[family])?;
+        meets_as(
+            &node,
+            (CLUSTER_IPS[family], 443).into(),
+            "api",
+            NODE[family],
+        )?;
     }
     Ok(())
 }
@@ -260,7 +281,8 @@ fn pods_talk_past_the_host_at_the_same_time(setting: Setting) -> Result<()> {
         .into_iter()
         .collect::<Result<_>>()?;
     ensure!(directs.len() == 2);
-    let counters = ["th dport 9090", "th sport 9090"].map(|what| Counter::new(&node, "prerouting", what));
+    let counters =
+        ["th dport 9090", "th sport 9090"].map(|what| Counter::new(&node, "prerouting", what));
     let counters = counters.into_iter().collect::<Result<Vec<_>>>()?;
 
     let everybody: [(&str, &Namespace); 3] =
@@ -309,13 +331,23 @@ fn pods_talk_past_the_host_at_the_same_time(setting: Setting) -> Result<()> {
             }
         }
         let after = gateway_frames(&node)?;
-        let passed: u64 = after.iter().zip(&before).map(|(after, before)| after - before).sum();
+        let passed: u64 = after
+            .iter()
+            .zip(&before)
+            .map(|(after, before)| after - before)
+            .sum();
         // Well over a hundred were exchanged; what may pass is what the host itself says.
-        ensure!(passed < 10, "{passed} frames passed by the gateway: {before:?}, {after:?}");
+        ensure!(
+            passed < 10,
+            "{passed} frames passed by the gateway: {before:?}, {after:?}"
+        );
     }
     for counter in &counters {
         let packets = counter.packets()?;
-        ensure!(packets == 0, "the host's stack saw {packets} packets between pods");
+        ensure!(
+            packets == 0,
+            "the host's stack saw {packets} packets between pods"
+        );
     }
     Ok(())
 }
@@ -348,7 +380,8 @@ fn one_source_port_for_a_cluster_ip_and_the_pod_behind_it(setting: Setting) -> R
         first.answer()?;
         first.abort()?;
         for round in 0..2 {
-            let mut service = open(by_service).with_context(|| format!("by the service, {round}"))?;
+            let mut service =
+                open(by_service).with_context(|| format!("by the service, {round}"))?;
             service.answer()?;
             service.ask()?;
             let mut direct = open(directly).with_context(|| format!("beside it, {round}"))?;
@@ -367,7 +400,11 @@ fn one_source_port_for_a_cluster_ip_and_the_pod_behind_it(setting: Setting) -> R
         let mut service = open(by_service).context("after the direct one")?;
         in_turns(&mut direct, &mut service)?;
 
-        let any: IpAddr = if family == 0 { [0; 4].into() } else { [0; 16].into() };
+        let any: IpAddr = if family == 0 {
+            [0; 4].into()
+        } else {
+            [0; 16].into()
+        };
         let socket = client.within(|| Ok(UdpSocket::bind((any, 4243))?))?;
         socket.set_read_timeout(Some(PATIENCE))?;
         let servers = [
@@ -383,7 +420,10 @@ fn one_source_port_for_a_cluster_ip_and_the_pod_behind_it(setting: Setting) -> R
                 let mut answer = [0; 100];
                 let (length, from) = socket.recv_from(&mut answer).context("over UDP")?;
                 let number = answer[..length].last().copied().unwrap_or_default();
-                ensure!(from == servers[usize::from(number)], "{from} answered for {number}");
+                ensure!(
+                    from == servers[usize::from(number)],
+                    "{from} answered for {number}"
+                );
                 answered.push(number);
             }
             answered.sort_unstable();
@@ -444,7 +484,14 @@ fn errors_and_fragments_come_back_by_the_cluster_ip(setting: Setting) -> Result<
 
 /// That nobody listens there, and that this is said: over TCP and UDP.
 fn is_refused(from: &Namespace, to: SocketAddr) -> Result<()> {
-    let any = SocketAddr::new(if to.is_ipv4() { [0; 4].into() } else { [0; 16].into() }, 0);
+    let any = SocketAddr::new(
+        if to.is_ipv4() {
+            [0; 4].into()
+        } else {
+            [0; 16].into()
+        },
+        0,
+    );
     let socket = from.within(|| {
         let socket = UdpSocket::bind(any)?;
         socket.connect(to)?;
@@ -452,8 +499,14 @@ fn is_refused(from: &Namespace, to: SocketAddr) -> Result<()> {
         Ok(socket)
     })?;
     socket.send(b"anyone?")?;
-    let error = socket.recv(&mut [0; 10]).err().context("something was answered")?;
-    ensure!(error.kind() == ErrorKind::ConnectionRefused, "over UDP: {error}");
+    let error = socket
+        .recv(&mut [0; 10])
+        .err()
+        .context("something was answered")?;
+    ensure!(
+        error.kind() == ErrorKind::ConnectionRefused,
+        "over UDP: {error}"
+    );
     let error = from.tcp_connect_from(any, to, PATIENCE).err();
     let refused = |error: &anyhow::Error| {
         error
@@ -466,7 +519,14 @@ fn is_refused(from: &Namespace, to: SocketAddr) -> Result<()> {
 
 /// That a datagram comes back behind the greeting.
 fn datagram(from: &Namespace, to: SocketAddr, length: usize) -> Result<()> {
-    let any = SocketAddr::new(if to.is_ipv4() { [0; 4].into() } else { [0; 16].into() }, 0);
+    let any = SocketAddr::new(
+        if to.is_ipv4() {
+            [0; 4].into()
+        } else {
+            [0; 16].into()
+        },
+        0,
+    );
     let socket = from.within(|| Ok(UdpSocket::bind(any)?))?;
     socket.set_read_timeout(Some(PATIENCE))?;
     let message: Vec<u8> = (0..length).map(|at| (at % 251) as u8).collect();
@@ -474,7 +534,10 @@ fn datagram(from: &Namespace, to: SocketAddr, length: usize) -> Result<()> {
     let mut answer = vec![0; 65_536];
     let (received, source) = socket.recv_from(&mut answer)?;
     ensure!(source == to, "{source} answered");
-    ensure!(answer[..received].ends_with(&message), "something else came back");
+    ensure!(
+        answer[..received].ends_with(&message),
+        "something else came back"
+    );
     Ok(())
 }
 
@@ -516,7 +579,10 @@ fn a_service_balances_between_its_pods(setting: Setting) -> Result<()> {
     for server in [&first, &second, &third] {
         all.extend(server.endpoints()?);
     }
-    setting.serve(&node, &[Service::new("web", CLUSTER_IPS, SERVICE_PORT, all)])?;
+    setting.serve(
+        &node,
+        &[Service::new("web", CLUSTER_IPS, SERVICE_PORT, all)],
+    )?;
     for cluster_ip in CLUSTER_IPS {
         let mut met = std::collections::BTreeSet::new();
         for _ in 0..60 {

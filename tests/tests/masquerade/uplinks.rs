@@ -71,15 +71,20 @@ fn new_flows_have_the_new_address(by: By) -> Result<()> {
     for flow in &mut old {
         flow.exchange()?;
     }
-    for ([v4, v6], now) in [(NEW, parsed(NEW)?), (["198.51.100.51", "2001:db8:ffff::51"], parsed(["198.51.100.51", "2001:db8:ffff::51"])?)] {
+    for ([v4, v6], now) in [
+        (NEW, parsed(NEW)?),
+        (
+            ["198.51.100.51", "2001:db8:ffff::51"],
+            parsed(["198.51.100.51", "2001:db8:ffff::51"])?,
+        ),
+    ] {
         node.ip("addr flush dev uplink0 scope global")?;
         give(&node, "uplink0", [v4, v6])?;
         node.ip(&format!(
             "route replace default via {}\nroute replace default via {}",
             OUTSIDE[0], OUTSIDE[1]
         ))?;
-        reaches_by(&Kind::PORTS, &pod, &remotes, now)
-            .with_context(|| format!("at {v4}"))?;
+        reaches_by(&Kind::PORTS, &pod, &remotes, now).with_context(|| format!("at {v4}"))?;
         // Those that nobody has to keep take the new one, too, soon.
         for flow in &mut old {
             let family = usize::from(flow.remote_is_v6());
@@ -115,16 +120,28 @@ fn rules_for_packets_choose_the_uplink(by: By) -> Result<()> {
     let outside = node.outside()?;
     let elsewhere = second_uplink(&node)?;
     for machine in [&*outside, &elsewhere] {
-        machine.ip(&format!("addr add {}/32 dev lo\naddr add {}/128 dev lo", BEHIND[0], BEHIND[1]))?;
+        machine.ip(&format!(
+            "addr add {}/32 dev lo\naddr add {}/128 dev lo",
+            BEHIND[0], BEHIND[1]
+        ))?;
     }
     let network = by.network(&node);
     let pod = pod(&network, "pod")?;
     both_families(&node, |family| {
-        format!("route add default via {} dev uplink1 table 100", ELSEWHERE[family])
+        format!(
+            "route add default via {} dev uplink1 table 100",
+            ELSEWHERE[family]
+        )
     })?;
     let behind = parsed(BEHIND)?;
-    let here = [Remote::new(&outside, behind[0])?, Remote::new(&outside, behind[1])?];
-    let there = [Remote::new(&elsewhere, behind[0])?, Remote::new(&elsewhere, behind[1])?];
+    let here = [
+        Remote::new(&outside, behind[0])?,
+        Remote::new(&outside, behind[1])?,
+    ];
+    let there = [
+        Remote::new(&elsewhere, behind[0])?,
+        Remote::new(&elsewhere, behind[1])?,
+    ];
     reaches(&pod, &here, NODE).context("before there are rules")?;
     let subnets = [Network::V4_SUBNET, Network::V6_SUBNET];
     let by_source = |verb: &str| {
@@ -158,7 +175,10 @@ fn a_route_chooses_the_address(by: By) -> Result<()> {
     const ON_LOOPBACK: [&str; 2] = ["192.0.2.77", "2001:db8:77::1"];
     let node = Node::new()?;
     let outside = node.outside()?;
-    outside.ip(&format!("addr add {}/32 dev lo\naddr add {}/128 dev lo", BEHIND[0], BEHIND[1]))?;
+    outside.ip(&format!(
+        "addr add {}/32 dev lo\naddr add {}/128 dev lo",
+        BEHIND[0], BEHIND[1]
+    ))?;
     node.ip(&format!(
         "addr add {}/32 dev lo\naddr add {}/128 dev lo nodad",
         ON_LOOPBACK[0], ON_LOOPBACK[1]
@@ -173,7 +193,10 @@ fn a_route_chooses_the_address(by: By) -> Result<()> {
     let network = by.network(&node);
     let pod = pod(&network, "pod")?;
     let behind = parsed(BEHIND)?;
-    let remotes = [Remote::new(&outside, behind[0])?, Remote::new(&outside, behind[1])?];
+    let remotes = [
+        Remote::new(&outside, behind[0])?,
+        Remote::new(&outside, behind[1])?,
+    ];
     reaches(&pod, &remotes, NODE).context("by default")?;
     // Netfilter's own masquerade does not look at the route's.
     if is_stock(&node) {
@@ -181,7 +204,10 @@ fn a_route_chooses_the_address(by: By) -> Result<()> {
     }
     for source in [NEW, ON_LOOPBACK] {
         both_families(&node, |family| {
-            format!("route replace {} via {} src {}", BEHIND[family], OUTSIDE[family], source[family])
+            format!(
+                "route replace {} via {} src {}",
+                BEHIND[family], OUTSIDE[family], source[family]
+            )
         })?;
         reaches_by(&Kind::PORTS, &pod, &remotes, parsed(source)?)
             .with_context(|| format!("src {}", source[0]))?;
@@ -202,13 +228,19 @@ impl TwoWays {
         node.connect("uplink1", &outside, "eth1")?;
         give(&node, "uplink1", NODE_THERE)?;
         give(&outside, "eth1", ELSEWHERE)?;
-        outside.ip(&format!("addr add {}/32 dev lo\naddr add {}/128 dev lo", BEHIND[0], BEHIND[1]))?;
+        outside.ip(&format!(
+            "addr add {}/32 dev lo\naddr add {}/128 dev lo",
+            BEHIND[0], BEHIND[1]
+        ))?;
         for (metric, device, via) in [
             (10, "uplink0", OUTSIDE.map(|address| address.to_string())),
             (20, "uplink1", ELSEWHERE.map(str::to_owned)),
         ] {
             both_families(&node, |family| {
-                format!("route add {} via {} dev {device} metric {metric}", BEHIND[family], via[family])
+                format!(
+                    "route add {} via {} dev {device} metric {metric}",
+                    BEHIND[family], via[family]
+                )
             })?;
         }
         Ok(Self { node, outside })
@@ -222,9 +254,17 @@ fn when_an_uplink_fails_flows_go_on_by_the_other(by: By) -> Result<()> {
     let network = by.network(&node);
     let pod: Pod = pod(&network, "pod")?;
     let behind = parsed(BEHIND)?;
-    let remotes = [Remote::new(&outside, behind[0])?, Remote::new(&outside, behind[1])?];
+    let remotes = [
+        Remote::new(&outside, behind[0])?,
+        Remote::new(&outside, behind[1])?,
+    ];
     let there = parsed(NODE_THERE)?;
-    let kinds = [Kind::Udp, Kind::UnconnectedUdp, Kind::Echo, Kind::Portless(253)];
+    let kinds = [
+        Kind::Udp,
+        Kind::UnconnectedUdp,
+        Kind::Echo,
+        Kind::Portless(253),
+    ];
     let mut flows = both(&kinds)
         .into_iter()
         .map(|(kind, family)| Ok((family, remotes[family].open(kind, &pod, 0)?)))
@@ -238,7 +278,10 @@ fn when_an_uplink_fails_flows_go_on_by_the_other(by: By) -> Result<()> {
         let (family, flow) = &mut flows[number];
         let seen = flow.says()?;
         // Addresses of IPv4 stay on a device that is down.
-        ensure!(seen.ip() == there[*family] || *family == 0, "seen as {seen}");
+        ensure!(
+            seen.ip() == there[*family] || *family == 0,
+            "seen as {seen}"
+        );
         if seen.ip() == there[*family] {
             flow.hears()?;
         }

@@ -334,7 +334,9 @@ fn as_many_extension_headers_as_are_skipped() {
 #[test]
 fn extension_headers_that_hide_the_rest() {
     let mut shape = Shape::tcp(Version::V6);
-    for next in [50, 135, 139, 140] {
+    let parsed = patched(&shape, 6, &[50]).unwrap();
+    assert_eq!((parsed.protocol, parsed.is_transport()), (50, false), "ESP");
+    for next in [135, 139, 140] {
         assert_eq!(patched(&shape, 6, &[next]), None, "next header {next}");
     }
     shape.extensions = [(43, 0)].to_vec();

@@ -509,7 +509,11 @@ impl Stage {
     /// The same for `from_host`, with the pod's device.
     pub(super) fn run_from_host(&self, pod: &str, packet: &[u8]) -> Run {
         let frame = frame(mac(pod), mac("cni0"), packet);
-        let cb = [(SKB_CB, self.index(pod))];
+        let cb = [
+            (SKB_CB, self.index(pod)),
+            (SKB_CB + 4, PORT_PUBLISHED),
+            (SKB_CB + 8, self.index("cni0")),
+        ];
         let run = self.run_with("from_host", "gate", &frame, &cb).unwrap();
         self.verify_sums("from_host", "gate", &frame, &cb, &run);
         run
