@@ -262,13 +262,13 @@ fn an_address_of_the_dead_is_taken_over() -> Result<()> {
     for backend in ["ebpf", "nftables"] {
         let network = network(&node, &json!({"ipMasqBackend": backend}));
         let ip = "IP=10.77.0.50";
-        let dead = node.sandbox("dead")?;
+        let dead = node.sandbox(&format!("dead-{backend}"))?;
         network.add(&dead.attachment().args(ip))?;
         node.run(&format!("umount {}", dead.path().display()))?;
         drop(dead);
         // Its lease is given back by hand, as a reboot does.
         node.run("rm -rf /var/lib/cni/networks/net")?;
-        let heir = node.sandbox("heir")?;
+        let heir = node.sandbox(&format!("heir-{backend}"))?;
         let attachment = heir.attachment().args(ip);
         network.add(&attachment)?;
         network.check(&attachment)?;
