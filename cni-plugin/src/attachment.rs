@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::{
-    cni::{config::MasqBackend, names::check_ifname},
+    cni::names::check_ifname,
     datapath::{LogLevel, nat::NodePort},
     lock::{Lock, LockError, Mode},
     mac::MacAddr,
@@ -190,18 +190,24 @@ impl Outside {
 ///
 /// The directory cannot be read.
 pub fn outside(network: &str) -> Result<Outside, RecordError> {
-    let outside = recorded(network)?
-        .iter()
-        .filter_map(|(container_id, ifname)| {
-            let attachment = Attachment {
-                network,
-                container_id,
-                ifname,
-            };
-            attachment.peek()
-        })
-        .fold(Outside::default(), |all, record| all.and(record.outside()));
-    Ok(outside)
+    Ok(records(network)?.fold(Outside::default(), |all, record| all.and(record.outside())))
+}
+
+/// Every record of a network, read one by one.
+///
+/// # Errors
+///
+/// The directory cannot be read.
+pub fn records(network: &str) -> Result<impl Iterator<Item = Record>, RecordError> {
+    let all = recorded(network)?.into_iter();
+    Ok(all.filter_map(move |(container_id, ifname)| {
+        let attachment = Attachment {
+            network,
+            container_id: &container_id,
+            ifname: &ifname,
+        };
+        attachment.peek()
+    }))
 }
 
 /// Whether an alias is one of an attachment of `network`.
@@ -248,7 +254,22 @@ pub struct Record {
     pub published: Vec<NodePort>,
     /// What masquerades its addresses, if anything does.
     #[serde(default)]
-    pub masquerade: Option<MasqBackend>,
+    pub masquerade: Option<Masquerade>,
+}
+
+/// What masquerades an attachment.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Masquerade {
+    /// The programs on uplinks.
+    Ebpf,
+    /// A chain of netfilter.
+    Nftables {
+        /// Its name.
+        chain: String,
+        /// How many rules it has.
+        rules: u32,
+    },
 }
 
 impl Record {
@@ -256,7 +277,7 @@ impl Record {
     pub fn outside(&self) -> Outside {
         Outside {
             publishes: !self.published.is_empty(),
-            masquerades: self.masquerade == Some(MasqBackend::Ebpf),
+            masquerades: self.masquerade == Some(Masquerade::Ebpf),
         }
     }
 }
@@ -357,7 +378,7 @@ mod tests {
         assert_eq!(record.masquerade, None);
         assert_eq!(record.outside(), Outside::default());
         let record = Record {
-            masquerade: Some(MasqBackend::Ebpf),
+            masquerade: Some(Masquerade::Ebpf),
             ..record
         };
         let text = serde_json::to_string(&record).unwrap();

@@ -66,17 +66,18 @@ pub(super) fn unplug(attachment: &Attachment<'_>, record: Option<&Record>) -> Re
         (Some(record), _) => {
             // The locks in the order in which an ADD takes them.
             let _lock = gateway::lock(&record.bridge)?;
-            match Datapath::open()? {
-                Some(mut datapath) => {
-                    ports::withdraw(&datapath, record)?;
-                    masquerade::end(&datapath, record)?;
-                    Ok(datapath.remove_port(
-                        record.host_ifindex,
-                        record.segment,
-                        record.mac,
-                        &record.addresses,
-                    )?)
-                }
+            let mut datapath = Datapath::open()?;
+            if let Some(datapath) = &mut datapath {
+                ports::withdraw(datapath, record)?;
+            }
+            masquerade::end(&host, datapath.as_ref(), attachment.network, record)?;
+            match &mut datapath {
+                Some(datapath) => Ok(datapath.remove_port(
+                    record.host_ifindex,
+                    record.segment,
+                    record.mac,
+                    &record.addresses,
+                )?),
                 None => Ok(()),
             }
         }

@@ -9,7 +9,7 @@ use crate::{
     gateway,
     ipam::Ipam,
     link::Netlink,
-    uplinks,
+    masquerade, uplinks,
 };
 
 use super::{collect, del};
@@ -58,6 +58,7 @@ fn remove_strays(call: &Call<'_>, valid: &[AttachmentId]) -> Result<(), CniError
         }
     }
     gateway::sweep(&host)?;
+    masquerade::sweep(&host, call.config)?;
     match Datapath::open()? {
         Some(datapath) => uplinks::follow(&host, &datapath, call.config, || {
             attachment::outside(&call.config.name)

@@ -24,7 +24,7 @@ use crate::{
     cni::{AttachmentId, Call, CniError, CniResult, ErrorCode, Plugin},
     datapath,
     gateway::GatewayError,
-    link::{LinkError, Netlink, sysctl::SysctlError},
+    link::{LinkError, Netlink, nftables::NftError, sysctl::SysctlError},
     lock::LockError,
     netns::{Netns, NetnsError},
 };
@@ -146,6 +146,12 @@ impl From<LinkError> for CniError {
 
 impl From<SysctlError> for CniError {
     fn from(error: SysctlError) -> Self {
+        Self::new(ErrorCode::Io, error.to_string())
+    }
+}
+
+impl From<NftError> for CniError {
+    fn from(error: NftError) -> Self {
         Self::new(ErrorCode::Io, error.to_string())
     }
 }

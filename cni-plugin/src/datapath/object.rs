@@ -124,14 +124,22 @@ pub(super) fn load_program<'a>(
     ebpf: &'a mut aya::Ebpf,
     name: &str,
 ) -> Result<&'a mut SchedClassifier, Error> {
-    let error = |source| Error::program(name, source);
-    let program: &mut SchedClassifier = ebpf
-        .program_mut(name)
+    let program = classifier(ebpf, name)?;
+    program
+        .load()
+        .map_err(|source| Error::program(name, source))?;
+    Ok(program)
+}
+
+/// A program of tc hooks, loaded or not.
+pub(super) fn classifier<'a>(
+    ebpf: &'a mut aya::Ebpf,
+    name: &str,
+) -> Result<&'a mut SchedClassifier, Error> {
+    ebpf.program_mut(name)
         .ok_or(aya::programs::ProgramError::NotLoaded)
         .and_then(|program| program.try_into())
-        .map_err(error)?;
-    program.load().map_err(error)?;
-    Ok(program)
+        .map_err(|source| Error::program(name, source))
 }
 
 /// The entry in which frames from devices that are no ports are counted.

@@ -15,6 +15,7 @@ mod device;
 mod diag;
 mod filter;
 mod netlink;
+pub mod nftables;
 mod offload;
 mod route;
 pub mod sysctl;

@@ -21,6 +21,7 @@ use std::{
     net::{IpAddr, Ipv6Addr},
     os::fd::AsFd as _,
     path::Path,
+    thread,
 };
 
 use aya::{
@@ -178,6 +179,7 @@ pub(super) fn load(parts: &[Part]) -> Result<(), Error> {
     if missing.contains(&Part::Host) {
         name_node()?;
     }
+    verify(&mut ebpf, &missing)?;
     // The first one says that there is anything at all, so it comes last.
     for &part in missing.iter().rev() {
         unload_part(part)?;
@@ -185,7 +187,7 @@ pub(super) fn load(parts: &[Part]) -> Result<(), Error> {
             attach_sockets(&mut ebpf)?;
         }
         for &(name, slot) in part.classifiers() {
-            let program = object::load_program(&mut ebpf, name)?;
+            let program = object::classifier(&mut ebpf, name)?;
             if let Some(slot) = slot {
                 for level in LogLevel::ALL {
                     if let Some(mut calls) = calls(level)? {
@@ -202,6 +204,34 @@ pub(super) fn load(parts: &[Part]) -> Result<(), Error> {
         }
     }
     Ok(())
+}
+
+/// Lets the kernel verify the classifiers of these parts, all at once: that is most of
+/// what loading takes, and each is another CPU's work.
+fn verify(ebpf: &mut Ebpf, parts: &[Part]) -> Result<(), Error> {
+    let names: Vec<&str> = parts
+        .iter()
+        .flat_map(|part| part.classifiers())
+        .map(|(name, _)| *name)
+        .collect();
+    thread::scope(|scope| {
+        let threads: Vec<_> = ebpf
+            .programs_mut()
+            .filter(|(name, _)| names.contains(name))
+            .map(|(name, program)| {
+                let load = move || {
+                    let program: &mut SchedClassifier = program.try_into()?;
+                    program.load()
+                };
+                (name.to_owned(), scope.spawn(load))
+            })
+            .collect();
+        threads.into_iter().try_for_each(|(name, thread)| {
+            // A panic aborts.
+            let loaded = thread.join().unwrap_or(Err(ProgramError::NotLoaded));
+            loaded.map_err(|source| Error::program(&name, source))
+        })
+    })
 }
 
 /// Tells the programs which network namespace they serve.
