@@ -183,8 +183,8 @@ fn exempt_destinations_see_the_pod() -> Result<()> {
             ],
         ),
         (
-            // An address, one within another, and one whose host's bits are set.
-            json!(["203.0.113.7/32", "192.0.2.0/24", "192.0.2.64/26", "203.0.113.77/27",
+            // An address, and one prefix within another.
+            json!(["203.0.113.7", "192.0.2.0/24", "192.0.2.64/26",
                    "2001:db8:e::7/128", "2001:db8:f::/48", "2001:db8:f:1::/64"]),
             &[
                 ("203.0.113.6", true),
@@ -192,8 +192,6 @@ fn exempt_destinations_see_the_pod() -> Result<()> {
                 ("203.0.113.8", true),
                 ("192.0.2.1", false),
                 ("192.0.2.65", false),
-                ("203.0.113.65", false),
-                ("203.0.113.96", true),
                 ("2001:db8:e::6", true),
                 ("2001:db8:e::7", false),
                 ("2001:db8:f:1::1", false),
@@ -265,6 +263,7 @@ fn what_is_no_prefix_is_refused_by_name() -> Result<()> {
     for (exempt, word) in [
         (json!(["203.0.113.0/33"]), "203.0.113.0/33"),
         (json!(["anywhere"]), "anywhere"),
+        (json!(["203.0.113.77/27"]), "203.0.113.77/27"),
         (json!("203.0.113.0/24"), "ipMasqExempt"),
         (json!([7]), "ipMasqExempt"),
     ] {
