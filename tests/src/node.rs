@@ -278,12 +278,10 @@ impl Far {
              route add 198.51.100.0/24 via 203.0.113.1\n\
              route add 2001:db8:ffff::/64 via 2001:db8:b::1"
         ))?;
-        client.ip(
-            "addr add 192.0.2.2/24 dev eth0\n\
+        client.ip("addr add 192.0.2.2/24 dev eth0\n\
              addr add 2001:db8:a::2/64 dev eth0 nodad\n\
              route add default via 192.0.2.1\n\
-             route add default via 2001:db8:a::1",
-        )?;
+             route add default via 2001:db8:a::1")?;
         Ok(Self { client, router })
     }
 }

@@ -33,11 +33,7 @@ impl RawSocket {
         namespace.within(|| {
             // SAFETY: the arguments are plain numbers.
             let raw = unsafe {
-                libc::socket(
-                    family,
-                    libc::SOCK_RAW | libc::SOCK_CLOEXEC,
-                    protocol.into(),
-                )
+                libc::socket(family, libc::SOCK_RAW | libc::SOCK_CLOEXEC, protocol.into())
             };
             ensure!(
                 raw >= 0,

@@ -86,7 +86,10 @@ fn guest(node: &Node) -> Result<Namespace> {
          addr add 2001:db8:9::2/64 dev eth0 nodad\n\
          route add default via 192.0.2.1\n\
          route add default via 2001:db8:9::1")?;
-    for (iptables, subnet) in IPTABLES.into_iter().zip(["192.0.2.0/24", "2001:db8:9::/64"]) {
+    for (iptables, subnet) in IPTABLES
+        .into_iter()
+        .zip(["192.0.2.0/24", "2001:db8:9::/64"])
+    {
         node.run(&format!(
             "{iptables} -t nat -A POSTROUTING -s {subnet} -o uplink0 -j MASQUERADE"
         ))?;
@@ -114,7 +117,8 @@ fn all_are_told_apart(
     }
     for _ in 0..2 {
         for (who, flow) in &mut flows {
-            flow.exchange().with_context(|| format!("{who:?}, with all there"))?;
+            flow.exchange()
+                .with_context(|| format!("{who:?}, with all there"))?;
         }
     }
     let seen: Vec<_> = flows.iter().filter_map(|(_, flow)| flow.seen).collect();
@@ -145,7 +149,9 @@ fn flows_of_one_port_to_one_remote_are_told_apart() -> Result<()> {
     let remotes = remotes(&outside)?;
     let mut port = 5000;
     let rows = ORDERS.iter().flat_map(|order| {
-        both(&Kind::FREE).into_iter().map(move |(kind, family)| (order, kind, family))
+        both(&Kind::FREE)
+            .into_iter()
+            .map(move |(kind, family)| (order, kind, family))
     });
     each(rows, |(order, kind, family)| {
         port += 1;
@@ -160,7 +166,10 @@ fn ports_are_kept_where_nobody_is_in_the_way() -> Result<()> {
     let outside = node.outside()?;
     let all = Everybody::new(&node)?;
     for (address, node) in OUTSIDE.into_iter().zip(NODE) {
-        let remotes = [Remote::on(&outside, (address, 9000))?, Remote::on(&outside, (address, 9001))?];
+        let remotes = [
+            Remote::on(&outside, (address, 9000))?,
+            Remote::on(&outside, (address, 9001))?,
+        ];
         for kind in [Kind::Udp, Kind::Tcp, Kind::Sctp] {
             let mut one = remotes[0].open(kind, &all.pod, 4000)?;
             let mut two = remotes[1].open(kind, &all.neighbour, 4000)?;
@@ -210,7 +219,11 @@ fn leave_descriptors_but(listener: &TcpListener) -> Result<()> {
     for (first, last) in [(0, own - 1), (own + 1, libc::c_uint::MAX)] {
         // SAFETY: nothing else is used by this thread, and no other uses its table.
         let closed = unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
-        ensure!(closed == 0, "closing descriptors: {}", io::Error::last_os_error());
+        ensure!(
+            closed == 0,
+            "closing descriptors: {}",
+            io::Error::last_os_error()
+        );
     }
     Ok(())
 }
@@ -285,7 +298,9 @@ fn ten_thousand_connections_of_a_pod_to_one_remote() -> Result<()> {
             says(stream, number ^ 0x5555_5555)
                 .with_context(|| format!("connection {number} to {server}, again"))?;
         }
-        echoes.join().map_err(|_| anyhow!("the server panicked"))??;
+        echoes
+            .join()
+            .map_err(|_| anyhow!("the server panicked"))??;
     }
     Ok(())
 }
@@ -315,7 +330,11 @@ fn when_no_port_is_left_that_is_counted() -> Result<()> {
         flow.exchange()?;
     }
     for port in 1..=u16::MAX {
-        let datagram = Packet::udp((addresses(&greedy)?[0], port).into(), remote.address, b"mine");
+        let datagram = Packet::udp(
+            (addresses(&greedy)?[0], port).into(),
+            remote.address,
+            b"mine",
+        );
         wire.send(&Frame::ip(to, from, &datagram.bytes()))?;
     }
     ensure!(drops(&greedy, &network, &[Drops::Exhausted])? < 200);
@@ -386,6 +405,40 @@ fn is_served_from(remote: &Remote, name: &str) -> Result<()> {
     Ok(())
 }
 
+/// Who reaches a published port does so whether or not its pod is masqueraded.
+#[test]
+fn published_ports_are_reached_by_everybody() -> Result<()> {
+    let node = Node::new()?;
+    let outside = node.outside()?;
+    let (network, other) = (publishing_network(&node), other_network(&node));
+    let server = Server::new(&network, "server")?;
+    let (neighbour, foreigner) = (network.pod("neighbour")?, pod(&other, "foreigner")?);
+    let here: &Namespace = &outside;
+    let clients: [(&str, &Namespace); 5] = [
+        ("outside", here),
+        ("the node", &node),
+        ("a neighbour", &neighbour),
+        ("a foreigner", &foreigner),
+        ("the pod itself", &server.pod),
+    ];
+    for (who, client) in clients {
+        for address in NODE {
+            for kind in Client::ALL {
+                let met = client
+                    .meet(kind, (address, HOST_PORT).into(), PATIENCE)
+                    .with_context(|| format!("{kind:?} of {who}"))?;
+                ensure!(met.server == "server", "{met:?}");
+                // Nobody's own address is hidden who has one of the pod's.
+                ensure!(
+                    who != "outside" || OUTSIDE.contains(&met.client.ip()),
+                    "{met:?}"
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
 /// A pod speaks from the number of a published port.
 #[test]
 fn a_published_number_may_be_a_source_port() -> Result<()> {
@@ -448,7 +501,10 @@ fn a_process_of_the_node_keeps_its_port() -> Result<()> {
     let network = network(&node);
     let pod = pod(&network, "pod")?;
     for (remote, address) in remotes(&outside)?.iter().zip(NODE) {
-        for listens in [address, ["0.0.0.0", "::"][usize::from(address.is_ipv6())].parse()?] {
+        for listens in [
+            address,
+            ["0.0.0.0", "::"][usize::from(address.is_ipv6())].parse()?,
+        ] {
             let process = EchoServer::start_as(&node, (listens, 5353).into(), "node")?;
             for kind in [Kind::Udp, Kind::UnconnectedUdp] {
                 let mut flow = remote.open(kind, &pod, 5353)?;
@@ -511,7 +567,8 @@ fn replies_to_what_netfilter_masquerades_are_not_captured() -> Result<()> {
         }
         let _server = Server::new(&network, "server")?;
         for flow in &mut flows {
-            flow.exchange().with_context(|| format!("{by:?}, when published"))?;
+            flow.exchange()
+                .with_context(|| format!("{by:?}, when published"))?;
         }
         drop(flows);
         each(both(&Kind::FREE[..3]), |(kind, family)| {
@@ -540,7 +597,12 @@ fn the_gateway_address_is_no_pod() -> Result<()> {
     outside.route_to_node(Network::V6_SUBNET)?;
     for (gateway, address) in GATEWAYS.into_iter().zip(OUTSIDE) {
         let server = EchoServer::start_as(&outside, (address, 4000).into(), "outside")?;
-        let met = node.meet_from(Client::Udp, (gateway, 4001).into(), server.address(), PATIENCE)?;
+        let met = node.meet_from(
+            Client::Udp,
+            (gateway, 4001).into(),
+            server.address(),
+            PATIENCE,
+        )?;
         let seen: IpAddr = met.client.ip();
         ensure!(seen == gateway, "{met:?}");
         let met = pod.meet(Client::Udp, server.address(), PATIENCE)?;

@@ -15,8 +15,8 @@ use bpf_bridge_tests::{
 use nix::libc;
 
 use crate::{
-    By, GATEWAYS, IPTABLES, NODE, OUTSIDE, PATIENCE, SILENCE, addresses, both, by_stack_and_programs,
-    each,
+    By, GATEWAYS, IPTABLES, NODE, OUTSIDE, PATIENCE, SILENCE, addresses, both,
+    by_stack_and_programs, each,
     flow::{Kind, Remote},
     settle,
 };
@@ -72,16 +72,22 @@ fn an_error_of_a_router_is_about_what_the_pod_has_sent(by: By) -> Result<()> {
     // So that what is captured has its checksum.
     pod.set_offload("eth0", Offload::TxChecksum, false)?;
     let sent = PacketSocket::open(&node, pod.host_veth()?)?;
-    let routers: [[IpAddr; 2]; 3] = [
-        GATEWAYS,
+    let beyond = [
         OUTSIDE,
         [Far::ROUTER[0].parse()?, Far::ROUTER[1].parse()?],
     ];
+    // Past its stack the node is no router.
+    let routers: Vec<[IpAddr; 2]> = match by {
+        By::Stack => [GATEWAYS].into_iter().chain(beyond).collect(),
+        By::Programs => beyond.into(),
+    };
     let remotes = [
         Remote::new(&far.client, Far::CLIENT[0].parse::<IpAddr>()?)?,
         Remote::new(&far.client, Far::CLIENT[1].parse::<IpAddr>()?)?,
     ];
-    let fresh_and_known = both(&Kind::ALL).into_iter().flat_map(|row| [(row, true), (row, false)]);
+    let fresh_and_known = both(&Kind::ALL)
+        .into_iter()
+        .flat_map(|row| [(row, true), (row, false)]);
     each(fresh_and_known, |((kind, family), fresh)| {
         // Of TCP, the handshake must be over.
         if fresh && kind == Kind::Tcp {
@@ -103,7 +109,10 @@ fn an_error_of_a_router_is_about_what_the_pod_has_sent(by: By) -> Result<()> {
             let (from, message) = found.with_context(|| format!("no error from hop {hops}"))?;
             ensure!(from == router[family], "hop {hops} is {from}");
             // The kernel looks at that of IPv6 only.
-            ensure!(family == 1 || internet_checksum(&message) == 0, "wrong checksum");
+            ensure!(
+                family == 1 || internet_checksum(&message) == 0,
+                "wrong checksum"
+            );
             let quoted = &message[8..];
             if family == 0 {
                 ensure!(internet_checksum(&quoted[..20]) == 0, "wrong quoted header");
@@ -232,7 +241,10 @@ fn uploads_fit(node: &Node, far: &Far, by: By, mtu: u32) -> Result<()> {
         by_tcp
             .tcp_transfer(server, 1 << 20)
             .with_context(|| format!("TCP to {server}"))?;
-        ensure!(knows_mtu(&by_tcp, address, mtu)?, "TCP to {server} learned nothing");
+        ensure!(
+            knows_mtu(&by_tcp, address, mtu)?,
+            "TCP to {server} learned nothing"
+        );
         let socket = connected(&by_udp, 0, server)?;
         socket.set_read_timeout(Some(Duration::from_millis(20)))?;
         wait_for("news of a smaller path", PATIENCE, || {
@@ -263,7 +275,11 @@ fn uploads_fit(node: &Node, far: &Far, by: By, mtu: u32) -> Result<()> {
 fn never_fragment(socket: &UdpSocket) -> Result<()> {
     use std::os::fd::AsRawFd as _;
     let (level, name, value) = match socket.local_addr()? {
-        SocketAddr::V4(_) => (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DO),
+        SocketAddr::V4(_) => (
+            libc::IPPROTO_IP,
+            libc::IP_MTU_DISCOVER,
+            libc::IP_PMTUDISC_DO,
+        ),
         SocketAddr::V6(_) => (
             libc::IPPROTO_IPV6,
             libc::IPV6_MTU_DISCOVER,
@@ -416,7 +432,11 @@ fn fragments_may_come_in_any_order(by: By) -> Result<()> {
                     let socket = pod.within(|| Ok(UdpSocket::bind(own)?))?;
                     socket.set_read_timeout(Some(PATIENCE))?;
                     let with = |packet: Packet| {
-                        if options { packet.with_options() } else { packet }
+                        if options {
+                            packet.with_options()
+                        } else {
+                            packet
+                        }
                     };
                     let there = with(Packet::udp(own, (address, 7).into(), &payload));
                     send(0, &there, order).context(what.clone())?;

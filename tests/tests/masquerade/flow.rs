@@ -184,7 +184,10 @@ impl Remote {
     }
 
     /// As [`Self::new`], on a port of the caller's choice.
-    pub(crate) fn on(machine: &Namespace, (address, port): (impl Into<IpAddr>, u16)) -> Result<Self> {
+    pub(crate) fn on(
+        machine: &Namespace,
+        (address, port): (impl Into<IpAddr>, u16),
+    ) -> Result<Self> {
         let address = SocketAddr::new(address.into(), port);
         let v4 = address.is_ipv4();
         machine.set_sysctl("net/ipv4/icmp_echo_ignore_all", "1")?;
@@ -345,7 +348,9 @@ impl Flow<'_> {
             "{:?} from {} to {}",
             self.kind, self.port, self.remote.address
         );
-        let seen = self.try_to_say().with_context(|| format!("{context}: the remote"))?;
+        let seen = self
+            .try_to_say()
+            .with_context(|| format!("{context}: the remote"))?;
         self.seen = Some(seen);
         self.said += 1;
         Ok(seen)
@@ -357,7 +362,8 @@ impl Flow<'_> {
             "{:?} from {} to {}, seen as {:?}",
             self.kind, self.port, self.remote.address, self.seen
         );
-        self.try_to_hear().with_context(|| format!("{context}: the client"))
+        self.try_to_hear()
+            .with_context(|| format!("{context}: the client"))
     }
 
     /// Whether the remote's address is of IPv6.
@@ -476,7 +482,10 @@ impl Flow<'_> {
                 })?;
                 let (from, bytes) = heard.context("heard nothing")?;
                 ensure!(from == remote, "heard {from}");
-                ensure!(bytes == message.token, "heard what is another's: {bytes:x?}");
+                ensure!(
+                    bytes == message.token,
+                    "heard what is another's: {bytes:x?}"
+                );
                 Ok(())
             }
             Near::Raw(socket) => {
@@ -491,7 +500,10 @@ impl Flow<'_> {
                 })?;
                 let (from, token) = heard.context("heard nothing")?;
                 ensure!(from == remote.ip(), "heard {from}");
-                ensure!(token == message.token, "heard what is another's: {token:x?}");
+                ensure!(
+                    token == message.token,
+                    "heard what is another's: {token:x?}"
+                );
                 Ok(())
             }
         }

@@ -8,7 +8,9 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, anyhow, ensure};
-use bpf_bridge_tests::{EchoServer, Network, Node, Packet, PacketSocket, Pod, Snapshot, Frame, MacAddr};
+use bpf_bridge_tests::{
+    EchoServer, Frame, MacAddr, Network, Node, Packet, PacketSocket, Pod, Snapshot,
+};
 use serde_json::json;
 
 use crate::{
@@ -43,11 +45,14 @@ fn flows_go_on_when_they_are_forgotten(by: By) -> Result<()> {
     let network = by.network(&node);
     let pods = [network.pod("one")?, pod(&network, "two")?];
     let remotes = remotes(&outside)?;
-    let rows = [Kind::Udp, Kind::Tcp, Kind::Echo, Kind::Sctp].into_iter().flat_map(|kind| {
-        let both = [(kind, 0), (kind, 1)];
-        let maps: &[&[&str]] = &[&["FLOWS"], &["REPLIES"], &["FLOWS", "REPLIES"]];
-        both.into_iter().flat_map(move |row| maps.iter().map(move |maps| (row, *maps)))
-    });
+    let rows = [Kind::Udp, Kind::Tcp, Kind::Echo, Kind::Sctp]
+        .into_iter()
+        .flat_map(|kind| {
+            let both = [(kind, 0), (kind, 1)];
+            let maps: &[&[&str]] = &[&["FLOWS"], &["REPLIES"], &["FLOWS", "REPLIES"]];
+            both.into_iter()
+                .flat_map(move |row| maps.iter().map(move |maps| (row, *maps)))
+        });
     let mut port = 4000;
     each(rows, |((kind, family), maps)| {
         for remote_first in [false, true] {
@@ -124,7 +129,9 @@ fn a_flood_of_flows_breaks_no_connection(by: By) -> Result<()> {
         wire.send(&Frame::ip(to, from, &datagram.bytes()))?;
         if number % 10_000 == 0 {
             // One is busy, the others idle.
-            flows[0].exchange().with_context(|| format!("after {number} others"))?;
+            flows[0]
+                .exchange()
+                .with_context(|| format!("after {number} others"))?;
         }
     }
     for flow in &mut flows {
@@ -155,13 +162,21 @@ fn nothing_reaches_the_heir_of_an_address(by: By) -> Result<()> {
     for address in OUTSIDE {
         let remote = outside.within(|| Ok(UdpSocket::bind((address, 7))?))?;
         remote.set_read_timeout(Some(PATIENCE))?;
-        let any: IpAddr = if address.is_ipv4() { [0; 4].into() } else { [0; 16].into() };
-        let socket = first.within(|| Ok(UdpSocket::bind((any, 4000 + u16::from(address.is_ipv6())))?))?;
+        let any: IpAddr = if address.is_ipv4() {
+            [0; 4].into()
+        } else {
+            [0; 16].into()
+        };
+        let socket =
+            first.within(|| Ok(UdpSocket::bind((any, 4000 + u16::from(address.is_ipv6())))?))?;
         socket.send_to(b"?", (address, 7))?;
         seen.push(remote.recv_from(&mut [0; 10])?.1);
         sockets.push(remote);
     }
-    ensure!(seen.iter().zip(NODE).all(|(seen, node)| seen.ip() == node), "{seen:?}");
+    ensure!(
+        seen.iter().zip(NODE).all(|(seen, node)| seen.ip() == node),
+        "{seen:?}"
+    );
     let stop = AtomicBool::new(false);
     thread::scope(|scope| -> Result<()> {
         let stream = scope.spawn(|| -> Result<()> {
@@ -199,7 +214,9 @@ fn nothing_reaches_the_heir_of_an_address(by: By) -> Result<()> {
         };
         let done = heirs();
         stop.store(true, Ordering::Relaxed);
-        stream.join().map_err(|_| anyhow!("the stream panicked"))??;
+        stream
+            .join()
+            .map_err(|_| anyhow!("the stream panicked"))??;
         done
     })
 }
@@ -209,7 +226,10 @@ fn nothing_reaches_the_heir_of_an_address(by: By) -> Result<()> {
 fn nothing_is_left() -> Result<()> {
     let node = Node::new()?;
     let outside = node.outside()?;
-    let network = network_with(&node, &json!({"ipMasqExempt": ["203.0.113.0/24", "2001:db8:e::/64"]}));
+    let network = network_with(
+        &node,
+        &json!({"ipMasqExempt": ["203.0.113.0/24", "2001:db8:e::/64"]}),
+    );
     let _neighbour = pod(&network, "neighbour")?;
     let remotes = remotes(&outside)?;
     // Once, for what stays.
@@ -243,7 +263,10 @@ fn check_sees_what_is_missing() -> Result<()> {
     let pod = pod(&network, "pod")?;
     network.check(pod.attachment())?;
     ensure!(forget(&node, "MASQUERADED")? == 2);
-    let error = network.check(pod.attachment()).err().context("CHECK saw nothing")?;
+    let error = network
+        .check(pod.attachment())
+        .err()
+        .context("CHECK saw nothing")?;
     ensure!(format!("{error:#}").contains("masquerade"), "{error:#}");
     network.del(pod.attachment())
 }

@@ -199,7 +199,11 @@ fn reaches_by(
 ) -> Result<()> {
     each(both(kinds), |(kind, family)| {
         let met = remotes[family].meet(kind, pod, 0)?;
-        ensure!(met.ip() == seen[family], "seen as {met}, not {}", seen[family]);
+        ensure!(
+            met.ip() == seen[family],
+            "seen as {met}, not {}",
+            seen[family]
+        );
         Ok(())
     })
 }
@@ -243,12 +247,19 @@ fn drops(pod: &Pod, network: &Network, reasons: &[Drops]) -> Result<u64> {
         .find(|(key, _)| *key == index.to_ne_bytes())
         .context("the port has no counters")?;
     let cpus = std::fs::read_to_string("/sys/devices/system/cpu/possible")?;
-    let last: usize = cpus.trim().rsplit(['-', ',']).next().context("no CPU")?.parse()?;
+    let last: usize = cpus
+        .trim()
+        .rsplit(['-', ','])
+        .next()
+        .context("no CPU")?
+        .parse()?;
     let mut count = 0;
     for cpu in value.chunks(value.len() / (last + 1)) {
         for &reason in reasons {
             // Four counters stand before those of drops.
-            let counter = cpu.get((4 + reason as usize) * 8..).and_then(|rest| rest.first_chunk());
+            let counter = cpu
+                .get((4 + reason as usize) * 8..)
+                .and_then(|rest| rest.first_chunk());
             count += u64::from_ne_bytes(*counter.context("no such counter")?);
         }
     }

@@ -3,19 +3,23 @@
 use std::{net::IpAddr, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
-use bpf_bridge_tests::{Client, EchoServer, Namespace, Node, Outside, Network};
+use bpf_bridge_tests::{Client, EchoServer, Namespace, Network, Node, Outside};
 use serde_json::{Value, json};
 
 use crate::{
     GATEWAYS, IPTABLES, NODE, OUTSIDE, PATIENCE, addresses, both, each,
     flow::{Kind, PORT, Remote},
-    is_stock, network, network_with, other_network, pod, reaches, reaches_by,
-    remotes,
+    is_stock, network, network_with, other_network, pod, reaches, reaches_by, remotes,
 };
 
 /// Lets the outside answer to pods' own addresses.
 fn route_to_pods(outside: &Outside) -> Result<()> {
-    for subnet in [Network::V4_SUBNET, Network::V6_SUBNET, "10.88.0.0/16", "fd88::/64"] {
+    for subnet in [
+        Network::V4_SUBNET,
+        Network::V6_SUBNET,
+        "10.88.0.0/16",
+        "fd88::/64",
+    ] {
         outside.route_to_node(subnet)?;
     }
     Ok(())
@@ -75,13 +79,16 @@ fn on_a_shared_bridge_each_network_decides_for_its_pods() -> Result<()> {
     route_to_pods(&outside)?;
     let remotes = remotes(&outside)?;
     let masqueraded = network(&node);
-    let plain = network_with(&node, &json!({"name": "plain", "ipMasq": false, "ipam": {
-        "type": "host-local",
-        "ranges": [
-            [{"subnet": Network::V4_SUBNET, "rangeStart": "10.77.1.1"}],
-            [{"subnet": Network::V6_SUBNET, "rangeStart": "fd77::1:1"}],
-        ],
-    }}));
+    let plain = network_with(
+        &node,
+        &json!({"name": "plain", "ipMasq": false, "ipam": {
+            "type": "host-local",
+            "ranges": [
+                [{"subnet": Network::V4_SUBNET, "rangeStart": "10.77.1.1"}],
+                [{"subnet": Network::V6_SUBNET, "rangeStart": "fd77::1:1"}],
+            ],
+        }}),
+    );
     let (one, two) = (pod(&masqueraded, "one")?, pod(&plain, "two")?);
     reaches(&one, &remotes, NODE)?;
     reaches(&two, &remotes, addresses(&two)?)
@@ -138,8 +145,11 @@ fn replies_are_not_masqueraded() -> Result<()> {
         Remote::new(&server, server.v6()?)?,
     ];
     let here: &Namespace = &outside;
-    let clients: [(&str, &Namespace); 3] =
-        [("outside", here), ("the node", &node), ("a foreigner", &foreigner)];
+    let clients: [(&str, &Namespace); 3] = [
+        ("outside", here),
+        ("the node", &node),
+        ("a foreigner", &foreigner),
+    ];
     for (who, client) in clients {
         // Stock masquerades what goes from one network to another.
         if is_stock(&node) && who == "a foreigner" {
@@ -165,10 +175,7 @@ fn replies_are_not_masqueraded() -> Result<()> {
 #[test]
 fn exempt_destinations_see_the_pod() -> Result<()> {
     let rows: &[(Value, &[(&str, bool)])] = &[
-        (
-            json!([]),
-            &[("203.0.113.1", true), ("2001:db8:e::1", true)],
-        ),
+        (json!([]), &[("203.0.113.1", true), ("2001:db8:e::1", true)]),
         (
             json!(["203.0.113.0/25", "2001:db8:e::/64"]),
             &[
@@ -184,8 +191,14 @@ fn exempt_destinations_see_the_pod() -> Result<()> {
         ),
         (
             // An address, and one prefix within another.
-            json!(["203.0.113.7", "192.0.2.0/24", "192.0.2.64/26",
-                   "2001:db8:e::7/128", "2001:db8:f::/48", "2001:db8:f:1::/64"]),
+            json!([
+                "203.0.113.7",
+                "192.0.2.0/24",
+                "192.0.2.64/26",
+                "2001:db8:e::7/128",
+                "2001:db8:f::/48",
+                "2001:db8:f:1::/64"
+            ]),
             &[
                 ("203.0.113.6", true),
                 ("203.0.113.7", false),
@@ -393,17 +406,27 @@ fn netfilter_may_masquerade() -> Result<()> {
         ensure!(!masquerading_rules(&node)?.is_empty(), "{rules}");
         let two = network.pod("two")?;
         reaches_by(&Kind::PORTS, &two, &remotes, NODE)?;
-        ensure!(node.run("nft -s list ruleset")? == rules, "a rule for a pod: {rules}");
+        ensure!(
+            node.run("nft -s list ruleset")? == rules,
+            "a rule for a pod: {rules}"
+        );
         let exempt = Remote::new(&outside, "203.0.113.1".parse::<IpAddr>()?)?;
         let seen = exempt.meet(Kind::Udp, &two, 0)?;
         ensure!(seen.ip() == addresses(&two)?[0], "{seen}");
         network.check(two.attachment())?;
         network.del(one.attachment())?;
-        ensure!(node.run("nft -s list ruleset")? == rules, "not the last pod");
+        ensure!(
+            node.run("nft -s list ruleset")? == rules,
+            "not the last pod"
+        );
         reaches_by(&Kind::PORTS, &two, &remotes, NODE)?;
         network.del(two.attachment())?;
         ensure!(masquerading_rules(&node)?.is_empty());
-        ensure!(node.run("nft -s list ruleset")? == before, "{}", node.run("nft list ruleset")?);
+        ensure!(
+            node.run("nft -s list ruleset")? == before,
+            "{}",
+            node.run("nft list ruleset")?
+        );
     }
     Ok(())
 }
@@ -427,6 +450,28 @@ fn a_gateway_by_a_single_route_will_do() -> Result<()> {
     );
     let pod = pod(&network, "pod")?;
     reaches(&pod, &remotes(&outside)?, NODE)
+}
+
+/// Networks of one family.
+#[test]
+fn one_family_is_enough() -> Result<()> {
+    for (family, subnet) in [Network::V4_SUBNET, Network::V6_SUBNET]
+        .into_iter()
+        .enumerate()
+    {
+        let node = Node::new()?;
+        let outside = node.outside()?;
+        let ipam = json!({"type": "host-local", "ranges": [[{"subnet": subnet}]]});
+        let network = network_with(&node, &json!({"ipam": ipam}));
+        let pod = pod(&network, "pod")?;
+        let remote = Remote::new(&outside, OUTSIDE[family])?;
+        each(Kind::ALL, |kind| {
+            let seen = remote.meet(kind, &pod, 0)?;
+            ensure!(seen.ip() == NODE[family], "seen as {seen}");
+            Ok(())
+        })?;
+    }
+    Ok(())
 }
 
 /// The node's own flows are its own.

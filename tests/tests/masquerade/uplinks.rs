@@ -3,7 +3,9 @@
 use std::{net::IpAddr, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
-use bpf_bridge_tests::{Namespace, Network, Node, Outside, Pod, wait_for};
+use bpf_bridge_tests::{
+    EchoServer, Joined, Namespace, Network, Node, Outside, Pod, Tunnel, wait_for,
+};
 
 use crate::{
     By, IPTABLES, NODE, OUTSIDE, PATIENCE, both, by_stack_and_programs, each,
@@ -26,6 +28,9 @@ by_stack_and_programs! {
     a_route_chooses_the_address
     when_an_uplink_fails_flows_go_on_by_the_other
     a_new_uplink_is_found_by_the_next_call
+    flows_stay_on_one_of_two_ways
+    an_uplink_may_be_a_tunnel
+    an_uplink_may_be_a_bridge
 }
 
 fn parsed(addresses: [&str; 2]) -> Result<[IpAddr; 2]> {
@@ -71,15 +76,20 @@ fn new_flows_have_the_new_address(by: By) -> Result<()> {
     for flow in &mut old {
         flow.exchange()?;
     }
-    for ([v4, v6], now) in [(NEW, parsed(NEW)?), (["198.51.100.51", "2001:db8:ffff::51"], parsed(["198.51.100.51", "2001:db8:ffff::51"])?)] {
+    for ([v4, v6], now) in [
+        (NEW, parsed(NEW)?),
+        (
+            ["198.51.100.51", "2001:db8:ffff::51"],
+            parsed(["198.51.100.51", "2001:db8:ffff::51"])?,
+        ),
+    ] {
         node.ip("addr flush dev uplink0 scope global")?;
         give(&node, "uplink0", [v4, v6])?;
         node.ip(&format!(
             "route replace default via {}\nroute replace default via {}",
             OUTSIDE[0], OUTSIDE[1]
         ))?;
-        reaches_by(&Kind::PORTS, &pod, &remotes, now)
-            .with_context(|| format!("at {v4}"))?;
+        reaches_by(&Kind::PORTS, &pod, &remotes, now).with_context(|| format!("at {v4}"))?;
         // Those that nobody has to keep take the new one, too, soon.
         for flow in &mut old {
             let family = usize::from(flow.remote_is_v6());
@@ -115,16 +125,28 @@ fn rules_for_packets_choose_the_uplink(by: By) -> Result<()> {
     let outside = node.outside()?;
     let elsewhere = second_uplink(&node)?;
     for machine in [&*outside, &elsewhere] {
-        machine.ip(&format!("addr add {}/32 dev lo\naddr add {}/128 dev lo", BEHIND[0], BEHIND[1]))?;
+        machine.ip(&format!(
+            "addr add {}/32 dev lo\naddr add {}/128 dev lo",
+            BEHIND[0], BEHIND[1]
+        ))?;
     }
     let network = by.network(&node);
     let pod = pod(&network, "pod")?;
     both_families(&node, |family| {
-        format!("route add default via {} dev uplink1 table 100", ELSEWHERE[family])
+        format!(
+            "route add default via {} dev uplink1 table 100",
+            ELSEWHERE[family]
+        )
     })?;
     let behind = parsed(BEHIND)?;
-    let here = [Remote::new(&outside, behind[0])?, Remote::new(&outside, behind[1])?];
-    let there = [Remote::new(&elsewhere, behind[0])?, Remote::new(&elsewhere, behind[1])?];
+    let here = [
+        Remote::new(&outside, behind[0])?,
+        Remote::new(&outside, behind[1])?,
+    ];
+    let there = [
+        Remote::new(&elsewhere, behind[0])?,
+        Remote::new(&elsewhere, behind[1])?,
+    ];
     reaches(&pod, &here, NODE).context("before there are rules")?;
     let subnets = [Network::V4_SUBNET, Network::V6_SUBNET];
     let by_source = |verb: &str| {
@@ -158,7 +180,10 @@ fn a_route_chooses_the_address(by: By) -> Result<()> {
     const ON_LOOPBACK: [&str; 2] = ["192.0.2.77", "2001:db8:77::1"];
     let node = Node::new()?;
     let outside = node.outside()?;
-    outside.ip(&format!("addr add {}/32 dev lo\naddr add {}/128 dev lo", BEHIND[0], BEHIND[1]))?;
+    outside.ip(&format!(
+        "addr add {}/32 dev lo\naddr add {}/128 dev lo",
+        BEHIND[0], BEHIND[1]
+    ))?;
     node.ip(&format!(
         "addr add {}/32 dev lo\naddr add {}/128 dev lo nodad",
         ON_LOOPBACK[0], ON_LOOPBACK[1]
@@ -173,7 +198,10 @@ fn a_route_chooses_the_address(by: By) -> Result<()> {
     let network = by.network(&node);
     let pod = pod(&network, "pod")?;
     let behind = parsed(BEHIND)?;
-    let remotes = [Remote::new(&outside, behind[0])?, Remote::new(&outside, behind[1])?];
+    let remotes = [
+        Remote::new(&outside, behind[0])?,
+        Remote::new(&outside, behind[1])?,
+    ];
     reaches(&pod, &remotes, NODE).context("by default")?;
     // Netfilter's own masquerade does not look at the route's.
     if is_stock(&node) {
@@ -181,7 +209,10 @@ fn a_route_chooses_the_address(by: By) -> Result<()> {
     }
     for source in [NEW, ON_LOOPBACK] {
         both_families(&node, |family| {
-            format!("route replace {} via {} src {}", BEHIND[family], OUTSIDE[family], source[family])
+            format!(
+                "route replace {} via {} src {}",
+                BEHIND[family], OUTSIDE[family], source[family]
+            )
         })?;
         reaches_by(&Kind::PORTS, &pod, &remotes, parsed(source)?)
             .with_context(|| format!("src {}", source[0]))?;
@@ -202,13 +233,19 @@ impl TwoWays {
         node.connect("uplink1", &outside, "eth1")?;
         give(&node, "uplink1", NODE_THERE)?;
         give(&outside, "eth1", ELSEWHERE)?;
-        outside.ip(&format!("addr add {}/32 dev lo\naddr add {}/128 dev lo", BEHIND[0], BEHIND[1]))?;
+        outside.ip(&format!(
+            "addr add {}/32 dev lo\naddr add {}/128 dev lo",
+            BEHIND[0], BEHIND[1]
+        ))?;
         for (metric, device, via) in [
             (10, "uplink0", OUTSIDE.map(|address| address.to_string())),
             (20, "uplink1", ELSEWHERE.map(str::to_owned)),
         ] {
             both_families(&node, |family| {
-                format!("route add {} via {} dev {device} metric {metric}", BEHIND[family], via[family])
+                format!(
+                    "route add {} via {} dev {device} metric {metric}",
+                    BEHIND[family], via[family]
+                )
             })?;
         }
         Ok(Self { node, outside })
@@ -222,9 +259,17 @@ fn when_an_uplink_fails_flows_go_on_by_the_other(by: By) -> Result<()> {
     let network = by.network(&node);
     let pod: Pod = pod(&network, "pod")?;
     let behind = parsed(BEHIND)?;
-    let remotes = [Remote::new(&outside, behind[0])?, Remote::new(&outside, behind[1])?];
+    let remotes = [
+        Remote::new(&outside, behind[0])?,
+        Remote::new(&outside, behind[1])?,
+    ];
     let there = parsed(NODE_THERE)?;
-    let kinds = [Kind::Udp, Kind::UnconnectedUdp, Kind::Echo, Kind::Portless(253)];
+    let kinds = [
+        Kind::Udp,
+        Kind::UnconnectedUdp,
+        Kind::Echo,
+        Kind::Portless(253),
+    ];
     let mut flows = both(&kinds)
         .into_iter()
         .map(|(kind, family)| Ok((family, remotes[family].open(kind, &pod, 0)?)))
@@ -238,7 +283,10 @@ fn when_an_uplink_fails_flows_go_on_by_the_other(by: By) -> Result<()> {
         let (family, flow) = &mut flows[number];
         let seen = flow.says()?;
         // Addresses of IPv4 stay on a device that is down.
-        ensure!(seen.ip() == there[*family] || *family == 0, "seen as {seen}");
+        ensure!(
+            seen.ip() == there[*family] || *family == 0,
+            "seen as {seen}"
+        );
         if seen.ip() == there[*family] {
             flow.hears()?;
         }
@@ -274,4 +322,85 @@ fn a_new_uplink_is_found_by_the_next_call(by: By) -> Result<()> {
         node.ip("link del uplink0")?;
     }
     Ok(())
+}
+
+/// Each flow has the address of the way that it takes, for as long as it lives.
+fn flows_stay_on_one_of_two_ways(by: By) -> Result<()> {
+    let TwoWays { node, outside } = TwoWays::new()?;
+    let network = by.network(&node);
+    let pod = pod(&network, "pod")?;
+    both_families(&node, |family| format!("route flush {}", BEHIND[family]))?;
+    both_families(&node, |family| {
+        format!(
+            "route add {} nexthop via {} dev uplink0 nexthop via {} dev uplink1",
+            BEHIND[family], OUTSIDE[family], ELSEWHERE[family]
+        )
+    })?;
+    // By ports, too.
+    node.set_sysctl("net/ipv4/fib_multipath_hash_policy", "1")?;
+    node.set_sysctl("net/ipv6/fib_multipath_hash_policy", "1")?;
+    let behind = parsed(BEHIND)?;
+    let there = parsed(NODE_THERE)?;
+    for family in [0, 1] {
+        let remote = Remote::new(&outside, behind[family])?;
+        for kind in [Kind::Udp, Kind::Tcp] {
+            let mut flows = (0..20)
+                .map(|_| remote.open(kind, &pod, 0))
+                .collect::<Result<Vec<_>>>()?;
+            let mut ways = [0, 0];
+            for _ in 0..2 {
+                for flow in &mut flows {
+                    let seen = flow.exchange()?.ip();
+                    let way = [NODE[family], there[family]]
+                        .iter()
+                        .position(|&address| address == seen)
+                        .with_context(|| format!("seen as {seen}"))?;
+                    ways[way] += 1;
+                }
+            }
+            ensure!(!ways.contains(&0), "{kind:?} took one way only: {ways:?}");
+        }
+    }
+    Ok(())
+}
+
+/// As WireGuard's and others: packets without Ethernet headers.
+fn an_uplink_may_be_a_tunnel(by: By) -> Result<()> {
+    let node = Node::new()?;
+    let peer = node.machine()?;
+    let _wire = Joined::new(Tunnel::new(&node, "tun0")?, Tunnel::new(&peer, "tun0")?);
+    give(&node, "tun0", NODE_THERE)?;
+    give(&peer, "tun0", ELSEWHERE)?;
+    let network = by.network(&node);
+    let pod = pod(&network, "pod")?;
+    let theirs = parsed(ELSEWHERE)?;
+    let remotes = [
+        Remote::new(&peer, theirs[0])?,
+        Remote::new(&peer, theirs[1])?,
+    ];
+    reaches(&pod, &remotes, parsed(NODE_THERE)?)?;
+    for address in theirs {
+        let server = EchoServer::start(&peer, address)?;
+        pod.tcp_transfer(server.address(), 1 << 20)?;
+        pod.udp_echo(server.address(), &[7; 4000], PATIENCE)?;
+    }
+    Ok(())
+}
+
+/// The device that has the address is the uplink; what it consists of is not.
+fn an_uplink_may_be_a_bridge(by: By) -> Result<()> {
+    let node = Node::new()?;
+    let peer = node.machine()?;
+    node.connect("nic0", &peer, "eth0")?;
+    node.ip("link add br0 type bridge\nlink set nic0 master br0\nlink set br0 up")?;
+    give(&node, "br0", NODE_THERE)?;
+    give(&peer, "eth0", ELSEWHERE)?;
+    let network = by.network(&node);
+    let pod = pod(&network, "pod")?;
+    let theirs = parsed(ELSEWHERE)?;
+    let remotes = [
+        Remote::new(&peer, theirs[0])?,
+        Remote::new(&peer, theirs[1])?,
+    ];
+    reaches(&pod, &remotes, parsed(NODE_THERE)?)
 }
