@@ -29,6 +29,7 @@ mod pod;
 mod raw;
 mod snapshot;
 mod traffic;
+mod tunnel;
 
 pub use ip::{Packet, internet_checksum};
 pub use namespace::{Namespace, Offload, Process, wait_for};
@@ -39,3 +40,4 @@ pub use pod::Pod;
 pub use raw::RawSocket;
 pub use snapshot::Snapshot;
 pub use traffic::{Client, EchoServer, Meeting, TransferReport, digest};
+pub use tunnel::{Joined, Tunnel};

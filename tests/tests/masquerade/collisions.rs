@@ -405,6 +405,40 @@ fn is_served_from(remote: &Remote, name: &str) -> Result<()> {
     Ok(())
 }
 
+/// Who reaches a published port does so whether or not its pod is masqueraded.
+#[test]
+fn published_ports_are_reached_by_everybody() -> Result<()> {
+    let node = Node::new()?;
+    let outside = node.outside()?;
+    let (network, other) = (publishing_network(&node), other_network(&node));
+    let server = Server::new(&network, "server")?;
+    let (neighbour, foreigner) = (network.pod("neighbour")?, pod(&other, "foreigner")?);
+    let here: &Namespace = &outside;
+    let clients: [(&str, &Namespace); 5] = [
+        ("outside", here),
+        ("the node", &node),
+        ("a neighbour", &neighbour),
+        ("a foreigner", &foreigner),
+        ("the pod itself", &server.pod),
+    ];
+    for (who, client) in clients {
+        for address in NODE {
+            for kind in Client::ALL {
+                let met = client
+                    .meet(kind, (address, HOST_PORT).into(), PATIENCE)
+                    .with_context(|| format!("{kind:?} of {who}"))?;
+                ensure!(met.server == "server", "{met:?}");
+                // Nobody's own address is hidden who has one of the pod's.
+                ensure!(
+                    who != "outside" || OUTSIDE.contains(&met.client.ip()),
+                    "{met:?}"
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
 /// A pod speaks from the number of a published port.
 #[test]
 fn a_published_number_may_be_a_source_port() -> Result<()> {

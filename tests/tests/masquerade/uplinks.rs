@@ -3,7 +3,9 @@
 use std::{net::IpAddr, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
-use bpf_bridge_tests::{Namespace, Network, Node, Outside, Pod, wait_for};
+use bpf_bridge_tests::{
+    EchoServer, Joined, Namespace, Network, Node, Outside, Pod, Tunnel, wait_for,
+};
 
 use crate::{
     By, IPTABLES, NODE, OUTSIDE, PATIENCE, both, by_stack_and_programs, each,
@@ -26,6 +28,9 @@ by_stack_and_programs! {
     a_route_chooses_the_address
     when_an_uplink_fails_flows_go_on_by_the_other
     a_new_uplink_is_found_by_the_next_call
+    flows_stay_on_one_of_two_ways
+    an_uplink_may_be_a_tunnel
+    an_uplink_may_be_a_bridge
 }
 
 fn parsed(addresses: [&str; 2]) -> Result<[IpAddr; 2]> {
@@ -317,4 +322,85 @@ fn a_new_uplink_is_found_by_the_next_call(by: By) -> Result<()> {
         node.ip("link del uplink0")?;
     }
     Ok(())
+}
+
+/// Each flow has the address of the way that it takes, for as long as it lives.
+fn flows_stay_on_one_of_two_ways(by: By) -> Result<()> {
+    let TwoWays { node, outside } = TwoWays::new()?;
+    let network = by.network(&node);
+    let pod = pod(&network, "pod")?;
+    both_families(&node, |family| format!("route flush {}", BEHIND[family]))?;
+    both_families(&node, |family| {
+        format!(
+            "route add {} nexthop via {} dev uplink0 nexthop via {} dev uplink1",
+            BEHIND[family], OUTSIDE[family], ELSEWHERE[family]
+        )
+    })?;
+    // By ports, too.
+    node.set_sysctl("net/ipv4/fib_multipath_hash_policy", "1")?;
+    node.set_sysctl("net/ipv6/fib_multipath_hash_policy", "1")?;
+    let behind = parsed(BEHIND)?;
+    let there = parsed(NODE_THERE)?;
+    for family in [0, 1] {
+        let remote = Remote::new(&outside, behind[family])?;
+        for kind in [Kind::Udp, Kind::Tcp] {
+            let mut flows = (0..20)
+                .map(|_| remote.open(kind, &pod, 0))
+                .collect::<Result<Vec<_>>>()?;
+            let mut ways = [0, 0];
+            for _ in 0..2 {
+                for flow in &mut flows {
+                    let seen = flow.exchange()?.ip();
+                    let way = [NODE[family], there[family]]
+                        .iter()
+                        .position(|&address| address == seen)
+                        .with_context(|| format!("seen as {seen}"))?;
+                    ways[way] += 1;
+                }
+            }
+            ensure!(!ways.contains(&0), "{kind:?} took one way only: {ways:?}");
+        }
+    }
+    Ok(())
+}
+
+/// As WireGuard's and others: packets without Ethernet headers.
+fn an_uplink_may_be_a_tunnel(by: By) -> Result<()> {
+    let node = Node::new()?;
+    let peer = node.machine()?;
+    let _wire = Joined::new(Tunnel::new(&node, "tun0")?, Tunnel::new(&peer, "tun0")?);
+    give(&node, "tun0", NODE_THERE)?;
+    give(&peer, "tun0", ELSEWHERE)?;
+    let network = by.network(&node);
+    let pod = pod(&network, "pod")?;
+    let theirs = parsed(ELSEWHERE)?;
+    let remotes = [
+        Remote::new(&peer, theirs[0])?,
+        Remote::new(&peer, theirs[1])?,
+    ];
+    reaches(&pod, &remotes, parsed(NODE_THERE)?)?;
+    for address in theirs {
+        let server = EchoServer::start(&peer, address)?;
+        pod.tcp_transfer(server.address(), 1 << 20)?;
+        pod.udp_echo(server.address(), &[7; 4000], PATIENCE)?;
+    }
+    Ok(())
+}
+
+/// The device that has the address is the uplink; what it consists of is not.
+fn an_uplink_may_be_a_bridge(by: By) -> Result<()> {
+    let node = Node::new()?;
+    let peer = node.machine()?;
+    node.connect("nic0", &peer, "eth0")?;
+    node.ip("link add br0 type bridge\nlink set nic0 master br0\nlink set br0 up")?;
+    give(&node, "br0", NODE_THERE)?;
+    give(&peer, "eth0", ELSEWHERE)?;
+    let network = by.network(&node);
+    let pod = pod(&network, "pod")?;
+    let theirs = parsed(ELSEWHERE)?;
+    let remotes = [
+        Remote::new(&peer, theirs[0])?,
+        Remote::new(&peer, theirs[1])?,
+    ];
+    reaches(&pod, &remotes, parsed(NODE_THERE)?)
 }

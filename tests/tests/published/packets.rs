@@ -2,23 +2,17 @@
 //! checksums, ends of connections.
 
 use std::{
-    fs::File,
     io::{self, ErrorKind, Read as _, Write as _},
     net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
-    os::fd::{AsFd as _, AsRawFd as _},
     thread,
-    time::Instant,
 };
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use bpf_bridge_tests::{
     EchoServer, Far, Frame, MacAddr, Meeting, Namespace, Network, Node, Offload, Outside, Packet,
-    PacketSocket, Pod, wait_for,
+    PacketSocket, Pod, Tunnel, wait_for,
 };
-use nix::{
-    poll::{PollFd, PollFlags, PollTimeout, poll},
-    sys::socket::{setsockopt, sockopt},
-};
+use nix::sys::socket::{setsockopt, sockopt};
 use serde_json::json;
 
 use crate::{
@@ -543,60 +537,6 @@ fn checksums_are_right_without_offloads(uplinks: Uplinks) -> Result<()> {
     Ok(())
 }
 
-/// A tunnel of a program in the node, with packets as they are.
-struct Tunnel(File);
-
-nix::ioctl_write_ptr_bad!(
-    /// `TUNSETIFF` of `linux/if_tun.h`.
-    set_device,
-    0x4004_54ca,
-    nix::libc::ifreq
-);
-
-impl Tunnel {
-    fn new(node: &Namespace, device: &str) -> Result<Self> {
-        let tunnel = node.within(|| {
-            let tunnel = File::options()
-                .read(true)
-                .write(true)
-                .open("/dev/net/tun")
-                .context("opening /dev/net/tun")?;
-            // SAFETY: an all-zero ifreq is a valid value of that plain C struct.
-            let mut request: nix::libc::ifreq = unsafe { std::mem::zeroed() };
-            for (to, from) in request.ifr_name.iter_mut().zip(device.bytes()) {
-                *to = from.cast_signed();
-            }
-            request.ifr_ifru.ifru_flags = i16::try_from(nix::libc::IFF_TUN | nix::libc::IFF_NO_PI)?;
-            // SAFETY: the request is of the type that the command reads.
-            unsafe { set_device(tunnel.as_raw_fd(), &raw const request) }
-                .context("making a tunnel")?;
-            Ok(tunnel)
-        })?;
-        node.ip(&format!("link set {device} up"))?;
-        Ok(Self(tunnel))
-    }
-
-    /// The next packet that holds these bytes.
-    fn receive(&self, wanted: &[u8]) -> Result<Vec<u8>> {
-        let end = Instant::now() + PATIENCE;
-        loop {
-            let left = end.saturating_duration_since(Instant::now());
-            let mut waiting = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
-            let left = PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO);
-            ensure!(
-                poll(&mut waiting, left)? > 0,
-                "nothing came out of the tunnel"
-            );
-            let mut packet = vec![0; 2000];
-            let length = (&self.0).read(&mut packet)?;
-            packet.truncate(length);
-            if packet.windows(wanted.len()).any(|window| window == wanted) {
-                return Ok(packet);
-            }
-        }
-    }
-}
-
 /// As WireGuard's and others: packets without Ethernet headers.
 #[test]
 fn an_uplink_may_have_no_ethernet_headers() -> Result<()> {
@@ -612,10 +552,14 @@ fn an_uplink_may_have_no_ethernet_headers() -> Result<()> {
         let client = SocketAddr::new(client.parse()?, 4000);
         let server = published(address.parse()?);
         let request = Packet::udp(client, server, b"who is there?");
-        (&tunnel.0).write_all(&request.bytes())?;
+        tunnel.send(&request.bytes())?;
         let answer = format!("server {client}\nwho is there?");
         let answer = answer.as_bytes();
-        let reply = tunnel.receive(answer).with_context(|| client.to_string())?;
+        let reply = tunnel
+            .receive(PATIENCE, |packet| {
+                packet.windows(answer.len()).any(|window| window == answer)
+            })?
+            .with_context(|| format!("{client} heard nothing"))?;
         // Byte by byte what one would send who has the node's address.
         let mut expected = Packet::udp(server, client, answer).bytes();
         let fields = if client.is_ipv4() { 1..12 } else { 1..8 };
