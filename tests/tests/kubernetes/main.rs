@@ -5,6 +5,9 @@
 //! switches to netfilter; with the stock plugin, tests of pods that ask a ClusterIP of
 //! their own network fail for want of it.
 
+mod filters;
+mod firewall;
+mod lifetime;
 mod proxy;
 mod services;
 
@@ -280,6 +283,15 @@ fn meets_as(from: &Namespace, to: SocketAddr, name: &str, client: IpAddr) -> Res
     Ok(())
 }
 
+/// The unspecified address of a family.
+fn unspecified_like(other: SocketAddr) -> IpAddr {
+    if other.is_ipv4() {
+        Ipv4Addr::UNSPECIFIED.into()
+    } else {
+        Ipv6Addr::UNSPECIFIED.into()
+    }
+}
+
 /// Both ends of a TCP connection, in the test's hands.
 struct Connection {
     client: TcpStream,
@@ -294,11 +306,7 @@ impl Connection {
         to: SocketAddr,
         listener: &TcpListener,
     ) -> Result<Self> {
-        let any: IpAddr = if to.is_ipv4() {
-            Ipv4Addr::UNSPECIFIED.into()
-        } else {
-            Ipv6Addr::UNSPECIFIED.into()
-        };
+        let any = unspecified_like(to);
         let client = from.tcp_connect_from((any, port).into(), to, PATIENCE)?;
         ensure!(client.peer_addr()? == to);
         let (server, _) = listener.accept().context("accepting")?;
