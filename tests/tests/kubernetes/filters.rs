@@ -11,7 +11,6 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use bpf_bridge_tests::{Client, Namespace, Node};
 use nix::{libc, net::if_::if_nametoindex};
-use serde_json::Value;
 
 use crate::{
     CLUSTER_IPS, NODE, NODE_PORT, OUTSIDE, PATIENCE, POD_PORT, SERVICE_PORT, SILENCE, Server,
@@ -25,8 +24,11 @@ const SETTING: Setting = Setting {
     strict: true,
 };
 
-/// A classifier that says the same of every packet.
-struct Program(OwnedFd);
+/// A classifier that counts packets, and says the same of each.
+struct Program {
+    program: OwnedFd,
+    counter: OwnedFd,
+}
 
 /// Which of a device's packets a program sees (`enum bpf_attach_type`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,24 +61,68 @@ impl Program {
 
     fn new(verdict: u32) -> Result<Self> {
         #[repr(C)]
+        struct Create {
+            map_type: u32,
+            key_size: u32,
+            value_size: u32,
+            entries: u32,
+        }
+        #[repr(C)]
         struct Load {
             program_type: u32,
             count: u32,
             instructions: *const u64,
             license: *const c_char,
         }
+        const ARRAY: u32 = 2;
         const SCHED_CLS: u32 = 3;
-        // r0 = verdict; exit
-        let instructions: [u64; 2] = [u64::from(verdict) << 32 | 0xb7, 0x95];
+        let map = Create {
+            map_type: ARRAY,
+            key_size: 4,
+            value_size: 8,
+            entries: 1,
+        };
+        let counter = descriptor(bpf(0, &map).context("creating a map")?)?;
+        let map = u64::try_from(counter.as_raw_fd())?;
+        let instructions: [u64; 6] = [
+            // r1 = &map[0], of two words (`BPF_PSEUDO_MAP_VALUE`).
+            map << 32 | 0x2118,
+            0,
+            // r2 = 1; lock *(u64 *)r1 += r2
+            1 << 32 | 0x2b7,
+            0x21db,
+            // r0 = verdict; exit
+            u64::from(verdict) << 32 | 0xb7,
+            0x95,
+        ];
         let load = Load {
             program_type: SCHED_CLS,
-            count: 2,
+            count: u32::try_from(instructions.len())?,
             instructions: instructions.as_ptr(),
             license: c"GPL".as_ptr(),
         };
-        let program = bpf(5, &load).context("loading a program")?;
-        // SAFETY: the kernel has just made the descriptor.
-        Ok(Self(unsafe { OwnedFd::from_raw_fd(i32::try_from(program)?) }))
+        let program = descriptor(bpf(5, &load).context("loading a program")?)?;
+        Ok(Self { program, counter })
+    }
+
+    /// How many packets it has seen.
+    fn seen(&self) -> Result<u64> {
+        #[repr(C)]
+        struct Lookup {
+            map: u64,
+            key: *const u32,
+            value: *mut u64,
+            flags: u64,
+        }
+        let (key, mut value) = (0, 0);
+        let lookup = Lookup {
+            map: u64::try_from(self.counter.as_raw_fd())?,
+            key: &raw const key,
+            value: &raw mut value,
+            flags: 0,
+        };
+        bpf(1, &lookup).context("reading a map")?;
+        Ok(value)
     }
 
     /// Runs it for a device's packets until the value is dropped.
@@ -112,7 +158,7 @@ impl Program {
         node.within(|| {
             let pin = Pin {
                 path: path.as_ptr(),
-                program: u32::try_from(self.0.as_raw_fd())?,
+                program: u32::try_from(self.program.as_raw_fd())?,
                 flags: 0,
             };
             bpf(6, &pin).context("pinning a program")?;
@@ -130,7 +176,7 @@ struct Attached<'a> {
 
 impl Attached<'_> {
     fn call(&self, command: c_long, flags: u32) -> Result<()> {
-        let program = u32::try_from(self.program.0.as_raw_fd())?;
+        let program = u32::try_from(self.program.program.as_raw_fd())?;
         let attributes = Attach {
             device: self.device,
             program,
@@ -149,6 +195,11 @@ impl Drop for Attached<'_> {
     }
 }
 
+fn descriptor(number: c_long) -> Result<OwnedFd> {
+    // SAFETY: the kernel has just made the descriptor.
+    Ok(unsafe { OwnedFd::from_raw_fd(i32::try_from(number)?) })
+}
+
 /// The system call, with the beginning of `union bpf_attr` that the command knows.
 fn bpf<T>(command: c_long, attributes: &T) -> Result<c_long> {
     // SAFETY: the attributes are as long as is said and point to live values.
@@ -164,24 +215,21 @@ fn bpf<T>(command: c_long, attributes: &T) -> Result<c_long> {
     Ok(done)
 }
 
-/// Adds a filter that counts and lets the next one decide.
-fn count(node: &Node, device: &str, hook: &str, priority: u16) -> Result<()> {
+/// Adds a program as a filter of `tc`.
+fn add_filter(
+    node: &Node,
+    program: &Program,
+    device: &str,
+    hook: &str,
+    priority: u16,
+) -> Result<()> {
+    let pin = format!("/sys/fs/bpf/{device}-{hook}-{priority}");
+    program.pin(node, &pin)?;
     node.run(&format!(
-        "tc filter add dev {device} {hook} prio {priority} protocol all matchall \
-         action continue"
-    ))
-    .map(drop)
-}
-
-/// What that filter has seen.
-fn counted(node: &Node, device: &str, hook: &str, priority: u16) -> Result<u64> {
-    let filters = node.json(&format!("tc -s -j filter show dev {device} {hook} prio {priority}"))?;
-    filters
-        .as_array()
-        .into_iter()
-        .flatten()
-        .find_map(|filter| filter["options"]["actions"][0]["stats"]["packets"].as_u64())
-        .with_context(|| format!("no counter in {}", Value::from(filters.clone())))
+        "tc filter add dev {device} {hook} prio {priority} bpf da object-pinned {pin}"
+    ))?;
+    node.run(&format!("rm {pin}"))?;
+    Ok(())
 }
 
 /// That pods, outside and services meet as they should: through each of the devices.
@@ -234,8 +282,15 @@ fn filters_go_on_seeing_what_they_saw() -> Result<()> {
     let outside = node.outside()?;
     // Some are there before us.
     node.run("tc qdisc add dev uplink0 clsact")?;
+    let mut programs = Vec::new();
+    let mut count = |device: &str, hook: &'static str, priority| -> Result<()> {
+        let program = Program::new(Program::NEXT)?;
+        add_filter(&node, &program, device, hook, priority)?;
+        programs.push((device.to_owned(), hook, priority, program));
+        Ok(())
+    };
     for hook in ["ingress", "egress"] {
-        count(&node, "uplink0", hook, 7)?;
+        count("uplink0", hook, 7)?;
     }
     let network = SETTING.network(&node);
     let server = Server::new(&network, "server")?;
@@ -247,54 +302,45 @@ fn filters_go_on_seeing_what_they_saw() -> Result<()> {
     let veth = client.host_veth()?;
     let gateway = scene.gateway_port()?;
     for hook in ["ingress", "egress"] {
-        count(&node, "uplink0", hook, 60_000)?;
+        count("uplink0", hook, 60_000)?;
     }
-    // The first filter of ours is behind these; the last thing that it does is to lead
-    // the packet elsewhere, so there is no place behind it.
-    for device in [veth, gateway.as_str()] {
-        count(&node, device, "ingress", 1)?;
+    // Before ours, which lead the packet elsewhere, so that there is no place behind them.
+    for device in [veth, &gateway] {
+        count(device, "ingress", 1)?;
     }
     scene.all_meet()?;
-    let sights = [
-        ("uplink0", "ingress", 7),
-        ("uplink0", "ingress", 60_000),
-        ("uplink0", "egress", 7),
-        ("uplink0", "egress", 60_000),
-        (veth, "ingress", 1),
-        (gateway.as_str(), "ingress", 1),
-    ];
-    let all = || -> Result<Vec<u64>> {
-        let counted = |&(device, hook, priority)| counted(&node, device, hook, priority);
-        sights.iter().map(counted).collect()
-    };
-    let before = all()?;
     let rounds = 10;
+    let seen = || {
+        let seen = programs.iter().map(|(.., program)| program.seen());
+        seen.collect::<Result<Vec<_>>>()
+    };
+    let before = seen()?;
     for _ in 0..rounds {
         for family in 0..2 {
-            let any = SocketAddr::new(crate::unspecified_like((OUTSIDE[family], 0).into()), 0);
             for to in [(OUTSIDE[family], POD_PORT), (CLUSTER_IPS[family], SERVICE_PORT)] {
-                client.meet_from(Client::UnconnectedUdp, any, to.into(), PATIENCE)?;
+                client.meet(Client::UnconnectedUdp, to.into(), PATIENCE)?;
             }
         }
     }
-    let after = all()?;
-    for ((sight, before), after) in sights.iter().zip(&before).zip(&after) {
-        // One datagram each way and family, and on the pod's and the host's side twice.
-        let expected = if sight.0 == "uplink0" { 2 * rounds } else { 4 * rounds };
-        let seen = after - before;
+    let after = seen()?;
+    for (at, (device, hook, priority, _)) in programs.iter().enumerate() {
+        // In each family one datagram to outside and its answer, and the same by the
+        // service, which pass the gateway twice.
+        let expected = match device.as_str() {
+            "uplink0" => 2 * rounds,
+            device if device == veth => 4 * rounds,
+            _ => 6 * rounds,
+        };
+        let seen = after[at] - before[at];
         ensure!(
             (expected..expected + 20).contains(&seen),
-            "{sight:?} has seen {seen} packets, not {expected}"
+            "{device} {hook} {priority} has seen {seen} packets, not {expected}"
         );
     }
     // A filter that drops does so, also where ours has undone the masquerade before.
     let dropper = Program::new(Program::DROP)?;
-    dropper.pin(&node, "/sys/fs/bpf/dropper")?;
     let drops = |device: &str, hook: &str, priority: u16| -> Result<[bool; 3]> {
-        node.run(&format!(
-            "tc filter add dev {device} {hook} prio {priority} bpf da \
-             object-pinned /sys/fs/bpf/dropper"
-        ))?;
+        add_filter(&node, &dropper, device, hook, priority)?;
         let silent = scene.silent();
         node.run(&format!("tc filter del dev {device} {hook} prio {priority}"))?;
         scene.all_meet().with_context(|| format!("{device} {hook} {priority} is gone"))?;
@@ -357,7 +403,9 @@ fn programs_go_on_seeing_what_they_saw() -> Result<()> {
     ] {
         let what = format!("{device}, {hook:?}, {place:?}");
         let other = next.attach(&node, device, hook, place)?;
+        let before = next.seen()?;
         scene.all_meet().with_context(|| format!("{what}: with another program"))?;
+        ensure!(next.seen()? > before + 10, "{what}: it has seen nothing");
         drop(other);
         let other = dropper.attach(&node, device, hook, place)?;
         let seen = scene.silent()?;

@@ -160,11 +160,13 @@ fn netfilter_sees_all_that_was_asked_for(setting: Setting) -> Result<()> {
         "nft",
         &["-f", "-"],
         &format!(
-            "table inet policy {{ chain forward {{
-                type filter hook forward priority 10;
-                ip daddr {} th dport {POD_PORT} drop
-                ip6 daddr {} th dport {POD_PORT} drop
-            }} }}",
+            "table inet rules {{
+                chain forward {{
+                    type filter hook forward priority 10;
+                    ip daddr {} th dport {POD_PORT} drop
+                    ip6 daddr {} th dport {POD_PORT} drop
+                }}
+            }}",
             server_addresses[0], server_addresses[1]
         ),
     )?;
@@ -175,7 +177,7 @@ fn netfilter_sees_all_that_was_asked_for(setting: Setting) -> Result<()> {
         meets_as(&server, (address, POD_PORT).into(), "client", own)?;
         client.ping(own, 1)?;
     }
-    node.run("nft delete table inet policy")?;
+    node.run("nft delete table inet rules")?;
     // As the policy does.
     drop_forwarded(&node)?;
     for address in server_addresses {
