@@ -13,7 +13,7 @@ use bpf_bridge_common::{
     drops::DropReason,
     frame::{ETH_HLEN, ETH_P_IPV6},
     layout::{Address, FLOW_MASQUERADED, Masqueraded},
-    packet::{Fragment, IPPROTO_TCP, IPPROTO_UDP, Packet as _, Query},
+    packet::{Fragment, IPPROTO_TCP, IPPROTO_UDP, Packet as _, Query, Version},
 };
 
 use crate::{

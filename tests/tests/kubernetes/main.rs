@@ -5,6 +5,9 @@
 //! switches to netfilter; with the stock plugin, tests of pods that ask a ClusterIP of
 //! their own network fail for want of it.
 
+mod filters;
+mod firewall;
+mod lifetime;
 mod proxy;
 mod services;
 
@@ -280,6 +283,15 @@ fn meets_as(from: &Namespace, to: SocketAddr, name: &str, client: IpAddr) -> Res
     Ok(())
 }
 
+/// The unspecified address of a family.
+fn unspecified_like(other: SocketAddr) -> IpAddr {
+    if other.is_ipv4() {
+        Ipv4Addr::UNSPECIFIED.into()
+    } else {
+        Ipv6Addr::UNSPECIFIED.into()
+    }
+}
+
 /// Both ends of a TCP connection, in the test's hands.
 struct Connection {
     client: TcpStream,
@@ -288,12 +300,22 @@ struct Connection {
 
 impl Connection {
     /// Connects `from` a port (0 for any) `to` where `listener` hears of it.
+<<<<<<< HEAD
     fn open(from: &Namespace, port: u16, to: SocketAddr, listener: &TcpListener) -> Result<Self> {
         let any: IpAddr = if to.is_ipv4() {
             Ipv4Addr::UNSPECIFIED.into()
         } else {
             Ipv6Addr::UNSPECIFIED.into()
         };
+=======
+    fn open(
+        from: &Namespace,
+        port: u16,
+        to: SocketAddr,
+        listener: &TcpListener,
+    ) -> Result<Self> {
+        let any = unspecified_like(to);
+>>>>>>> h-kube
         let client = from.tcp_connect_from((any, port).into(), to, PATIENCE)?;
         ensure!(client.peer_addr()? == to);
         let (server, _) = listener.accept().context("accepting")?;

@@ -11,7 +11,7 @@ use bpf_bridge_tests::{Client, Namespace, Network};
 use crate::{
     CLUSTER_IPS, Connection, Counter, GATEWAYS, NODE, NODE_PORT, OUTSIDE, PATIENCE, POD_PORT,
     SERVICE_PORT, Server, Setting, addresses, cluster_ips, gateway_frames, in_every_setting,
-    in_settings, listen, meets, meets_as,
+    in_settings, listen, meets, meets_as, unspecified_like,
     proxy::{
         ExternalTrafficPolicy::{self, Cluster, Local},
         Service,
@@ -19,14 +19,9 @@ use crate::{
 };
 
 in_every_setting! {
-    a_pod_reaches_a_cluster_ip_of_its_own_network
-    a_pod_reaches_its_own_cluster_ip
-    the_node_reaches_a_cluster_ip
-    outside_reaches_a_node_port
-    a_pod_reaches_node_ports_of_its_own_node
+    everybody_reaches_services
     outside_reaches_a_pod_by_its_address
-    a_pod_reaches_a_cluster_ip_with_an_endpoint_outside
-    a_node_port_leads_to_another_machine
+    endpoints_may_be_outside
     pods_talk_past_the_host_at_the_same_time
     one_source_port_for_a_cluster_ip_and_the_pod_behind_it
     errors_and_fragments_come_back_by_the_cluster_ip
@@ -43,6 +38,7 @@ fn service(server: &Server) -> Result<Service> {
     ))
 }
 
+<<<<<<< HEAD
 /// Row 1: the answer of a pod to a pod of its own network must go back through the host,
 /// which alone knows whom the other one had asked.
 fn a_pod_reaches_a_cluster_ip_of_its_own_network(setting: Setting) -> Result<()> {
@@ -91,6 +87,8 @@ fn the_node_reaches_a_cluster_ip(setting: Setting) -> Result<()> {
     Ok(())
 }
 
+=======
+>>>>>>> h-kube
 /// A service with a node port of either policy: the second has the next number.
 fn node_ports(server: &Server) -> Result<[Service; 2]> {
     let of = |name, number, port, policy: ExternalTrafficPolicy| {
@@ -104,41 +102,51 @@ fn node_ports(server: &Server) -> Result<[Service; 2]> {
     ])
 }
 
-/// Row 4.
-fn outside_reaches_a_node_port(setting: Setting) -> Result<()> {
+/// Those who ask, whom they ask, and as whom the pod sees them. All of them are tried, on
+/// one node; the error names those that failed.
+fn everybody_reaches_services(setting: Setting) -> Result<()> {
     let node = setting.node()?;
     let outside = node.outside()?;
     let network = setting.network(&node);
     let server = Server::new(&network, "server")?;
-    setting.serve(&node, &node_ports(&server)?)?;
-    for family in 0..2 {
-        let at = |port| SocketAddr::new(NODE[family], port);
-        meets_as(&outside, at(NODE_PORT), "server", GATEWAYS[family])?;
-        meets_as(&outside, at(NODE_PORT + 1), "server", OUTSIDE[family])?;
-    }
-    Ok(())
-}
-
-/// Row 5: whether it is another pod's, or its own.
-fn a_pod_reaches_node_ports_of_its_own_node(setting: Setting) -> Result<()> {
-    let node = setting.node()?;
-    let _outside = node.outside()?;
-    let network = setting.network(&node);
-    let server = Server::new(&network, "server")?;
     let client = network.pod("client")?;
-    setting.serve(&node, &node_ports(&server)?)?;
+    let [cluster, local] = node_ports(&server)?;
+    setting.serve(&node, &[service(&server)?, cluster, local])?;
+    let mut failed = Vec::new();
     for family in 0..2 {
-        let at = |port| SocketAddr::new(NODE[family], port);
         let own = addresses(&client)?[family];
-        meets_as(&client, at(NODE_PORT), "server", GATEWAYS[family])?;
-        meets_as(&client, at(NODE_PORT + 1), "server", own)?;
-        meets_as(&server, at(NODE_PORT), "server", GATEWAYS[family])?;
-        meets_as(&server, at(NODE_PORT + 1), "server", GATEWAYS[family])?;
+        let gateway = GATEWAYS[family];
+        let service = SocketAddr::new(CLUSTER_IPS[family], SERVICE_PORT);
+        let cluster = SocketAddr::new(NODE[family], NODE_PORT);
+        let local = SocketAddr::new(NODE[family], NODE_PORT + 1);
+        let everybody: [(&str, &Namespace, SocketAddr, IpAddr); 9] = [
+            // The answer to a pod of the same network must go back through the host, which
+            // alone knows whom it had asked.
+            ("a pod", &client, service, own),
+            ("the pod itself", &server, service, gateway),
+            ("the node", &node, service, gateway),
+            ("outside", &outside, cluster, gateway),
+            ("outside", &outside, local, OUTSIDE[family]),
+            ("a pod", &client, cluster, gateway),
+            // kube-proxy takes what pods ask of node ports for asked of the cluster IP.
+            ("a pod", &client, local, own),
+            ("the pod itself", &server, cluster, gateway),
+            ("the pod itself", &server, local, gateway),
+        ];
+        for (who, from, to, seen) in everybody {
+            for _ in 0..2 {
+                if let Err(error) = meets_as(from, to, "server", seen) {
+                    failed.push(format!("{who} to {to}: {error:#}"));
+                    break;
+                }
+            }
+        }
     }
+    ensure!(failed.is_empty(), "{failed:#?}");
     Ok(())
 }
 
-/// Row 6: what outside begins is answered as the pod; what the pod begins is masqueraded.
+/// What outside begins is answered as the pod; what the pod begins is masqueraded.
 fn outside_reaches_a_pod_by_its_address(setting: Setting) -> Result<()> {
     let node = setting.node()?;
     let outside = node.outside()?;
@@ -155,6 +163,7 @@ fn outside_reaches_a_pod_by_its_address(setting: Setting) -> Result<()> {
             let seen = setting.seen_outside_as(&server)?[family];
             meets_as(&server, (OUTSIDE[family], POD_PORT).into(), "outside", seen)?;
         }
+<<<<<<< HEAD
         // From each other's port.
         let any = |other: IpAddr| -> IpAddr {
             if other.is_ipv4() {
@@ -164,6 +173,10 @@ fn outside_reaches_a_pod_by_its_address(setting: Setting) -> Result<()> {
             }
         };
         let from = SocketAddr::new(any(pod), 4242);
+=======
+        // From one port of their own.
+        let from = SocketAddr::new(unspecified_like((pod, 0).into()), 4242);
+>>>>>>> h-kube
         for client in Client::ALL {
             let meeting = outside.meet_from(client, from, (pod, POD_PORT).into(), PATIENCE)?;
             ensure!(
@@ -180,6 +193,7 @@ fn outside_reaches_a_pod_by_its_address(setting: Setting) -> Result<()> {
     Ok(())
 }
 
+<<<<<<< HEAD
 /// As the API server: translated by kube-proxy and masqueraded by us.
 fn a_pod_reaches_a_cluster_ip_with_an_endpoint_outside(setting: Setting) -> Result<()> {
     let node = setting.node()?;
@@ -225,6 +239,12 @@ fn a_pod_reaches_a_cluster_ip_with_an_endpoint_outside(setting: Setting) -> Resu
 /// What kube-proxy forwards and masquerades itself is netfilter's, there and back, also
 /// where pods are masqueraded by us on the same device.
 fn a_node_port_leads_to_another_machine(setting: Setting) -> Result<()> {
+=======
+/// The API server: a pod's request is translated by kube-proxy and masqueraded by us. And
+/// a node port may lead to another machine: what kube-proxy forwards and masquerades
+/// itself is netfilter's, there and back, on devices where pods are masqueraded by us.
+fn endpoints_may_be_outside(setting: Setting) -> Result<()> {
+>>>>>>> h-kube
     let node = setting.node()?;
     let outside = node.outside()?;
     let elsewhere = node.machine()?;
@@ -233,27 +253,43 @@ fn a_node_port_leads_to_another_machine(setting: Setting) -> Result<()> {
          addr add 2001:db8:2::2/64 dev uplink1 nodad")?;
     elsewhere.ip("addr add 203.0.113.1/24 dev eth0\n\
          addr add 2001:db8:2::1/64 dev eth0 nodad")?;
-    let network = setting.network(&node);
-    let _pod = network.pod("pod")?;
     let there: [IpAddr; 2] = ["203.0.113.1".parse()?, "2001:db8:2::1".parse()?];
     let here: [IpAddr; 2] = ["203.0.113.2".parse()?, "2001:db8:2::2".parse()?];
-    let service = |name, number, port, address: [IpAddr; 2]| {
-        let endpoints = address.map(|address| SocketAddr::new(address, POD_PORT));
-        Service::new(name, cluster_ips(number), SERVICE_PORT, endpoints).node_port(port, Cluster)
+    if !setting.masquerade {
+        outside.route_to_node(Network::V4_SUBNET)?;
+        outside.route_to_node(Network::V6_SUBNET)?;
+    }
+    let network = setting.network(&node);
+    let client = network.pod("client")?;
+    let service = |name, cluster_ips, node_port, address: [IpAddr; 2]| {
+        let endpoints = address.map(|address| SocketAddr::new(address, 6443));
+        Service::new(name, cluster_ips, 443, endpoints).node_port(node_port, Cluster)
     };
     setting.serve(
         &node,
         &[
-            service("there", 20, NODE_PORT, there),
-            service("back", 21, NODE_PORT + 1, OUTSIDE),
+            service("kubernetes", CLUSTER_IPS, NODE_PORT, OUTSIDE),
+            service("elsewhere", cluster_ips(20), NODE_PORT + 1, there),
         ],
     )?;
-    let _there = listen(&elsewhere, &there, POD_PORT, "there")?;
-    let _back = listen(&outside, &OUTSIDE, POD_PORT, "back")?;
+    let _outside = listen(&outside, &OUTSIDE, 6443, "api")?;
+    let _elsewhere = listen(&elsewhere, &there, 6443, "elsewhere")?;
     for family in 0..2 {
+        let api = SocketAddr::new(CLUSTER_IPS[family], 443);
+        let seen = setting.seen_outside_as(&client)?[family];
+        for _ in 0..3 {
+            meets_as(&client, api, "api", seen)?;
+        }
+        meets_as(&node, api, "api", NODE[family])?;
+        // And at the same time by its own address, from the same port.
+        let any = SocketAddr::new(unspecified_like(api), 4242);
+        for server in [api, (OUTSIDE[family], 6443).into()] {
+            let meeting = client.meet_from(Client::UnconnectedUdp, any, server, PATIENCE)?;
+            ensure!(meeting.client.ip() == seen, "{meeting:?}");
+        }
         let at = |port| SocketAddr::new(NODE[family], port);
-        meets_as(&outside, at(NODE_PORT), "there", here[family])?;
-        meets_as(&outside, at(NODE_PORT + 1), "back", NODE[family])?;
+        meets_as(&outside, at(NODE_PORT), "api", NODE[family])?;
+        meets_as(&outside, at(NODE_PORT + 1), "elsewhere", here[family])?;
     }
     Ok(())
 }
@@ -263,7 +299,7 @@ const DIRECT_PORT: u16 = 9090;
 /// The port behind the service whose connections stay open.
 const LIVE_PORT: u16 = 8081;
 
-/// Row 7.
+/// Nothing of what they say passes the gateway or the host's stack.
 fn pods_talk_past_the_host_at_the_same_time(setting: Setting) -> Result<()> {
     let node = setting.node()?;
     let outside = node.outside()?;
@@ -276,6 +312,7 @@ fn pods_talk_past_the_host_at_the_same_time(setting: Setting) -> Result<()> {
     let live = addresses(&server)?.map(|address| SocketAddr::new(address, LIVE_PORT));
     let live = Service::new("live", CLUSTER_IPS, SERVICE_PORT, live).node_port(30_099, Local);
     setting.serve(&node, &[cluster, local, live])?;
+<<<<<<< HEAD
     let directs: Vec<_> = [&client, &server]
         .map(|pod| listen(pod, &addresses(pod)?, DIRECT_PORT, pod.name()))
         .into_iter()
@@ -284,6 +321,14 @@ fn pods_talk_past_the_host_at_the_same_time(setting: Setting) -> Result<()> {
     let counters =
         ["th dport 9090", "th sport 9090"].map(|what| Counter::new(&node, "prerouting", what));
     let counters = counters.into_iter().collect::<Result<Vec<_>>>()?;
+=======
+    let _client = listen(&client, &addresses(&client)?, DIRECT_PORT, "client")?;
+    let _server = listen(&server, &addresses(&server)?, DIRECT_PORT, "server")?;
+    let counters = [
+        Counter::new(&node, "prerouting", &format!("th dport {DIRECT_PORT}"))?,
+        Counter::new(&node, "prerouting", &format!("th sport {DIRECT_PORT}"))?,
+    ];
+>>>>>>> h-kube
 
     let everybody: [(&str, &Namespace); 3] =
         [("client", &client), ("node", &node), ("outside", &outside)];
@@ -400,11 +445,15 @@ fn one_source_port_for_a_cluster_ip_and_the_pod_behind_it(setting: Setting) -> R
         let mut service = open(by_service).context("after the direct one")?;
         in_turns(&mut direct, &mut service)?;
 
+<<<<<<< HEAD
         let any: IpAddr = if family == 0 {
             [0; 4].into()
         } else {
             [0; 16].into()
         };
+=======
+        let any = unspecified_like(directly);
+>>>>>>> h-kube
         let socket = client.within(|| Ok(UdpSocket::bind((any, 4243))?))?;
         socket.set_read_timeout(Some(PATIENCE))?;
         let servers = [
@@ -484,6 +533,7 @@ fn errors_and_fragments_come_back_by_the_cluster_ip(setting: Setting) -> Result<
 
 /// That nobody listens there, and that this is said: over TCP and UDP.
 fn is_refused(from: &Namespace, to: SocketAddr) -> Result<()> {
+<<<<<<< HEAD
     let any = SocketAddr::new(
         if to.is_ipv4() {
             [0; 4].into()
@@ -492,6 +542,9 @@ fn is_refused(from: &Namespace, to: SocketAddr) -> Result<()> {
         },
         0,
     );
+=======
+    let any = SocketAddr::new(unspecified_like(to), 0);
+>>>>>>> h-kube
     let socket = from.within(|| {
         let socket = UdpSocket::bind(any)?;
         socket.connect(to)?;
@@ -519,6 +572,7 @@ fn is_refused(from: &Namespace, to: SocketAddr) -> Result<()> {
 
 /// That a datagram comes back behind the greeting.
 fn datagram(from: &Namespace, to: SocketAddr, length: usize) -> Result<()> {
+<<<<<<< HEAD
     let any = SocketAddr::new(
         if to.is_ipv4() {
             [0; 4].into()
@@ -527,6 +581,9 @@ fn datagram(from: &Namespace, to: SocketAddr, length: usize) -> Result<()> {
         },
         0,
     );
+=======
+    let any = SocketAddr::new(unspecified_like(to), 0);
+>>>>>>> h-kube
     let socket = from.within(|| Ok(UdpSocket::bind(any)?))?;
     socket.set_read_timeout(Some(PATIENCE))?;
     let message: Vec<u8> = (0..length).map(|at| (at % 251) as u8).collect();
