@@ -53,6 +53,9 @@ const NODE: [IpAddr; 2] = [IpAddr::V4(Outside::NODE_V4), IpAddr::V6(Outside::NOD
 /// The addresses of the machine outside.
 const OUTSIDE: [IpAddr; 2] = [IpAddr::V4(Outside::V4), IpAddr::V6(Outside::V6)];
 
+/// The places of the families in such pairs: IPv4, IPv6.
+const FAMILIES: [usize; 2] = [0, 1];
+
 const fn cluster_ips(number: u8) -> [IpAddr; 2] {
     [
         IpAddr::V4(Ipv4Addr::new(10, 96, 0, number)),
@@ -66,7 +69,7 @@ struct Setting {
     mode: Mode,
     /// The network has `ipMasq`.
     masquerade: bool,
-    /// The node believes nobody: see [`Setting::tighten`].
+    /// The node believes nobody: see [`tighten`].
     strict: bool,
 }
 
@@ -165,7 +168,9 @@ fn tighten(node: &Node) -> Result<()> {
         node,
         "nft",
         &["-f", "-"],
-        "table inet strict {
+        "table inet strict; delete table inet strict
+        table ip6 sources; delete table ip6 sources
+        table inet strict {
             chain prerouting {
                 type filter hook prerouting priority mangle;
                 ct state invalid counter drop
@@ -300,22 +305,8 @@ struct Connection {
 
 impl Connection {
     /// Connects `from` a port (0 for any) `to` where `listener` hears of it.
-<<<<<<< HEAD
     fn open(from: &Namespace, port: u16, to: SocketAddr, listener: &TcpListener) -> Result<Self> {
-        let any: IpAddr = if to.is_ipv4() {
-            Ipv4Addr::UNSPECIFIED.into()
-        } else {
-            Ipv6Addr::UNSPECIFIED.into()
-        };
-=======
-    fn open(
-        from: &Namespace,
-        port: u16,
-        to: SocketAddr,
-        listener: &TcpListener,
-    ) -> Result<Self> {
         let any = unspecified_like(to);
->>>>>>> h-kube
         let client = from.tcp_connect_from((any, port).into(), to, PATIENCE)?;
         ensure!(client.peer_addr()? == to);
         let (server, _) = listener.accept().context("accepting")?;

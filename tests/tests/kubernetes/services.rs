@@ -6,16 +6,20 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use bpf_bridge_tests::{Client, Namespace, Network};
+use bpf_bridge_tests::{
+    Client, EchoServer, Frame, MacAddr, Namespace, Network, Packet, PacketSocket,
+};
+use serde_json::json;
 
 use crate::{
-    CLUSTER_IPS, Connection, Counter, GATEWAYS, NODE, NODE_PORT, OUTSIDE, PATIENCE, POD_PORT,
-    SERVICE_PORT, Server, Setting, addresses, cluster_ips, gateway_frames, in_every_setting,
-    in_settings, listen, meets, meets_as, unspecified_like,
+    CLUSTER_IPS, Connection, Counter, FAMILIES, GATEWAYS, NODE, NODE_PORT, OUTSIDE, PATIENCE,
+    POD_PORT, SERVICE_PORT, Server, Setting, addresses, cluster_ips, endpoints, gateway_frames,
+    in_every_setting, in_settings, listen, meets, meets_as,
     proxy::{
         ExternalTrafficPolicy::{self, Cluster, Local},
         Service,
     },
+    unspecified_like,
 };
 
 in_every_setting! {
@@ -24,10 +28,18 @@ in_every_setting! {
     endpoints_may_be_outside
     pods_talk_past_the_host_at_the_same_time
     one_source_port_for_a_cluster_ip_and_the_pod_behind_it
-    errors_and_fragments_come_back_by_the_cluster_ip
+    streams_errors_and_fragments_pass
 }
-in_settings!(many(Iptables, true, true): many_connections_in_a_row);
-in_settings!(some(Nftables, true, true): a_service_balances_between_its_pods);
+in_settings!(one(Iptables, true, true):
+    many_connections_in_a_row
+    one_client_port_may_take_every_way_at_once
+    fragments_may_come_in_any_order
+    smaller_links_further_on_are_found
+);
+in_settings!(other(Nftables, true, true):
+    a_service_balances_between_its_pods
+    services_are_reached_where_the_programs_log
+);
 
 fn service(server: &Server) -> Result<Service> {
     Ok(Service::new(
@@ -38,57 +50,6 @@ fn service(server: &Server) -> Result<Service> {
     ))
 }
 
-<<<<<<< HEAD
-/// Row 1: the answer of a pod to a pod of its own network must go back through the host,
-/// which alone knows whom the other one had asked.
-fn a_pod_reaches_a_cluster_ip_of_its_own_network(setting: Setting) -> Result<()> {
-    let node = setting.node()?;
-    let _outside = node.outside()?;
-    let network = setting.network(&node);
-    let server = Server::new(&network, "server")?;
-    let client = Server::new(&network, "client")?;
-    setting.serve(&node, &[service(&server)?])?;
-    for _ in 0..3 {
-        for (own, cluster_ip) in addresses(&client)?.into_iter().zip(CLUSTER_IPS) {
-            meets_as(&client, (cluster_ip, SERVICE_PORT).into(), "server", own)?;
-        }
-    }
-    Ok(())
-}
-
-/// Row 2.
-fn a_pod_reaches_its_own_cluster_ip(setting: Setting) -> Result<()> {
-    let node = setting.node()?;
-    let _outside = node.outside()?;
-    let network = setting.network(&node);
-    let server = Server::new(&network, "server")?;
-    setting.serve(&node, &[service(&server)?])?;
-    for (gateway, cluster_ip) in GATEWAYS.into_iter().zip(CLUSTER_IPS) {
-        meets_as(
-            &server,
-            (cluster_ip, SERVICE_PORT).into(),
-            "server",
-            gateway,
-        )?;
-    }
-    Ok(())
-}
-
-/// Row 3.
-fn the_node_reaches_a_cluster_ip(setting: Setting) -> Result<()> {
-    let node = setting.node()?;
-    let _outside = node.outside()?;
-    let network = setting.network(&node);
-    let server = Server::new(&network, "server")?;
-    setting.serve(&node, &[service(&server)?])?;
-    for (gateway, cluster_ip) in GATEWAYS.into_iter().zip(CLUSTER_IPS) {
-        meets_as(&node, (cluster_ip, SERVICE_PORT).into(), "server", gateway)?;
-    }
-    Ok(())
-}
-
-=======
->>>>>>> h-kube
 /// A service with a node port of either policy: the second has the next number.
 fn node_ports(server: &Server) -> Result<[Service; 2]> {
     let of = |name, number, port, policy: ExternalTrafficPolicy| {
@@ -110,16 +71,22 @@ fn everybody_reaches_services(setting: Setting) -> Result<()> {
     let network = setting.network(&node);
     let server = Server::new(&network, "server")?;
     let client = network.pod("client")?;
+    let mut config = setting.config(&node);
+    config["name"] = json!("other");
+    config["bridge"] = json!("cni1");
+    config["ipam"]["ranges"] = json!([[{"subnet": "10.88.0.0/16"}], [{"subnet": "fd88::/64"}]]);
+    let other = Network::new(&node, config);
+    let stranger = other.pod("stranger")?;
     let [cluster, local] = node_ports(&server)?;
     setting.serve(&node, &[service(&server)?, cluster, local])?;
     let mut failed = Vec::new();
-    for family in 0..2 {
+    for family in FAMILIES {
         let own = addresses(&client)?[family];
         let gateway = GATEWAYS[family];
         let service = SocketAddr::new(CLUSTER_IPS[family], SERVICE_PORT);
         let cluster = SocketAddr::new(NODE[family], NODE_PORT);
         let local = SocketAddr::new(NODE[family], NODE_PORT + 1);
-        let everybody: [(&str, &Namespace, SocketAddr, IpAddr); 9] = [
+        let everybody: [(&str, &Namespace, SocketAddr, IpAddr); 12] = [
             // The answer to a pod of the same network must go back through the host, which
             // alone knows whom it had asked.
             ("a pod", &client, service, own),
@@ -132,6 +99,15 @@ fn everybody_reaches_services(setting: Setting) -> Result<()> {
             ("a pod", &client, local, own),
             ("the pod itself", &server, cluster, gateway),
             ("the pod itself", &server, local, gateway),
+            // Whom kube-proxy does not know for a pod is outside.
+            ("a stranger", &stranger, service, gateway),
+            ("a stranger", &stranger, cluster, gateway),
+            (
+                "a stranger",
+                &stranger,
+                local,
+                addresses(&stranger)?[family],
+            ),
         ];
         for (who, from, to, seen) in everybody {
             for _ in 0..2 {
@@ -156,27 +132,15 @@ fn outside_reaches_a_pod_by_its_address(setting: Setting) -> Result<()> {
     let server = Server::new(&network, "server")?;
     setting.serve(&node, &[service(&server)?])?;
     let _outside = listen(&outside, &OUTSIDE, POD_PORT, "outside")?;
-    for family in 0..2 {
+    for family in FAMILIES {
         let pod = addresses(&server)?[family];
         for _ in 0..2 {
             meets_as(&outside, (pod, POD_PORT).into(), "server", OUTSIDE[family])?;
             let seen = setting.seen_outside_as(&server)?[family];
             meets_as(&server, (OUTSIDE[family], POD_PORT).into(), "outside", seen)?;
         }
-<<<<<<< HEAD
-        // From each other's port.
-        let any = |other: IpAddr| -> IpAddr {
-            if other.is_ipv4() {
-                [0; 4].into()
-            } else {
-                [0; 16].into()
-            }
-        };
-        let from = SocketAddr::new(any(pod), 4242);
-=======
         // From one port of their own.
         let from = SocketAddr::new(unspecified_like((pod, 0).into()), 4242);
->>>>>>> h-kube
         for client in Client::ALL {
             let meeting = outside.meet_from(client, from, (pod, POD_PORT).into(), PATIENCE)?;
             ensure!(
@@ -193,58 +157,10 @@ fn outside_reaches_a_pod_by_its_address(setting: Setting) -> Result<()> {
     Ok(())
 }
 
-<<<<<<< HEAD
-/// As the API server: translated by kube-proxy and masqueraded by us.
-fn a_pod_reaches_a_cluster_ip_with_an_endpoint_outside(setting: Setting) -> Result<()> {
-    let node = setting.node()?;
-    let outside = node.outside()?;
-    if !setting.masquerade {
-        outside.route_to_node(Network::V4_SUBNET)?;
-        outside.route_to_node(Network::V6_SUBNET)?;
-    }
-    let network = setting.network(&node);
-    let client = network.pod("client")?;
-    let endpoints = OUTSIDE.map(|address| SocketAddr::new(address, 6443));
-    let api = Service::new("kubernetes", CLUSTER_IPS, 443, endpoints);
-    setting.serve(&node, &[api])?;
-    let _api = listen(&outside, &OUTSIDE, 6443, "api")?;
-    for family in 0..2 {
-        let seen = setting.seen_outside_as(&client)?[family];
-        for _ in 0..3 {
-            meets_as(&client, (CLUSTER_IPS[family], 443).into(), "api", seen)?;
-        }
-        // And at the same time by its own address, from the same port.
-        let any = SocketAddr::new(
-            if family == 0 {
-                [0; 4].into()
-            } else {
-                [0; 16].into()
-            },
-            4242,
-        );
-        for server in [(CLUSTER_IPS[family], 443), (OUTSIDE[family], 6443)] {
-            let meeting = client.meet_from(Client::UnconnectedUdp, any, server.into(), PATIENCE)?;
-            ensure!(meeting.client.ip() == seen, "{meeting:?}");
-        }
-        meets_as(
-            &node,
-            (CLUSTER_IPS[family], 443).into(),
-            "api",
-            NODE[family],
-        )?;
-    }
-    Ok(())
-}
-
-/// What kube-proxy forwards and masquerades itself is netfilter's, there and back, also
-/// where pods are masqueraded by us on the same device.
-fn a_node_port_leads_to_another_machine(setting: Setting) -> Result<()> {
-=======
 /// The API server: a pod's request is translated by kube-proxy and masqueraded by us. And
 /// a node port may lead to another machine: what kube-proxy forwards and masquerades
 /// itself is netfilter's, there and back, on devices where pods are masqueraded by us.
 fn endpoints_may_be_outside(setting: Setting) -> Result<()> {
->>>>>>> h-kube
     let node = setting.node()?;
     let outside = node.outside()?;
     let elsewhere = node.machine()?;
@@ -274,7 +190,7 @@ fn endpoints_may_be_outside(setting: Setting) -> Result<()> {
     )?;
     let _outside = listen(&outside, &OUTSIDE, 6443, "api")?;
     let _elsewhere = listen(&elsewhere, &there, 6443, "elsewhere")?;
-    for family in 0..2 {
+    for family in FAMILIES {
         let api = SocketAddr::new(CLUSTER_IPS[family], 443);
         let seen = setting.seen_outside_as(&client)?[family];
         for _ in 0..3 {
@@ -312,28 +228,17 @@ fn pods_talk_past_the_host_at_the_same_time(setting: Setting) -> Result<()> {
     let live = addresses(&server)?.map(|address| SocketAddr::new(address, LIVE_PORT));
     let live = Service::new("live", CLUSTER_IPS, SERVICE_PORT, live).node_port(30_099, Local);
     setting.serve(&node, &[cluster, local, live])?;
-<<<<<<< HEAD
-    let directs: Vec<_> = [&client, &server]
-        .map(|pod| listen(pod, &addresses(pod)?, DIRECT_PORT, pod.name()))
-        .into_iter()
-        .collect::<Result<_>>()?;
-    ensure!(directs.len() == 2);
-    let counters =
-        ["th dport 9090", "th sport 9090"].map(|what| Counter::new(&node, "prerouting", what));
-    let counters = counters.into_iter().collect::<Result<Vec<_>>>()?;
-=======
     let _client = listen(&client, &addresses(&client)?, DIRECT_PORT, "client")?;
     let _server = listen(&server, &addresses(&server)?, DIRECT_PORT, "server")?;
     let counters = [
         Counter::new(&node, "prerouting", &format!("th dport {DIRECT_PORT}"))?,
         Counter::new(&node, "prerouting", &format!("th sport {DIRECT_PORT}"))?,
     ];
->>>>>>> h-kube
 
     let everybody: [(&str, &Namespace); 3] =
         [("client", &client), ("node", &node), ("outside", &outside)];
     let mut connections = Vec::new();
-    for family in 0..2 {
+    for family in FAMILIES {
         let pod = addresses(&server)?[family];
         let listener = server.within(|| Ok(TcpListener::bind((pod, LIVE_PORT))?))?;
         for (who, from) in everybody {
@@ -351,7 +256,7 @@ fn pods_talk_past_the_host_at_the_same_time(setting: Setting) -> Result<()> {
             connection.ask().context(*who)?;
             connection.answer().context(*who)?;
         }
-        for family in 0..2 {
+        for family in FAMILIES {
             let service = SocketAddr::new(cluster_ips(20)[family], SERVICE_PORT);
             for from in [&*client as &Namespace, &server, &node] {
                 meets(from, service, "server")?;
@@ -408,7 +313,7 @@ fn one_source_port_for_a_cluster_ip_and_the_pod_behind_it(setting: Setting) -> R
     let live = addresses(&server)?.map(|address| SocketAddr::new(address, LIVE_PORT));
     let live = Service::new("live", cluster_ips(20), SERVICE_PORT, live);
     setting.serve(&node, &[service(&server)?, live])?;
-    for family in 0..2 {
+    for family in FAMILIES {
         let pod = addresses(&server)?[family];
         let own = addresses(&client)?[family];
         let listener = server.within(|| Ok(TcpListener::bind((pod, LIVE_PORT))?))?;
@@ -445,15 +350,7 @@ fn one_source_port_for_a_cluster_ip_and_the_pod_behind_it(setting: Setting) -> R
         let mut service = open(by_service).context("after the direct one")?;
         in_turns(&mut direct, &mut service)?;
 
-<<<<<<< HEAD
-        let any: IpAddr = if family == 0 {
-            [0; 4].into()
-        } else {
-            [0; 16].into()
-        };
-=======
         let any = unspecified_like(directly);
->>>>>>> h-kube
         let socket = client.within(|| Ok(UdpSocket::bind((any, 4243))?))?;
         socket.set_read_timeout(Some(PATIENCE))?;
         let servers = [
@@ -492,8 +389,9 @@ fn in_turns(one: &mut Connection, other: &mut Connection) -> Result<()> {
     Ok(())
 }
 
-/// What a pod says about a packet that came by a service, and what has no ports.
-fn errors_and_fragments_come_back_by_the_cluster_ip(setting: Setting) -> Result<()> {
+/// Packets that are more than one on the wire, what a pod says about a packet that came by
+/// a service, and what has no ports.
+fn streams_errors_and_fragments_pass(setting: Setting) -> Result<()> {
     let node = setting.node()?;
     let outside = node.outside()?;
     let network = setting.network(&node);
@@ -501,9 +399,24 @@ fn errors_and_fragments_come_back_by_the_cluster_ip(setting: Setting) -> Result<
     let client = network.pod("client")?;
     let silent = addresses(&server)?.map(|address| SocketAddr::new(address, 9));
     let silent = Service::new("silent", cluster_ips(30), 9, silent).node_port(30_009, Local);
+    let stream = addresses(&server)?.map(|address| SocketAddr::new(address, LIVE_PORT));
+    let stream = Service::new("stream", cluster_ips(31), 5001, stream).node_port(30_501, Local);
     let [web, _] = node_ports(&server)?;
-    setting.serve(&node, &[silent, web])?;
-    for family in 0..2 {
+    setting.serve(&node, &[silent, web, stream])?;
+    for family in FAMILIES {
+        let echo = SocketAddr::new(addresses(&server)?[family], LIVE_PORT);
+        let _echo = EchoServer::start_on(&server, echo)?;
+        let streaming = SocketAddr::new(cluster_ips(31)[family], 5001);
+        let everybody: [(&str, &Namespace, SocketAddr); 4] = [
+            ("client", &client, streaming),
+            ("the server itself", &server, streaming),
+            ("node", &node, streaming),
+            ("outside", &outside, (NODE[family], 30_501).into()),
+        ];
+        for (who, from, to) in everybody {
+            from.tcp_transfer(to, 1 << 20)
+                .with_context(|| format!("a stream from {who} to {to}"))?;
+        }
         let refusing = SocketAddr::new(cluster_ips(30)[family], 9);
         let everybody: [(&str, &Namespace, SocketAddr); 4] = [
             ("client", &client, refusing),
@@ -533,18 +446,7 @@ fn errors_and_fragments_come_back_by_the_cluster_ip(setting: Setting) -> Result<
 
 /// That nobody listens there, and that this is said: over TCP and UDP.
 fn is_refused(from: &Namespace, to: SocketAddr) -> Result<()> {
-<<<<<<< HEAD
-    let any = SocketAddr::new(
-        if to.is_ipv4() {
-            [0; 4].into()
-        } else {
-            [0; 16].into()
-        },
-        0,
-    );
-=======
     let any = SocketAddr::new(unspecified_like(to), 0);
->>>>>>> h-kube
     let socket = from.within(|| {
         let socket = UdpSocket::bind(any)?;
         socket.connect(to)?;
@@ -572,18 +474,7 @@ fn is_refused(from: &Namespace, to: SocketAddr) -> Result<()> {
 
 /// That a datagram comes back behind the greeting.
 fn datagram(from: &Namespace, to: SocketAddr, length: usize) -> Result<()> {
-<<<<<<< HEAD
-    let any = SocketAddr::new(
-        if to.is_ipv4() {
-            [0; 4].into()
-        } else {
-            [0; 16].into()
-        },
-        0,
-    );
-=======
     let any = SocketAddr::new(unspecified_like(to), 0);
->>>>>>> h-kube
     let socket = from.within(|| Ok(UdpSocket::bind(any)?))?;
     socket.set_read_timeout(Some(PATIENCE))?;
     let message: Vec<u8> = (0..length).map(|at| (at % 251) as u8).collect();
@@ -652,6 +543,209 @@ fn a_service_balances_between_its_pods(setting: Setting) -> Result<()> {
             }
         }
         ensure!(met.len() == 3, "{met:?}");
+    }
+    Ok(())
+}
+
+/// By a service, by a published port, and by the pod's own address: to the pod they are
+/// all one flow.
+fn one_client_port_may_take_every_way_at_once(setting: Setting) -> Result<()> {
+    let node = setting.node()?;
+    let outside = node.outside()?;
+    outside.route_to_node(Network::V4_SUBNET)?;
+    outside.route_to_node(Network::V6_SUBNET)?;
+    let mut config = setting.config(&node);
+    config["capabilities"] = json!({"portMappings": true});
+    let network = Network::new(&node, config);
+    let ports = ["tcp", "udp"]
+        .map(|protocol| json!({"hostPort": 8088, "containerPort": POD_PORT, "protocol": protocol}));
+    let pod = network.pod_with_ports("server", json!(ports))?;
+    let client = network.pod("client")?;
+    let web = Service::new("web", CLUSTER_IPS, SERVICE_PORT, endpoints(&pod)?);
+    setting.serve(&node, &[web.node_port(NODE_PORT, Local)])?;
+    for family in FAMILIES {
+        let at = addresses(&pod)?[family];
+        let direct = SocketAddr::new(at, POD_PORT);
+        let listener = pod.within(|| Ok(TcpListener::bind(direct)?))?;
+        let ways = [
+            (NODE[family], NODE_PORT).into(),
+            (NODE[family], 8088).into(),
+            direct,
+            (CLUSTER_IPS[family], SERVICE_PORT).into(),
+        ];
+        let everybody: [(&str, &Namespace, &[SocketAddr]); 2] = [
+            ("outside", &outside, &ways[..3]),
+            ("client", &client, &ways),
+        ];
+        for (who, from, ways) in everybody {
+            for turn in 0..ways.len() {
+                let mut open = Vec::new();
+                for at in 0..ways.len() {
+                    let way = ways[(turn + at) % ways.len()];
+                    let connection = Connection::open(from, 4242, way, &listener);
+                    open.push((way, connection.with_context(|| format!("{who} to {way}"))?));
+                }
+                for _ in 0..2 {
+                    for (way, connection) in &mut open {
+                        let spoken = connection.answer().and_then(|()| connection.ask());
+                        spoken.with_context(|| format!("{who} with {way}"))?;
+                    }
+                }
+                for (way, connection) in open {
+                    connection
+                        .abort()
+                        .with_context(|| format!("{who}, end of {way}"))?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The last fragment of an answer first: only the first one has ports, by which it is
+/// known where the answer must go.
+fn fragments_may_come_in_any_order(setting: Setting) -> Result<()> {
+    let node = setting.node()?;
+    let _outside = node.outside()?;
+    let network = setting.network(&node);
+    let server = network.pod("server")?;
+    let client = network.pod("client")?;
+    let web = Service::new("web", CLUSTER_IPS, SERVICE_PORT, endpoints(&server)?);
+    setting.serve(&node, &[web])?;
+    let wire = PacketSocket::open(&server, "eth0")?;
+    let from = MacAddr::of_device(&server, "eth0")?;
+    let to = MacAddr::of_device(&client, "eth0")?;
+    for family in FAMILIES {
+        let own = SocketAddr::new(addresses(&server)?[family], POD_PORT);
+        let listener = server.within(|| Ok(UdpSocket::bind(own)?))?;
+        let any = unspecified_like(own);
+        let service = SocketAddr::new(CLUSTER_IPS[family], SERVICE_PORT);
+        for round in 0..6_u16 {
+            // By turns by the service and directly, from ports of their own.
+            let asked = if round % 2 == 0 { service } else { own };
+            let socket = client.within(|| Ok(UdpSocket::bind((any, 0))?))?;
+            socket.set_read_timeout(Some(PATIENCE))?;
+            socket.send_to(b"much, please", asked)?;
+            listener.set_read_timeout(Some(PATIENCE))?;
+            let (_, asker) = listener.recv_from(&mut [0; 100])?;
+            let answer: Vec<u8> = (0..3_500).map(|at| (at % 251) as u8).collect();
+            let packet = Packet::udp(own, asker, &answer);
+            let mut fragments = packet.fragments(1000 + round, 1_000);
+            match round / 2 {
+                0 => {}
+                1 => fragments.reverse(),
+                _ => fragments.swap(0, 1),
+            }
+            for fragment in fragments {
+                wire.send(&Frame::ip(to, from, &fragment))?;
+            }
+            let mut received = vec![0; 5_000];
+            let (length, source) = socket
+                .recv_from(&mut received)
+                .with_context(|| format!("{asked}, round {round}"))?;
+            ensure!(source == asked, "{source} answered in place of {asked}");
+            ensure!(received[..length] == answer, "something else was answered");
+        }
+    }
+    Ok(())
+}
+
+/// Programs that log are others than those that do not.
+fn services_are_reached_where_the_programs_log(setting: Setting) -> Result<()> {
+    let node = setting.node()?;
+    let _outside = node.outside()?;
+    for (number, level) in (0..).zip(["off", "debug", "trace"]) {
+        let mut config = setting.config(&node);
+        config["logLevel"] = json!(level);
+        if node.plugin() == "bridge" {
+            config["logLevel"].take();
+        }
+        let network = Network::new(&node, config);
+        let server = Server::new(&network, &format!("server{number}"))?;
+        let client = network.pod(&format!("client{number}"))?;
+        setting.serve(&node, &[service(&server)?])?;
+        for (own, cluster_ip) in addresses(&client)?.into_iter().zip(CLUSTER_IPS) {
+            let to = SocketAddr::new(cluster_ip, SERVICE_PORT);
+            meets_as(&client, to, server.name(), own).context(level)?;
+        }
+    }
+    Ok(())
+}
+
+/// What a router says of packets that are too large for its next link reaches whoever has
+/// sent them, through both translations.
+fn smaller_links_further_on_are_found(setting: Setting) -> Result<()> {
+    let node = setting.node()?;
+    let outside = node.outside()?;
+    let (router, far) = (node.machine()?, node.machine()?);
+    outside.connect("eth1", &router, "eth0")?;
+    router.connect("eth1", &far, "eth0")?;
+    for (machine, device) in [(&*outside as &Namespace, "eth1"), (&router, "eth0")] {
+        machine.ip(&format!("link set {device} mtu 1300"))?;
+    }
+    outside.ip("addr add 192.0.2.1/30 dev eth1\n\
+         addr add 2001:db8:4::1/64 dev eth1 nodad\n\
+         route add 203.0.113.0/24 via 192.0.2.2\n\
+         route add 2001:db8:2::/64 via 2001:db8:4::2")?;
+    router.ip("addr add 192.0.2.2/30 dev eth0\n\
+         addr add 2001:db8:4::2/64 dev eth0 nodad\n\
+         addr add 203.0.113.1/24 dev eth1\n\
+         addr add 2001:db8:2::1/64 dev eth1 nodad\n\
+         route add default via 192.0.2.1\n\
+         route add default via 2001:db8:4::1")?;
+    far.ip("addr add 203.0.113.9/24 dev eth0\n\
+         addr add 2001:db8:2::9/64 dev eth0 nodad\n\
+         route add default via 203.0.113.1\n\
+         route add default via 2001:db8:2::1")?;
+    for machine in [&*outside as &Namespace, &router] {
+        machine.set_sysctl("net.ipv4.ip_forward", "1")?;
+        machine.set_sysctl("net.ipv6.conf.all.forwarding", "1")?;
+    }
+    let there: [IpAddr; 2] = ["203.0.113.9".parse()?, "2001:db8:2::9".parse()?];
+    let network = setting.network(&node);
+    let server = network.pod("server")?;
+    let [cluster, local] = [
+        ("cluster", NODE_PORT, Cluster),
+        ("local", NODE_PORT + 1, Local),
+    ]
+    .map(|(name, port, policy)| {
+        let number = if policy == Local { 21 } else { 20 };
+        let at = endpoints(&server)?;
+        let service = Service::new(name, cluster_ips(number), SERVICE_PORT, at);
+        Ok::<_, anyhow::Error>(service.node_port(port, policy))
+    });
+    let api = there.map(|address| SocketAddr::new(address, 6443));
+    let api = Service::new("api", CLUSTER_IPS, 443, api);
+    setting.serve(&node, &[cluster?, local?, api])?;
+    for family in FAMILIES {
+        let own = SocketAddr::new(addresses(&server)?[family], POD_PORT);
+        let _here = EchoServer::start_on(&server, own)?;
+        let _there = EchoServer::start_on(&far, (there[family], 6443).into())?;
+        // With whom the pod then speaks, by its own account.
+        let everybody: [(&Namespace, SocketAddr, IpAddr); 4] = [
+            (&far, (NODE[family], NODE_PORT).into(), GATEWAYS[family]),
+            (&far, (NODE[family], NODE_PORT + 1).into(), there[family]),
+            (&server, (there[family], 6443).into(), there[family]),
+            (
+                &server,
+                (CLUSTER_IPS[family], 443).into(),
+                CLUSTER_IPS[family],
+            ),
+        ];
+        for (from, to, peer) in everybody {
+            // Who has learned it offers smaller segments from then on.
+            for machine in [&far, &server as &Namespace] {
+                machine.ip("route flush cache")?;
+                machine.run("ip -6 route flush cache")?;
+            }
+            from.tcp_transfer(to, 300_000)
+                .with_context(|| format!("a stream to {to}"))?;
+            let route = server.run(&format!("ip route get {peer}"))?;
+            ensure!(
+                route.contains("mtu 1300"),
+                "the pod was not told, when {to} was asked: {route}"
+            );
+        }
     }
     Ok(())
 }
