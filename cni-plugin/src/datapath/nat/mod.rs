@@ -14,7 +14,7 @@
 pub mod masquerade;
 pub mod publish;
 pub mod uplinks;
-mod xdp;
+pub mod xdp;
 
 use std::{
     fs, io,
@@ -30,9 +30,9 @@ use aya::{
     programs::{CgroupAttachMode, CgroupSockAddr, ProgramError, SchedClassifier, links::FdLink},
 };
 use bpf_bridge_common::layout::{
-    Address, ExemptKey, IpKey, Mac, Masqueraded, NEXT_FORWARD, Neighbor, Node, PORT_DIRECT, PORT_GATEWAY,
-    PROGRAM_BETWEEN, PROGRAM_FROM_HOST, PROGRAM_FROM_POD, PodKey, Port, Published, PublishedKey,
-    Uplink,
+    Address, ExemptKey, IpKey, Mac, Masqueraded, NEXT_FORWARD, Neighbor, Node, PORT_DIRECT,
+    PORT_GATEWAY, PROGRAM_BETWEEN, PROGRAM_FROM_HOST, PROGRAM_FROM_POD, PodKey, Port, Published,
+    PublishedKey, Uplink,
 };
 
 use super::{
@@ -196,8 +196,8 @@ pub(super) fn load(parts: &[Part]) -> Result<(), Error> {
                 }
             }
             if name == FORWARD {
-                let mut next = Calls::try_from(pinned("NEXT")?)
-                    .map_err(|source| foreign("NEXT", &source))?;
+                let mut next =
+                    Calls::try_from(pinned("NEXT")?).map_err(|source| foreign("NEXT", &source))?;
                 fill(&mut next, NEXT_FORWARD, name, program)?;
             }
             pin_program(name, program)?;
