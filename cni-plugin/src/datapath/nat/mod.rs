@@ -14,7 +14,7 @@
 pub mod masquerade;
 pub mod publish;
 pub mod uplinks;
-mod xdp;
+pub mod xdp;
 
 use std::{
     fs, io,
