@@ -298,7 +298,12 @@ fn filters_go_on_seeing_what_they_saw() -> Result<()> {
     let web = Service::new("web", CLUSTER_IPS, SERVICE_PORT, server.endpoints()?);
     SETTING.serve(&node, &[web.node_port(NODE_PORT, Local)])?;
     let _outside = listen(&outside, &OUTSIDE, POD_PORT, "outside")?;
-    let scene = Scene { node: &node, outside: &outside, server: &server, client: &client };
+    let scene = Scene {
+        node: &node,
+        outside: &outside,
+        server: &server,
+        client: &client,
+    };
     let veth = client.host_veth()?;
     let gateway = scene.gateway_port()?;
     for hook in ["ingress", "egress"] {
@@ -317,7 +322,10 @@ fn filters_go_on_seeing_what_they_saw() -> Result<()> {
     let before = seen()?;
     for _ in 0..rounds {
         for family in 0..2 {
-            for to in [(OUTSIDE[family], POD_PORT), (CLUSTER_IPS[family], SERVICE_PORT)] {
+            for to in [
+                (OUTSIDE[family], POD_PORT),
+                (CLUSTER_IPS[family], SERVICE_PORT),
+            ] {
                 client.meet(Client::UnconnectedUdp, to.into(), PATIENCE)?;
             }
         }
@@ -342,14 +350,21 @@ fn filters_go_on_seeing_what_they_saw() -> Result<()> {
     let drops = |device: &str, hook: &str, priority: u16| -> Result<[bool; 3]> {
         add_filter(&node, &dropper, device, hook, priority)?;
         let silent = scene.silent();
-        node.run(&format!("tc filter del dev {device} {hook} prio {priority}"))?;
-        scene.all_meet().with_context(|| format!("{device} {hook} {priority} is gone"))?;
+        node.run(&format!(
+            "tc filter del dev {device} {hook} prio {priority}"
+        ))?;
+        scene
+            .all_meet()
+            .with_context(|| format!("{device} {hook} {priority} is gone"))?;
         silent
     };
     for hook in ["ingress", "egress"] {
         for priority in [3, 59_000] {
             let silent = drops("uplink0", hook, priority)?;
-            ensure!(silent == [true, false, false], "{hook} {priority}: {silent:?}");
+            ensure!(
+                silent == [true, false, false],
+                "{hook} {priority}: {silent:?}"
+            );
         }
     }
     let silent = drops(veth, "ingress", 2)?;
@@ -385,7 +400,12 @@ fn programs_go_on_seeing_what_they_saw() -> Result<()> {
     let web = Service::new("web", CLUSTER_IPS, SERVICE_PORT, server.endpoints()?);
     SETTING.serve(&node, &[web.node_port(NODE_PORT, Local)])?;
     let _outside = listen(&outside, &OUTSIDE, POD_PORT, "outside")?;
-    let scene = Scene { node: &node, outside: &outside, server: &server, client: &client };
+    let scene = Scene {
+        node: &node,
+        outside: &outside,
+        server: &server,
+        client: &client,
+    };
     scene.all_meet()?;
     drop(attached);
     let veth = client.host_veth()?.to_owned();
@@ -404,14 +424,18 @@ fn programs_go_on_seeing_what_they_saw() -> Result<()> {
         let what = format!("{device}, {hook:?}, {place:?}");
         let other = next.attach(&node, device, hook, place)?;
         let before = next.seen()?;
-        scene.all_meet().with_context(|| format!("{what}: with another program"))?;
+        scene
+            .all_meet()
+            .with_context(|| format!("{what}: with another program"))?;
         ensure!(next.seen()? > before + 10, "{what}: it has seen nothing");
         drop(other);
         let other = dropper.attach(&node, device, hook, place)?;
         let seen = scene.silent()?;
         ensure!(seen == silent, "{what}: {seen:?}, not {silent:?}");
         drop(other);
-        scene.all_meet().with_context(|| format!("{what}: without it"))?;
+        scene
+            .all_meet()
+            .with_context(|| format!("{what}: without it"))?;
     }
     Ok(())
 }

@@ -43,9 +43,8 @@ fn a_dropping_forward_policy_spares_pods_and_published_ports(setting: Setting) -
     let mut config = setting.config(&node);
     config["capabilities"] = json!({"portMappings": true});
     let network = Network::new(&node, config);
-    let ports = ["tcp", "udp"].map(|protocol| {
-        json!({"hostPort": 8088, "containerPort": POD_PORT, "protocol": protocol})
-    });
+    let ports = ["tcp", "udp"]
+        .map(|protocol| json!({"hostPort": 8088, "containerPort": POD_PORT, "protocol": protocol}));
     let server = Server::of(network.pod_with_ports("server", json!(ports))?, "server")?;
     let client = Server::new(&network, "client")?;
     let web = Service::new("web", CLUSTER_IPS, SERVICE_PORT, server.endpoints()?);
@@ -65,7 +64,11 @@ fn a_dropping_forward_policy_spares_pods_and_published_ports(setting: Setting) -
                 meets(from, published, "server")?;
             }
             // The host's own are not forwarded.
-            meets(&node, (addresses(&server)?[family], POD_PORT).into(), "server")?;
+            meets(
+                &node,
+                (addresses(&server)?[family], POD_PORT).into(),
+                "server",
+            )?;
             meets(&node, (CLUSTER_IPS[family], SERVICE_PORT).into(), "server")?;
         }
         Ok(())
@@ -78,7 +81,10 @@ fn a_dropping_forward_policy_spares_pods_and_published_ports(setting: Setting) -
         meets_nobody(&client, (CLUSTER_IPS[family], SERVICE_PORT).into())?;
     }
     // With the rules by which Kubernetes' nodes let it pass, all of it does.
-    for (iptables, subnet) in [("iptables", Network::V4_SUBNET), ("ip6tables", Network::V6_SUBNET)] {
+    for (iptables, subnet) in [
+        ("iptables", Network::V4_SUBNET),
+        ("ip6tables", Network::V6_SUBNET),
+    ] {
         for way in ["-s", "-d"] {
             node.run(&format!("{iptables} -A FORWARD {way} {subnet} -j ACCEPT"))?;
         }
@@ -89,7 +95,11 @@ fn a_dropping_forward_policy_spares_pods_and_published_ports(setting: Setting) -
         meets_as(&client, (OUTSIDE[family], POD_PORT).into(), "outside", seen)?;
         let pod = addresses(&server)?[family];
         meets_as(&outside, (pod, POD_PORT).into(), "server", OUTSIDE[family])?;
-        meets(&client, (CLUSTER_IPS[family], SERVICE_PORT).into(), "server")?;
+        meets(
+            &client,
+            (CLUSTER_IPS[family], SERVICE_PORT).into(),
+            "server",
+        )?;
     }
     Ok(())
 }
@@ -108,7 +118,11 @@ fn netfilter_sees_all_that_was_asked_for(setting: Setting) -> Result<()> {
     setting.serve(&node, &[web.node_port(NODE_PORT, Local)])?;
     let _outside = listen(&outside, &OUTSIDE, POD_PORT, "outside")?;
     let [requests, replies] = ["th dport", "th sport"].map(|port| {
-        Counter::new(&node, "forward", &format!("iifname cni0 oifname cni0 {port} {POD_PORT}"))
+        Counter::new(
+            &node,
+            "forward",
+            &format!("iifname cni0 oifname cni0 {port} {POD_PORT}"),
+        )
     });
     let (requests, replies) = (requests?, replies?);
     let services_work = || -> Result<()> {
@@ -135,7 +149,9 @@ fn netfilter_sees_all_that_was_asked_for(setting: Setting) -> Result<()> {
             let socket = from.within(|| Ok(std::net::UdpSocket::bind((own, 0))?))?;
             socket.set_read_timeout(Some(PATIENCE))?;
             socket.send_to(&big, (other, POD_PORT))?;
-            let length = socket.recv(&mut [0; 4_000]).context("a fragmented datagram")?;
+            let length = socket
+                .recv(&mut [0; 4_000])
+                .context("a fragmented datagram")?;
             ensure!(length > big.len());
         }
         Ok(())

@@ -12,16 +12,17 @@ use bpf_bridge_tests::{Meeting, Namespace, Network, Node, Pod};
 use serde_json::json;
 
 use crate::{
-    CLUSTER_IPS, Connection, NODE, PATIENCE, POD_PORT, SERVICE_PORT, Server, Setting, addresses,
-    evict, in_settings, listen, meets_as, OUTSIDE, cluster_ips, settle,
+    CLUSTER_IPS, Connection, NODE, OUTSIDE, PATIENCE, POD_PORT, SERVICE_PORT, Server, Setting,
+    addresses, cluster_ips, evict, in_settings, listen, meets_as,
     proxy::{ExternalTrafficPolicy::Local, Service},
-    unspecified_like,
+    settle, unspecified_like,
 };
 
 in_settings!(iptables(Iptables, true, true):
     connections_outlast_idleness_and_eviction
     an_endpoint_may_be_replaced
     a_client_may_be_replaced
+    other_calls_of_the_plugin_disturb_nobody
 );
 in_settings!(nftables(Nftables, false, true):
     connections_outlast_idleness_and_eviction
@@ -54,20 +55,33 @@ impl Datagrams {
         let server = server.try_clone()?;
         server.set_read_timeout(Some(PATIENCE))?;
         client.send_to(b"hello", to)?;
-        let (_, from) = server.recv_from(&mut [0; 10]).context("the first datagram")?;
-        Ok(Self { client, server, to, from })
+        let (_, from) = server
+            .recv_from(&mut [0; 10])
+            .context("the first datagram")?;
+        Ok(Self {
+            client,
+            server,
+            to,
+            from,
+        })
     }
 
     fn ask(&self) -> Result<()> {
         self.client.send_to(b"ask", self.to)?;
-        let (_, from) = self.server.recv_from(&mut [0; 10]).context("asking over UDP")?;
+        let (_, from) = self
+            .server
+            .recv_from(&mut [0; 10])
+            .context("asking over UDP")?;
         ensure!(from == self.from, "{from} asks in place of {}", self.from);
         Ok(())
     }
 
     fn answer(&self) -> Result<()> {
         self.server.send_to(b"answer", self.from)?;
-        let (_, from) = self.client.recv_from(&mut [0; 10]).context("answering over UDP")?;
+        let (_, from) = self
+            .client
+            .recv_from(&mut [0; 10])
+            .context("answering over UDP")?;
         ensure!(from == self.to, "{from} answers in place of {}", self.to);
         Ok(())
     }
@@ -140,7 +154,11 @@ fn connections_outlast_idleness_and_eviction(setting: Setting) -> Result<()> {
             } else {
                 connection.ask().and_then(|()| connection.answer())
             };
-            failed.extend(spoken.err().map(|error| format!("{who}, over TCP: {error:#}")));
+            failed.extend(
+                spoken
+                    .err()
+                    .map(|error| format!("{who}, over TCP: {error:#}")),
+            );
         }
         for (who, datagrams) in &datagrams {
             let masqueraded = setting.masquerade && *who == TO_OUTSIDE;
@@ -150,9 +168,16 @@ fn connections_outlast_idleness_and_eviction(setting: Setting) -> Result<()> {
             } else {
                 datagrams.ask().and_then(|()| datagrams.answer())
             };
-            failed.extend(spoken.err().map(|error| format!("{who}, over UDP: {error:#}")));
+            failed.extend(
+                spoken
+                    .err()
+                    .map(|error| format!("{who}, over UDP: {error:#}")),
+            );
         }
-        ensure!(failed.is_empty(), "{what}, the server first: {server_first}: {failed:#?}");
+        ensure!(
+            failed.is_empty(),
+            "{what}, the server first: {server_first}: {failed:#?}"
+        );
         Ok(())
     };
     check("at first", true)?;
@@ -226,7 +251,12 @@ fn an_endpoint_may_be_replaced(setting: Setting) -> Result<()> {
         }
         for family in 0..2 {
             let own = addresses(&client)?[family];
-            meets_as(&client, (CLUSTER_IPS[family], SERVICE_PORT).into(), name, own)?;
+            meets_as(
+                &client,
+                (CLUSTER_IPS[family], SERVICE_PORT).into(),
+                name,
+                own,
+            )?;
             let by_node = (NODE[family], NODE_PORT).into();
             meets_as(&outside, by_node, name, OUTSIDE[family])?;
         }
@@ -279,4 +309,54 @@ fn a_client_may_be_replaced(setting: Setting) -> Result<()> {
         network.del(pod.attachment())?;
     }
     Ok(())
+}
+
+/// What the programs have noted of a pod stays when the plugin is called again.
+fn other_calls_of_the_plugin_disturb_nobody(setting: Setting) -> Result<()> {
+    let node = setting.node()?;
+    let _outside = node.outside()?;
+    let mut config = setting.config(&node);
+    config["cniVersion"] = json!("1.1.0");
+    let network = Network::new(&node, config);
+    let server = Server::new(&network, "server")?;
+    let client = network.pod("client")?;
+    let live = addresses(&server)?.map(|address| SocketAddr::new(address, 8081));
+    setting.serve(
+        &node,
+        &[Service::new("live", CLUSTER_IPS, SERVICE_PORT, live)],
+    )?;
+    let mut connections = Vec::new();
+    let mut datagrams = Vec::new();
+    for family in 0..2 {
+        let at = Sockets::bind(&server, live[family])?;
+        let to = SocketAddr::new(CLUSTER_IPS[family], SERVICE_PORT);
+        connections.push(Connection::open(&client, 0, to, &at.tcp)?);
+        datagrams.push(Datagrams::open(&client, to, &at.udp)?);
+    }
+    let mut all_go_on = |what: &str| -> Result<()> {
+        for connection in &mut connections {
+            connection.answer().with_context(|| what.to_owned())?;
+            connection.ask().with_context(|| what.to_owned())?;
+        }
+        for datagrams in &datagrams {
+            datagrams.answer().with_context(|| what.to_owned())?;
+            datagrams.ask().with_context(|| what.to_owned())?;
+        }
+        Ok(())
+    };
+    all_go_on("at first")?;
+    let other = network.pod("other")?;
+    all_go_on("after ADD")?;
+    for pod in [&*server, &client] {
+        network.check(pod.attachment())?;
+    }
+    all_go_on("after CHECK")?;
+    network.gc(&[server.attachment(), client.attachment(), other.attachment()])?;
+    all_go_on("after GC")?;
+    network.status()?;
+    network.del(other.attachment())?;
+    drop(other);
+    all_go_on("after STATUS and DEL")?;
+    network.gc(&[server.attachment(), client.attachment()])?;
+    all_go_on("after GC again")
 }

@@ -300,22 +300,8 @@ struct Connection {
 
 impl Connection {
     /// Connects `from` a port (0 for any) `to` where `listener` hears of it.
-<<<<<<< HEAD
     fn open(from: &Namespace, port: u16, to: SocketAddr, listener: &TcpListener) -> Result<Self> {
-        let any: IpAddr = if to.is_ipv4() {
-            Ipv4Addr::UNSPECIFIED.into()
-        } else {
-            Ipv6Addr::UNSPECIFIED.into()
-        };
-=======
-    fn open(
-        from: &Namespace,
-        port: u16,
-        to: SocketAddr,
-        listener: &TcpListener,
-    ) -> Result<Self> {
         let any = unspecified_like(to);
->>>>>>> h-kube
         let client = from.tcp_connect_from((any, port).into(), to, PATIENCE)?;
         ensure!(client.peer_addr()? == to);
         let (server, _) = listener.accept().context("accepting")?;

@@ -6,16 +6,18 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use bpf_bridge_tests::{Client, Namespace, Network};
+use bpf_bridge_tests::{Client, EchoServer, Namespace, Network};
+use serde_json::json;
 
 use crate::{
     CLUSTER_IPS, Connection, Counter, GATEWAYS, NODE, NODE_PORT, OUTSIDE, PATIENCE, POD_PORT,
     SERVICE_PORT, Server, Setting, addresses, cluster_ips, gateway_frames, in_every_setting,
-    in_settings, listen, meets, meets_as, unspecified_like,
+    in_settings, listen, meets, meets_as,
     proxy::{
         ExternalTrafficPolicy::{self, Cluster, Local},
         Service,
     },
+    unspecified_like,
 };
 
 in_every_setting! {
@@ -24,7 +26,7 @@ in_every_setting! {
     endpoints_may_be_outside
     pods_talk_past_the_host_at_the_same_time
     one_source_port_for_a_cluster_ip_and_the_pod_behind_it
-    errors_and_fragments_come_back_by_the_cluster_ip
+    streams_errors_and_fragments_pass
 }
 in_settings!(many(Iptables, true, true): many_connections_in_a_row);
 in_settings!(some(Nftables, true, true): a_service_balances_between_its_pods);
@@ -110,6 +112,12 @@ fn everybody_reaches_services(setting: Setting) -> Result<()> {
     let network = setting.network(&node);
     let server = Server::new(&network, "server")?;
     let client = network.pod("client")?;
+    let mut config = setting.config(&node);
+    config["name"] = json!("other");
+    config["bridge"] = json!("cni1");
+    config["ipam"]["ranges"] = json!([[{"subnet": "10.88.0.0/16"}], [{"subnet": "fd88::/64"}]]);
+    let other = Network::new(&node, config);
+    let stranger = other.pod("stranger")?;
     let [cluster, local] = node_ports(&server)?;
     setting.serve(&node, &[service(&server)?, cluster, local])?;
     let mut failed = Vec::new();
@@ -119,7 +127,7 @@ fn everybody_reaches_services(setting: Setting) -> Result<()> {
         let service = SocketAddr::new(CLUSTER_IPS[family], SERVICE_PORT);
         let cluster = SocketAddr::new(NODE[family], NODE_PORT);
         let local = SocketAddr::new(NODE[family], NODE_PORT + 1);
-        let everybody: [(&str, &Namespace, SocketAddr, IpAddr); 9] = [
+        let everybody: [(&str, &Namespace, SocketAddr, IpAddr); 12] = [
             // The answer to a pod of the same network must go back through the host, which
             // alone knows whom it had asked.
             ("a pod", &client, service, own),
@@ -132,6 +140,15 @@ fn everybody_reaches_services(setting: Setting) -> Result<()> {
             ("a pod", &client, local, own),
             ("the pod itself", &server, cluster, gateway),
             ("the pod itself", &server, local, gateway),
+            // Whom kube-proxy does not know for a pod is outside.
+            ("a stranger", &stranger, service, gateway),
+            ("a stranger", &stranger, cluster, gateway),
+            (
+                "a stranger",
+                &stranger,
+                local,
+                addresses(&stranger)?[family],
+            ),
         ];
         for (who, from, to, seen) in everybody {
             for _ in 0..2 {
@@ -492,8 +509,9 @@ fn in_turns(one: &mut Connection, other: &mut Connection) -> Result<()> {
     Ok(())
 }
 
-/// What a pod says about a packet that came by a service, and what has no ports.
-fn errors_and_fragments_come_back_by_the_cluster_ip(setting: Setting) -> Result<()> {
+/// Packets that are more than one on the wire, what a pod says about a packet that came by
+/// a service, and what has no ports.
+fn streams_errors_and_fragments_pass(setting: Setting) -> Result<()> {
     let node = setting.node()?;
     let outside = node.outside()?;
     let network = setting.network(&node);
@@ -501,9 +519,24 @@ fn errors_and_fragments_come_back_by_the_cluster_ip(setting: Setting) -> Result<
     let client = network.pod("client")?;
     let silent = addresses(&server)?.map(|address| SocketAddr::new(address, 9));
     let silent = Service::new("silent", cluster_ips(30), 9, silent).node_port(30_009, Local);
+    let stream = addresses(&server)?.map(|address| SocketAddr::new(address, LIVE_PORT));
+    let stream = Service::new("stream", cluster_ips(31), 5001, stream).node_port(30_501, Local);
     let [web, _] = node_ports(&server)?;
-    setting.serve(&node, &[silent, web])?;
+    setting.serve(&node, &[silent, web, stream])?;
     for family in 0..2 {
+        let echo = SocketAddr::new(addresses(&server)?[family], LIVE_PORT);
+        let _echo = EchoServer::start_on(&server, echo)?;
+        let streaming = SocketAddr::new(cluster_ips(31)[family], 5001);
+        let everybody: [(&str, &Namespace, SocketAddr); 4] = [
+            ("client", &client, streaming),
+            ("the server itself", &server, streaming),
+            ("node", &node, streaming),
+            ("outside", &outside, (NODE[family], 30_501).into()),
+        ];
+        for (who, from, to) in everybody {
+            from.tcp_transfer(to, 1 << 20)
+                .with_context(|| format!("a stream from {who} to {to}"))?;
+        }
         let refusing = SocketAddr::new(cluster_ips(30)[family], 9);
         let everybody: [(&str, &Namespace, SocketAddr); 4] = [
             ("client", &client, refusing),
