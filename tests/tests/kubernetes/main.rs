@@ -165,7 +165,9 @@ fn tighten(node: &Node) -> Result<()> {
         node,
         "nft",
         &["-f", "-"],
-        "table inet strict {
+        "table inet strict; delete table inet strict
+        table ip6 sources; delete table ip6 sources
+        table inet strict {
             chain prerouting {
                 type filter hook prerouting priority mangle;
                 ct state invalid counter drop

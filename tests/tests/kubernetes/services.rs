@@ -6,13 +6,15 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use bpf_bridge_tests::{Client, EchoServer, Namespace, Network};
+use bpf_bridge_tests::{
+    Client, EchoServer, Frame, MacAddr, Namespace, Network, Packet, PacketSocket,
+};
 use serde_json::json;
 
 use crate::{
     CLUSTER_IPS, Connection, Counter, GATEWAYS, NODE, NODE_PORT, OUTSIDE, PATIENCE, POD_PORT,
-    SERVICE_PORT, Server, Setting, addresses, cluster_ips, gateway_frames, in_every_setting,
-    in_settings, listen, meets, meets_as,
+    SERVICE_PORT, Server, Setting, addresses, cluster_ips, endpoints, gateway_frames,
+    in_every_setting, in_settings, listen, meets, meets_as,
     proxy::{
         ExternalTrafficPolicy::{self, Cluster, Local},
         Service,
@@ -28,8 +30,15 @@ in_every_setting! {
     one_source_port_for_a_cluster_ip_and_the_pod_behind_it
     streams_errors_and_fragments_pass
 }
-in_settings!(many(Iptables, true, true): many_connections_in_a_row);
-in_settings!(some(Nftables, true, true): a_service_balances_between_its_pods);
+in_settings!(one(Iptables, true, true):
+    many_connections_in_a_row
+    one_client_port_may_take_every_way_at_once
+    fragments_may_come_in_any_order
+);
+in_settings!(other(Nftables, true, true):
+    a_service_balances_between_its_pods
+    services_are_reached_where_the_programs_log
+);
 
 fn service(server: &Server) -> Result<Service> {
     Ok(Service::new(
@@ -685,6 +694,131 @@ fn a_service_balances_between_its_pods(setting: Setting) -> Result<()> {
             }
         }
         ensure!(met.len() == 3, "{met:?}");
+    }
+    Ok(())
+}
+
+/// By a service, by a published port, and by the pod's own address: to the pod they are
+/// all one flow.
+fn one_client_port_may_take_every_way_at_once(setting: Setting) -> Result<()> {
+    let node = setting.node()?;
+    let outside = node.outside()?;
+    outside.route_to_node(Network::V4_SUBNET)?;
+    outside.route_to_node(Network::V6_SUBNET)?;
+    let mut config = setting.config(&node);
+    config["capabilities"] = json!({"portMappings": true});
+    let network = Network::new(&node, config);
+    let ports = ["tcp", "udp"]
+        .map(|protocol| json!({"hostPort": 8088, "containerPort": POD_PORT, "protocol": protocol}));
+    let pod = network.pod_with_ports("server", json!(ports))?;
+    let client = network.pod("client")?;
+    let web = Service::new("web", CLUSTER_IPS, SERVICE_PORT, endpoints(&pod)?);
+    setting.serve(&node, &[web.node_port(NODE_PORT, Local)])?;
+    for family in 0..2 {
+        let at = addresses(&pod)?[family];
+        let direct = SocketAddr::new(at, POD_PORT);
+        let listener = pod.within(|| Ok(TcpListener::bind(direct)?))?;
+        let ways = [
+            (NODE[family], NODE_PORT).into(),
+            (NODE[family], 8088).into(),
+            direct,
+            (CLUSTER_IPS[family], SERVICE_PORT).into(),
+        ];
+        let everybody: [(&str, &Namespace, &[SocketAddr]); 2] = [
+            ("outside", &outside, &ways[..3]),
+            ("client", &client, &ways),
+        ];
+        for (who, from, ways) in everybody {
+            for turn in 0..ways.len() {
+                let mut open = Vec::new();
+                for at in 0..ways.len() {
+                    let way = ways[(turn + at) % ways.len()];
+                    let connection = Connection::open(from, 4242, way, &listener);
+                    open.push((way, connection.with_context(|| format!("{who} to {way}"))?));
+                }
+                for _ in 0..2 {
+                    for (way, connection) in &mut open {
+                        let spoken = connection.answer().and_then(|()| connection.ask());
+                        spoken.with_context(|| format!("{who} with {way}"))?;
+                    }
+                }
+                for (way, connection) in open {
+                    connection
+                        .abort()
+                        .with_context(|| format!("{who}, end of {way}"))?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The last fragment of an answer first: only the first one has ports, by which it is
+/// known where the answer must go.
+fn fragments_may_come_in_any_order(setting: Setting) -> Result<()> {
+    let node = setting.node()?;
+    let _outside = node.outside()?;
+    let network = setting.network(&node);
+    let server = network.pod("server")?;
+    let client = network.pod("client")?;
+    let web = Service::new("web", CLUSTER_IPS, SERVICE_PORT, endpoints(&server)?);
+    setting.serve(&node, &[web])?;
+    let wire = PacketSocket::open(&server, "eth0")?;
+    let from = MacAddr::of_device(&server, "eth0")?;
+    let to = MacAddr::of_device(&client, "eth0")?;
+    for family in 0..2 {
+        let own = SocketAddr::new(addresses(&server)?[family], POD_PORT);
+        let listener = server.within(|| Ok(UdpSocket::bind(own)?))?;
+        let any = unspecified_like(own);
+        let service = SocketAddr::new(CLUSTER_IPS[family], SERVICE_PORT);
+        for round in 0..6_u16 {
+            // By turns by the service and directly, from ports of their own.
+            let asked = if round % 2 == 0 { service } else { own };
+            let socket = client.within(|| Ok(UdpSocket::bind((any, 0))?))?;
+            socket.set_read_timeout(Some(PATIENCE))?;
+            socket.send_to(b"much, please", asked)?;
+            listener.set_read_timeout(Some(PATIENCE))?;
+            let (_, asker) = listener.recv_from(&mut [0; 100])?;
+            let answer: Vec<u8> = (0..3_500).map(|at| (at % 251) as u8).collect();
+            let packet = Packet::udp(own, asker, &answer);
+            let mut fragments = packet.fragments(1000 + round, 1_000);
+            match round / 2 {
+                0 => {}
+                1 => fragments.reverse(),
+                _ => fragments.swap(0, 1),
+            }
+            for fragment in fragments {
+                wire.send(&Frame::ip(to, from, &fragment))?;
+            }
+            let mut received = vec![0; 5_000];
+            let (length, source) = socket
+                .recv_from(&mut received)
+                .with_context(|| format!("{asked}, round {round}"))?;
+            ensure!(source == asked, "{source} answered in place of {asked}");
+            ensure!(received[..length] == answer, "something else was answered");
+        }
+    }
+    Ok(())
+}
+
+/// Programs that log are others than those that do not.
+fn services_are_reached_where_the_programs_log(setting: Setting) -> Result<()> {
+    let node = setting.node()?;
+    let _outside = node.outside()?;
+    for (number, level) in (0..).zip(["off", "debug", "trace"]) {
+        let mut config = setting.config(&node);
+        config["logLevel"] = json!(level);
+        if node.plugin() == "bridge" {
+            config["logLevel"].take();
+        }
+        let network = Network::new(&node, config);
+        let server = Server::new(&network, &format!("server{number}"))?;
+        let client = network.pod(&format!("client{number}"))?;
+        setting.serve(&node, &[service(&server)?])?;
+        for (own, cluster_ip) in addresses(&client)?.into_iter().zip(CLUSTER_IPS) {
+            let to = SocketAddr::new(cluster_ip, SERVICE_PORT);
+            meets_as(&client, to, server.name(), own).context(level)?;
+        }
     }
     Ok(())
 }
