@@ -34,6 +34,7 @@ in_settings!(one(Iptables, true, true):
     many_connections_in_a_row
     one_client_port_may_take_every_way_at_once
     fragments_may_come_in_any_order
+    smaller_links_further_on_are_found
 );
 in_settings!(other(Nftables, true, true):
     a_service_balances_between_its_pods
@@ -819,6 +820,72 @@ fn services_are_reached_where_the_programs_log(setting: Setting) -> Result<()> {
             let to = SocketAddr::new(cluster_ip, SERVICE_PORT);
             meets_as(&client, to, server.name(), own).context(level)?;
         }
+    }
+    Ok(())
+}
+
+/// What a router says of packets that are too large for its next link reaches whoever has
+/// sent them, through both translations.
+fn smaller_links_further_on_are_found(setting: Setting) -> Result<()> {
+    let node = setting.node()?;
+    let outside = node.outside()?;
+    let (router, far) = (node.machine()?, node.machine()?);
+    outside.connect("eth1", &router, "eth0")?;
+    router.connect("eth1", &far, "eth0")?;
+    for (machine, device) in [(&*outside as &Namespace, "eth1"), (&router, "eth0")] {
+        machine.ip(&format!("link set {device} mtu 1300"))?;
+    }
+    outside.ip("addr add 192.0.2.1/30 dev eth1\n\
+         addr add 2001:db8:4::1/64 dev eth1 nodad\n\
+         route add 203.0.113.0/24 via 192.0.2.2\n\
+         route add 2001:db8:2::/64 via 2001:db8:4::2")?;
+    router.ip("addr add 192.0.2.2/30 dev eth0\n\
+         addr add 2001:db8:4::2/64 dev eth0 nodad\n\
+         addr add 203.0.113.1/24 dev eth1\n\
+         addr add 2001:db8:2::1/64 dev eth1 nodad\n\
+         route add default via 192.0.2.1\n\
+         route add default via 2001:db8:4::1")?;
+    far.ip("addr add 203.0.113.9/24 dev eth0\n\
+         addr add 2001:db8:2::9/64 dev eth0 nodad\n\
+         route add default via 203.0.113.1\n\
+         route add default via 2001:db8:2::1")?;
+    for machine in [&*outside as &Namespace, &router] {
+        machine.set_sysctl("net.ipv4.ip_forward", "1")?;
+        machine.set_sysctl("net.ipv6.conf.all.forwarding", "1")?;
+    }
+    let there: [IpAddr; 2] = ["203.0.113.9".parse()?, "2001:db8:2::9".parse()?];
+    let network = setting.network(&node);
+    let server = network.pod("server")?;
+    let [cluster, local] = [
+        ("cluster", NODE_PORT, Cluster),
+        ("local", NODE_PORT + 1, Local),
+    ]
+    .map(|(name, port, policy)| {
+        let number = if policy == Local { 21 } else { 20 };
+        let at = endpoints(&server)?;
+        let service = Service::new(name, cluster_ips(number), SERVICE_PORT, at);
+        Ok::<_, anyhow::Error>(service.node_port(port, policy))
+    });
+    let api = there.map(|address| SocketAddr::new(address, 6443));
+    let api = Service::new("api", CLUSTER_IPS, 443, api);
+    setting.serve(&node, &[cluster?, local?, api])?;
+    for family in 0..2 {
+        let own = SocketAddr::new(addresses(&server)?[family], POD_PORT);
+        let _here = EchoServer::start_on(&server, own)?;
+        let _there = EchoServer::start_on(&far, (there[family], 6443).into())?;
+        let everybody: [(&Namespace, SocketAddr); 4] = [
+            (&far, (NODE[family], NODE_PORT).into()),
+            (&far, (NODE[family], NODE_PORT + 1).into()),
+            (&server, (there[family], 6443).into()),
+            (&server, (CLUSTER_IPS[family], 443).into()),
+        ];
+        for (from, to) in everybody {
+            from.tcp_transfer(to, 300_000)
+                .with_context(|| format!("a stream to {to}"))?;
+        }
+        // The pod has learned it: else nothing was too large.
+        let route = server.run(&format!("ip route get {}", there[family]))?;
+        ensure!(route.contains("mtu 1300"), "{route}");
     }
     Ok(())
 }
