@@ -50,57 +50,6 @@ fn service(server: &Server) -> Result<Service> {
     ))
 }
 
-<<<<<<< HEAD
-/// Row 1: the answer of a pod to a pod of its own network must go back through the host,
-/// which alone knows whom the other one had asked.
-fn a_pod_reaches_a_cluster_ip_of_its_own_network(setting: Setting) -> Result<()> {
-    let node = setting.node()?;
-    let _outside = node.outside()?;
-    let network = setting.network(&node);
-    let server = Server::new(&network, "server")?;
-    let client = Server::new(&network, "client")?;
-    setting.serve(&node, &[service(&server)?])?;
-    for _ in 0..3 {
-        for (own, cluster_ip) in addresses(&client)?.into_iter().zip(CLUSTER_IPS) {
-            meets_as(&client, (cluster_ip, SERVICE_PORT).into(), "server", own)?;
-        }
-    }
-    Ok(())
-}
-
-/// Row 2.
-fn a_pod_reaches_its_own_cluster_ip(setting: Setting) -> Result<()> {
-    let node = setting.node()?;
-    let _outside = node.outside()?;
-    let network = setting.network(&node);
-    let server = Server::new(&network, "server")?;
-    setting.serve(&node, &[service(&server)?])?;
-    for (gateway, cluster_ip) in GATEWAYS.into_iter().zip(CLUSTER_IPS) {
-        meets_as(
-            &server,
-            (cluster_ip, SERVICE_PORT).into(),
-            "server",
-            gateway,
-        )?;
-    }
-    Ok(())
-}
-
-/// Row 3.
-fn the_node_reaches_a_cluster_ip(setting: Setting) -> Result<()> {
-    let node = setting.node()?;
-    let _outside = node.outside()?;
-    let network = setting.network(&node);
-    let server = Server::new(&network, "server")?;
-    setting.serve(&node, &[service(&server)?])?;
-    for (gateway, cluster_ip) in GATEWAYS.into_iter().zip(CLUSTER_IPS) {
-        meets_as(&node, (cluster_ip, SERVICE_PORT).into(), "server", gateway)?;
-    }
-    Ok(())
-}
-
-=======
->>>>>>> h-kube
 /// A service with a node port of either policy: the second has the next number.
 fn node_ports(server: &Server) -> Result<[Service; 2]> {
     let of = |name, number, port, policy: ExternalTrafficPolicy| {
@@ -190,20 +139,8 @@ fn outside_reaches_a_pod_by_its_address(setting: Setting) -> Result<()> {
             let seen = setting.seen_outside_as(&server)?[family];
             meets_as(&server, (OUTSIDE[family], POD_PORT).into(), "outside", seen)?;
         }
-<<<<<<< HEAD
-        // From each other's port.
-        let any = |other: IpAddr| -> IpAddr {
-            if other.is_ipv4() {
-                [0; 4].into()
-            } else {
-                [0; 16].into()
-            }
-        };
-        let from = SocketAddr::new(any(pod), 4242);
-=======
         // From one port of their own.
         let from = SocketAddr::new(unspecified_like((pod, 0).into()), 4242);
->>>>>>> h-kube
         for client in Client::ALL {
             let meeting = outside.meet_from(client, from, (pod, POD_PORT).into(), PATIENCE)?;
             ensure!(
@@ -220,58 +157,10 @@ fn outside_reaches_a_pod_by_its_address(setting: Setting) -> Result<()> {
     Ok(())
 }
 
-<<<<<<< HEAD
-/// As the API server: translated by kube-proxy and masqueraded by us.
-fn a_pod_reaches_a_cluster_ip_with_an_endpoint_outside(setting: Setting) -> Result<()> {
-    let node = setting.node()?;
-    let outside = node.outside()?;
-    if !setting.masquerade {
-        outside.route_to_node(Network::V4_SUBNET)?;
-        outside.route_to_node(Network::V6_SUBNET)?;
-    }
-    let network = setting.network(&node);
-    let client = network.pod("client")?;
-    let endpoints = OUTSIDE.map(|address| SocketAddr::new(address, 6443));
-    let api = Service::new("kubernetes", CLUSTER_IPS, 443, endpoints);
-    setting.serve(&node, &[api])?;
-    let _api = listen(&outside, &OUTSIDE, 6443, "api")?;
-    for family in 0..2 {
-        let seen = setting.seen_outside_as(&client)?[family];
-        for _ in 0..3 {
-            meets_as(&client, (CLUSTER_IPS[family], 443).into(), "api", seen)?;
-        }
-        // And at the same time by its own address, from the same port.
-        let any = SocketAddr::new(
-            if family == 0 {
-                [0; 4].into()
-            } else {
-                [0; 16].into()
-            },
-            4242,
-        );
-        for server in [(CLUSTER_IPS[family], 443), (OUTSIDE[family], 6443)] {
-            let meeting = client.meet_from(Client::UnconnectedUdp, any, server.into(), PATIENCE)?;
-            ensure!(meeting.client.ip() == seen, "{meeting:?}");
-        }
-        meets_as(
-            &node,
-            (CLUSTER_IPS[family], 443).into(),
-            "api",
-            NODE[family],
-        )?;
-    }
-    Ok(())
-}
-
-/// What kube-proxy forwards and masquerades itself is netfilter's, there and back, also
-/// where pods are masqueraded by us on the same device.
-fn a_node_port_leads_to_another_machine(setting: Setting) -> Result<()> {
-=======
 /// The API server: a pod's request is translated by kube-proxy and masqueraded by us. And
 /// a node port may lead to another machine: what kube-proxy forwards and masquerades
 /// itself is netfilter's, there and back, on devices where pods are masqueraded by us.
 fn endpoints_may_be_outside(setting: Setting) -> Result<()> {
->>>>>>> h-kube
     let node = setting.node()?;
     let outside = node.outside()?;
     let elsewhere = node.machine()?;
@@ -339,23 +228,12 @@ fn pods_talk_past_the_host_at_the_same_time(setting: Setting) -> Result<()> {
     let live = addresses(&server)?.map(|address| SocketAddr::new(address, LIVE_PORT));
     let live = Service::new("live", CLUSTER_IPS, SERVICE_PORT, live).node_port(30_099, Local);
     setting.serve(&node, &[cluster, local, live])?;
-<<<<<<< HEAD
-    let directs: Vec<_> = [&client, &server]
-        .map(|pod| listen(pod, &addresses(pod)?, DIRECT_PORT, pod.name()))
-        .into_iter()
-        .collect::<Result<_>>()?;
-    ensure!(directs.len() == 2);
-    let counters =
-        ["th dport 9090", "th sport 9090"].map(|what| Counter::new(&node, "prerouting", what));
-    let counters = counters.into_iter().collect::<Result<Vec<_>>>()?;
-=======
     let _client = listen(&client, &addresses(&client)?, DIRECT_PORT, "client")?;
     let _server = listen(&server, &addresses(&server)?, DIRECT_PORT, "server")?;
     let counters = [
         Counter::new(&node, "prerouting", &format!("th dport {DIRECT_PORT}"))?,
         Counter::new(&node, "prerouting", &format!("th sport {DIRECT_PORT}"))?,
     ];
->>>>>>> h-kube
 
     let everybody: [(&str, &Namespace); 3] =
         [("client", &client), ("node", &node), ("outside", &outside)];
@@ -472,15 +350,7 @@ fn one_source_port_for_a_cluster_ip_and_the_pod_behind_it(setting: Setting) -> R
         let mut service = open(by_service).context("after the direct one")?;
         in_turns(&mut direct, &mut service)?;
 
-<<<<<<< HEAD
-        let any: IpAddr = if family == 0 {
-            [0; 4].into()
-        } else {
-            [0; 16].into()
-        };
-=======
         let any = unspecified_like(directly);
->>>>>>> h-kube
         let socket = client.within(|| Ok(UdpSocket::bind((any, 4243))?))?;
         socket.set_read_timeout(Some(PATIENCE))?;
         let servers = [
@@ -576,18 +446,7 @@ fn streams_errors_and_fragments_pass(setting: Setting) -> Result<()> {
 
 /// That nobody listens there, and that this is said: over TCP and UDP.
 fn is_refused(from: &Namespace, to: SocketAddr) -> Result<()> {
-<<<<<<< HEAD
-    let any = SocketAddr::new(
-        if to.is_ipv4() {
-            [0; 4].into()
-        } else {
-            [0; 16].into()
-        },
-        0,
-    );
-=======
     let any = SocketAddr::new(unspecified_like(to), 0);
->>>>>>> h-kube
     let socket = from.within(|| {
         let socket = UdpSocket::bind(any)?;
         socket.connect(to)?;
@@ -615,18 +474,7 @@ fn is_refused(from: &Namespace, to: SocketAddr) -> Result<()> {
 
 /// That a datagram comes back behind the greeting.
 fn datagram(from: &Namespace, to: SocketAddr, length: usize) -> Result<()> {
-<<<<<<< HEAD
-    let any = SocketAddr::new(
-        if to.is_ipv4() {
-            [0; 4].into()
-        } else {
-            [0; 16].into()
-        },
-        0,
-    );
-=======
     let any = SocketAddr::new(unspecified_like(to), 0);
->>>>>>> h-kube
     let socket = from.within(|| Ok(UdpSocket::bind(any)?))?;
     socket.set_read_timeout(Some(PATIENCE))?;
     let message: Vec<u8> = (0..length).map(|at| (at % 251) as u8).collect();
