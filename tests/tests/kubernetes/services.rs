@@ -721,19 +721,31 @@ fn smaller_links_further_on_are_found(setting: Setting) -> Result<()> {
         let own = SocketAddr::new(addresses(&server)?[family], POD_PORT);
         let _here = EchoServer::start_on(&server, own)?;
         let _there = EchoServer::start_on(&far, (there[family], 6443).into())?;
-        let everybody: [(&Namespace, SocketAddr); 4] = [
-            (&far, (NODE[family], NODE_PORT).into()),
-            (&far, (NODE[family], NODE_PORT + 1).into()),
-            (&server, (there[family], 6443).into()),
-            (&server, (CLUSTER_IPS[family], 443).into()),
+        // With whom the pod then speaks, by its own account.
+        let everybody: [(&Namespace, SocketAddr, IpAddr); 4] = [
+            (&far, (NODE[family], NODE_PORT).into(), GATEWAYS[family]),
+            (&far, (NODE[family], NODE_PORT + 1).into(), there[family]),
+            (&server, (there[family], 6443).into(), there[family]),
+            (
+                &server,
+                (CLUSTER_IPS[family], 443).into(),
+                CLUSTER_IPS[family],
+            ),
         ];
-        for (from, to) in everybody {
+        for (from, to, peer) in everybody {
+            // Who has learned it offers smaller segments from then on.
+            for machine in [&far, &server as &Namespace] {
+                machine.ip("route flush cache")?;
+                machine.run("ip -6 route flush cache")?;
+            }
             from.tcp_transfer(to, 300_000)
                 .with_context(|| format!("a stream to {to}"))?;
+            let route = server.run(&format!("ip route get {peer}"))?;
+            ensure!(
+                route.contains("mtu 1300"),
+                "the pod was not told, when {to} was asked: {route}"
+            );
         }
-        // The pod has learned it: else nothing was too large.
-        let route = server.run(&format!("ip route get {}", there[family]))?;
-        ensure!(route.contains("mtu 1300"), "{route}");
     }
     Ok(())
 }
