@@ -13,8 +13,8 @@ use bpf_bridge_tests::{Client, Namespace, Node};
 use nix::{libc, net::if_::if_nametoindex};
 
 use crate::{
-    CLUSTER_IPS, NODE, NODE_PORT, OUTSIDE, PATIENCE, POD_PORT, SERVICE_PORT, SILENCE, Server,
-    Setting, addresses, listen, meets_as,
+    CLUSTER_IPS, FAMILIES, NODE, NODE_PORT, OUTSIDE, PATIENCE, POD_PORT, SERVICE_PORT, SILENCE,
+    Server, Setting, addresses, listen, meets_as,
     proxy::{ExternalTrafficPolicy::Local, Mode, Service},
 };
 
@@ -242,7 +242,7 @@ struct Scene<'a> {
 
 impl Scene<'_> {
     fn all_meet(&self) -> Result<()> {
-        for family in 0..2 {
+        for family in FAMILIES {
             let own = addresses(self.client)?[family];
             let service = SocketAddr::new(CLUSTER_IPS[family], SERVICE_PORT);
             meets_as(self.client, service, "server", own)?;
@@ -321,7 +321,7 @@ fn filters_go_on_seeing_what_they_saw() -> Result<()> {
     };
     let before = seen()?;
     for _ in 0..rounds {
-        for family in 0..2 {
+        for family in FAMILIES {
             for to in [
                 (OUTSIDE[family], POD_PORT),
                 (CLUSTER_IPS[family], SERVICE_PORT),

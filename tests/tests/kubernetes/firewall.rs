@@ -7,8 +7,8 @@ use bpf_bridge_tests::{Client, Namespace, Network, Node, Pod};
 use serde_json::json;
 
 use crate::{
-    CLUSTER_IPS, Counter, GATEWAYS, NODE, NODE_PORT, OUTSIDE, PATIENCE, POD_PORT, SERVICE_PORT,
-    SILENCE, Server, Setting, addresses, in_settings, listen, meets, meets_as,
+    CLUSTER_IPS, Counter, FAMILIES, GATEWAYS, NODE, NODE_PORT, OUTSIDE, PATIENCE, POD_PORT,
+    SERVICE_PORT, SILENCE, Server, Setting, addresses, in_settings, listen, meets, meets_as,
     proxy::{self, ExternalTrafficPolicy::Local, Mode, Service},
     tighten,
 };
@@ -52,7 +52,7 @@ fn a_dropping_forward_policy_spares_pods_and_published_ports(setting: Setting) -
     let _outside = listen(&outside, &OUTSIDE, POD_PORT, "outside")?;
     drop_forwarded(&node)?;
     let goes_on = || -> Result<()> {
-        for family in 0..2 {
+        for family in FAMILIES {
             for (from, to) in [(&client, &server), (&server, &client)] {
                 let own = addresses(from)?[family];
                 let other = SocketAddr::new(addresses(to)?[family], POD_PORT);
@@ -75,7 +75,7 @@ fn a_dropping_forward_policy_spares_pods_and_published_ports(setting: Setting) -
     };
     goes_on()?;
     // What the host routes is the policy's.
-    for family in 0..2 {
+    for family in FAMILIES {
         meets_nobody(&client, (OUTSIDE[family], POD_PORT).into())?;
         meets_nobody(&outside, (addresses(&server)?[family], POD_PORT).into())?;
         meets_nobody(&client, (CLUSTER_IPS[family], SERVICE_PORT).into())?;
@@ -90,7 +90,7 @@ fn a_dropping_forward_policy_spares_pods_and_published_ports(setting: Setting) -
         }
     }
     goes_on()?;
-    for family in 0..2 {
+    for family in FAMILIES {
         let seen = setting.seen_outside_as(&client)?[family];
         meets_as(&client, (OUTSIDE[family], POD_PORT).into(), "outside", seen)?;
         let pod = addresses(&server)?[family];
@@ -126,7 +126,7 @@ fn netfilter_sees_all_that_was_asked_for(setting: Setting) -> Result<()> {
     });
     let (requests, replies) = (requests?, replies?);
     let services_work = || -> Result<()> {
-        for family in 0..2 {
+        for family in FAMILIES {
             let own = addresses(&client)?[family];
             let service = SocketAddr::new(CLUSTER_IPS[family], SERVICE_PORT);
             meets_as(&client, service, "server", own)?;

@@ -12,8 +12,8 @@ use bpf_bridge_tests::{Meeting, Namespace, Network, Node, Pod};
 use serde_json::json;
 
 use crate::{
-    CLUSTER_IPS, Connection, NODE, OUTSIDE, PATIENCE, POD_PORT, SERVICE_PORT, Server, Setting,
-    addresses, cluster_ips, evict, in_settings, listen, meets_as,
+    CLUSTER_IPS, Connection, FAMILIES, NODE, OUTSIDE, PATIENCE, POD_PORT, SERVICE_PORT, Server,
+    Setting, addresses, cluster_ips, evict, in_settings, listen, meets_as,
     proxy::{ExternalTrafficPolicy::Local, Service},
     settle, unspecified_like,
 };
@@ -121,7 +121,7 @@ fn connections_outlast_idleness_and_eviction(setting: Setting) -> Result<()> {
     setting.serve(&node, &[live, api])?;
     let mut connections = Vec::new();
     let mut datagrams = Vec::new();
-    for family in 0..2 {
+    for family in FAMILIES {
         let pod = SocketAddr::new(addresses(&server)?[family], 8081);
         let api = SocketAddr::new(OUTSIDE[family], 6443);
         let service = SocketAddr::new(CLUSTER_IPS[family], SERVICE_PORT);
@@ -223,7 +223,7 @@ fn an_endpoint_may_be_replaced(setting: Setting) -> Result<()> {
     let web = Service::new("web", CLUSTER_IPS, SERVICE_PORT, first.endpoints()?);
     setting.serve(&node, &[web.node_port(NODE_PORT, Local)])?;
     let mut sockets = Vec::new();
-    for family in 0..2 {
+    for family in FAMILIES {
         let service = SocketAddr::new(CLUSTER_IPS[family], SERVICE_PORT);
         let direct = SocketAddr::new(addresses(&first)?[family], POD_PORT);
         let by_node = SocketAddr::new(NODE[family], NODE_PORT);
@@ -249,7 +249,7 @@ fn an_endpoint_may_be_replaced(setting: Setting) -> Result<()> {
             let met = ask(socket, *server).with_context(|| format!("{server} by UDP"))?;
             ensure!(met.server == name, "{server}: {met:?}");
         }
-        for family in 0..2 {
+        for family in FAMILIES {
             let own = addresses(&client)?[family];
             meets_as(
                 &client,
@@ -290,7 +290,7 @@ fn a_client_may_be_replaced(setting: Setting) -> Result<()> {
         let name = format!("client{round}");
         let pod = pod_at(&network, &name, 77)?;
         let _own = listen(&pod, &addresses(&pod)?, POD_PORT, &name)?;
-        for family in 0..2 {
+        for family in FAMILIES {
             let servers = [
                 SocketAddr::new(CLUSTER_IPS[family], SERVICE_PORT),
                 SocketAddr::new(addresses(&server)?[family], POD_PORT),
@@ -327,7 +327,7 @@ fn other_calls_of_the_plugin_disturb_nobody(setting: Setting) -> Result<()> {
     )?;
     let mut connections = Vec::new();
     let mut datagrams = Vec::new();
-    for family in 0..2 {
+    for family in FAMILIES {
         let at = Sockets::bind(&server, live[family])?;
         let to = SocketAddr::new(CLUSTER_IPS[family], SERVICE_PORT);
         connections.push(Connection::open(&client, 0, to, &at.tcp)?);

@@ -53,6 +53,9 @@ const NODE: [IpAddr; 2] = [IpAddr::V4(Outside::NODE_V4), IpAddr::V6(Outside::NOD
 /// The addresses of the machine outside.
 const OUTSIDE: [IpAddr; 2] = [IpAddr::V4(Outside::V4), IpAddr::V6(Outside::V6)];
 
+/// The places of the families in such pairs: IPv4, IPv6.
+const FAMILIES: [usize; 2] = [0, 1];
+
 const fn cluster_ips(number: u8) -> [IpAddr; 2] {
     [
         IpAddr::V4(Ipv4Addr::new(10, 96, 0, number)),
@@ -66,7 +69,7 @@ struct Setting {
     mode: Mode,
     /// The network has `ipMasq`.
     masquerade: bool,
-    /// The node believes nobody: see [`Setting::tighten`].
+    /// The node believes nobody: see [`tighten`].
     strict: bool,
 }
 

@@ -12,8 +12,8 @@ use bpf_bridge_tests::{
 use serde_json::json;
 
 use crate::{
-    CLUSTER_IPS, Connection, Counter, GATEWAYS, NODE, NODE_PORT, OUTSIDE, PATIENCE, POD_PORT,
-    SERVICE_PORT, Server, Setting, addresses, cluster_ips, endpoints, gateway_frames,
+    CLUSTER_IPS, Connection, Counter, FAMILIES, GATEWAYS, NODE, NODE_PORT, OUTSIDE, PATIENCE,
+    POD_PORT, SERVICE_PORT, Server, Setting, addresses, cluster_ips, endpoints, gateway_frames,
     in_every_setting, in_settings, listen, meets, meets_as,
     proxy::{
         ExternalTrafficPolicy::{self, Cluster, Local},
@@ -80,7 +80,7 @@ fn everybody_reaches_services(setting: Setting) -> Result<()> {
     let [cluster, local] = node_ports(&server)?;
     setting.serve(&node, &[service(&server)?, cluster, local])?;
     let mut failed = Vec::new();
-    for family in 0..2 {
+    for family in FAMILIES {
         let own = addresses(&client)?[family];
         let gateway = GATEWAYS[family];
         let service = SocketAddr::new(CLUSTER_IPS[family], SERVICE_PORT);
@@ -132,7 +132,7 @@ fn outside_reaches_a_pod_by_its_address(setting: Setting) -> Result<()> {
     let server = Server::new(&network, "server")?;
     setting.serve(&node, &[service(&server)?])?;
     let _outside = listen(&outside, &OUTSIDE, POD_PORT, "outside")?;
-    for family in 0..2 {
+    for family in FAMILIES {
         let pod = addresses(&server)?[family];
         for _ in 0..2 {
             meets_as(&outside, (pod, POD_PORT).into(), "server", OUTSIDE[family])?;
@@ -190,7 +190,7 @@ fn endpoints_may_be_outside(setting: Setting) -> Result<()> {
     )?;
     let _outside = listen(&outside, &OUTSIDE, 6443, "api")?;
     let _elsewhere = listen(&elsewhere, &there, 6443, "elsewhere")?;
-    for family in 0..2 {
+    for family in FAMILIES {
         let api = SocketAddr::new(CLUSTER_IPS[family], 443);
         let seen = setting.seen_outside_as(&client)?[family];
         for _ in 0..3 {
@@ -238,7 +238,7 @@ fn pods_talk_past_the_host_at_the_same_time(setting: Setting) -> Result<()> {
     let everybody: [(&str, &Namespace); 3] =
         [("client", &client), ("node", &node), ("outside", &outside)];
     let mut connections = Vec::new();
-    for family in 0..2 {
+    for family in FAMILIES {
         let pod = addresses(&server)?[family];
         let listener = server.within(|| Ok(TcpListener::bind((pod, LIVE_PORT))?))?;
         for (who, from) in everybody {
@@ -256,7 +256,7 @@ fn pods_talk_past_the_host_at_the_same_time(setting: Setting) -> Result<()> {
             connection.ask().context(*who)?;
             connection.answer().context(*who)?;
         }
-        for family in 0..2 {
+        for family in FAMILIES {
             let service = SocketAddr::new(cluster_ips(20)[family], SERVICE_PORT);
             for from in [&*client as &Namespace, &server, &node] {
                 meets(from, service, "server")?;
@@ -313,7 +313,7 @@ fn one_source_port_for_a_cluster_ip_and_the_pod_behind_it(setting: Setting) -> R
     let live = addresses(&server)?.map(|address| SocketAddr::new(address, LIVE_PORT));
     let live = Service::new("live", cluster_ips(20), SERVICE_PORT, live);
     setting.serve(&node, &[service(&server)?, live])?;
-    for family in 0..2 {
+    for family in FAMILIES {
         let pod = addresses(&server)?[family];
         let own = addresses(&client)?[family];
         let listener = server.within(|| Ok(TcpListener::bind((pod, LIVE_PORT))?))?;
@@ -403,7 +403,7 @@ fn streams_errors_and_fragments_pass(setting: Setting) -> Result<()> {
     let stream = Service::new("stream", cluster_ips(31), 5001, stream).node_port(30_501, Local);
     let [web, _] = node_ports(&server)?;
     setting.serve(&node, &[silent, web, stream])?;
-    for family in 0..2 {
+    for family in FAMILIES {
         let echo = SocketAddr::new(addresses(&server)?[family], LIVE_PORT);
         let _echo = EchoServer::start_on(&server, echo)?;
         let streaming = SocketAddr::new(cluster_ips(31)[family], 5001);
@@ -563,7 +563,7 @@ fn one_client_port_may_take_every_way_at_once(setting: Setting) -> Result<()> {
     let client = network.pod("client")?;
     let web = Service::new("web", CLUSTER_IPS, SERVICE_PORT, endpoints(&pod)?);
     setting.serve(&node, &[web.node_port(NODE_PORT, Local)])?;
-    for family in 0..2 {
+    for family in FAMILIES {
         let at = addresses(&pod)?[family];
         let direct = SocketAddr::new(at, POD_PORT);
         let listener = pod.within(|| Ok(TcpListener::bind(direct)?))?;
@@ -615,7 +615,7 @@ fn fragments_may_come_in_any_order(setting: Setting) -> Result<()> {
     let wire = PacketSocket::open(&server, "eth0")?;
     let from = MacAddr::of_device(&server, "eth0")?;
     let to = MacAddr::of_device(&client, "eth0")?;
-    for family in 0..2 {
+    for family in FAMILIES {
         let own = SocketAddr::new(addresses(&server)?[family], POD_PORT);
         let listener = server.within(|| Ok(UdpSocket::bind(own)?))?;
         let any = unspecified_like(own);
@@ -717,7 +717,7 @@ fn smaller_links_further_on_are_found(setting: Setting) -> Result<()> {
     let api = there.map(|address| SocketAddr::new(address, 6443));
     let api = Service::new("api", CLUSTER_IPS, 443, api);
     setting.serve(&node, &[cluster?, local?, api])?;
-    for family in 0..2 {
+    for family in FAMILIES {
         let own = SocketAddr::new(addresses(&server)?[family], POD_PORT);
         let _here = EchoServer::start_on(&server, own)?;
         let _there = EchoServer::start_on(&far, (there[family], 6443).into())?;
