@@ -43,6 +43,7 @@ const PROGRAMS: &[Program] = {
         ("iperf3", "iperf3", &[Demo]),
         ("strace", "strace", &[Test]),
         ("iptables", "iptables", &[Demo, Test, Bench]),
+        ("nft", "nftables", &[Test]),
         ("busybox", "busybox-static", &[Demo, Test]),
         ("runc", "runc", &[Test]),
         ("containerd", "containerd", &[Test]),
