@@ -11,8 +11,8 @@ use std::{
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use bpf_bridge_tests::{
-    Client, EchoServer, Frame, MacAddr, Meeting, Namespace, Network, Node, Outside, Packet,
-    PacketSocket, Pod,
+    Client, EchoServer, Frame, MacAddr, Meeting, Namespace, Network, Node, Offload, Outside,
+    Packet, PacketSocket, Pod,
 };
 use nix::{
     libc,
@@ -21,13 +21,23 @@ use nix::{
 use serde_json::json;
 
 use crate::{
-    Drops, GATEWAYS, IPTABLES, NODE, OUTSIDE, PATIENCE, addresses, all_differ, both, drops, each,
+    By, Drops, GATEWAYS, IPTABLES, NODE, OUTSIDE, PATIENCE, addresses, all_differ, both,
+    by_stack_and_programs, drops, each,
     flow::{Flow, Kind, PORT, Remote},
     is_stock, network, other_network, pod, publishing_network, remotes, settle,
 };
 
 const HOST_PORT: u16 = 8080;
 const POD_PORT: u16 = 80;
+
+by_stack_and_programs! {
+    flows_of_one_port_to_one_remote_are_told_apart
+    ports_are_kept_where_nobody_is_in_the_way
+    what_cannot_be_told_apart_is_dropped_and_counted
+    ten_thousand_connections_of_a_pod_to_one_remote
+    when_no_port_is_left_that_is_counted
+    a_port_may_be_used_again
+}
 
 /// Who speaks to the outside.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -53,8 +63,8 @@ struct Everybody<'node> {
 }
 
 impl<'node> Everybody<'node> {
-    fn new(node: &'node Node) -> Result<Self> {
-        let (network, other) = (network(node), other_network(node));
+    fn new(node: &'node Node, by: By) -> Result<Self> {
+        let (network, other) = (by.network(node), other_network(node));
         let (first, neighbour) = (network.pod("pod")?, network.pod("neighbour")?);
         Ok(Self {
             node,
@@ -128,8 +138,7 @@ fn all_are_told_apart(
     Ok(())
 }
 
-#[test]
-fn flows_of_one_port_to_one_remote_are_told_apart() -> Result<()> {
+fn flows_of_one_port_to_one_remote_are_told_apart(by: By) -> Result<()> {
     const ORDERS: &[&[Who]] = &[
         &[APod, Neighbour],
         &[APod, Foreigner],
@@ -145,7 +154,7 @@ fn flows_of_one_port_to_one_remote_are_told_apart() -> Result<()> {
     ];
     let node = Node::new()?;
     let outside = node.outside()?;
-    let all = Everybody::new(&node)?;
+    let all = Everybody::new(&node, by)?;
     let remotes = remotes(&outside)?;
     let mut port = 5000;
     let rows = ORDERS.iter().flat_map(|order| {
@@ -160,11 +169,10 @@ fn flows_of_one_port_to_one_remote_are_told_apart() -> Result<()> {
 }
 
 /// Another port of the remote is another flow, of which the port can be kept.
-#[test]
-fn ports_are_kept_where_nobody_is_in_the_way() -> Result<()> {
+fn ports_are_kept_where_nobody_is_in_the_way(by: By) -> Result<()> {
     let node = Node::new()?;
     let outside = node.outside()?;
-    let all = Everybody::new(&node)?;
+    let all = Everybody::new(&node, by)?;
     for (address, node) in OUTSIDE.into_iter().zip(NODE) {
         let remotes = [
             Remote::on(&outside, (address, 9000))?,
@@ -184,11 +192,10 @@ fn ports_are_kept_where_nobody_is_in_the_way() -> Result<()> {
 }
 
 /// Where the port cannot be changed, the second is not served, and that is counted.
-#[test]
-fn what_cannot_be_told_apart_is_dropped_and_counted() -> Result<()> {
+fn what_cannot_be_told_apart_is_dropped_and_counted(by: By) -> Result<()> {
     let node = Node::new()?;
     let outside = node.outside()?;
-    let all = Everybody::new(&node)?;
+    let all = Everybody::new(&node, by)?;
     let remotes = remotes(&outside)?;
     let reasons = [Drops::Exhausted, Drops::NotTranslatable];
     let kinds = [Kind::Sctp, Kind::Portless(47), Kind::Portless(253)];
@@ -230,18 +237,15 @@ fn leave_descriptors_but(listener: &TcpListener) -> Result<()> {
 
 /// More than the kernel would let itself have to one remote, if pods shared its ports:
 /// each with a token of its own.
-#[test]
-fn ten_thousand_connections_of_a_pod_to_one_remote() -> Result<()> {
-    const FIRST: usize = 10_000;
-    const SECOND: usize = 2_000;
+fn ten_thousand_connections_of_a_pod_to_one_remote(by: By) -> Result<()> {
     let node = Node::new()?;
     let outside = node.outside()?;
-    let all = Everybody::new(&node)?;
+    let all = Everybody::new(&node, by)?;
     // From the same ports, both of them.
     for pod in [&all.pod, &all.neighbour] {
         pod.set_sysctl("net/ipv4/ip_local_port_range", "20000 32000")?;
     }
-    for address in OUTSIDE {
+    for (address, [first, second]) in OUTSIDE.into_iter().zip([[10_000, 1_000], [1_000, 1_000]]) {
         let listener = outside.within(|| Ok(TcpListener::bind((address, PORT))?))?;
         let server = listener.local_addr()?;
         let (again, wait) = mpsc::channel();
@@ -254,7 +258,7 @@ fn ten_thousand_connections_of_a_pod_to_one_remote() -> Result<()> {
                 stream.read_exact(&mut token)?;
                 stream.write_all(&token)?;
                 connections.push(stream);
-                if connections.len() == FIRST + SECOND {
+                if connections.len() == first + second {
                     break;
                 }
             }
@@ -276,7 +280,7 @@ fn ten_thousand_connections_of_a_pod_to_one_remote() -> Result<()> {
             Ok(())
         };
         let mut connections = Vec::new();
-        for (pod, count) in [(&all.pod, FIRST), (&all.neighbour, SECOND)] {
+        for (pod, count) in [(&all.pod, first), (&all.neighbour, second)] {
             let some = pod.within(|| {
                 (0..count)
                     .map(|number| {
@@ -306,12 +310,11 @@ fn ten_thousand_connections_of_a_pod_to_one_remote() -> Result<()> {
 }
 
 /// One pod takes every port: others are refused and counted, and hear nothing of it.
-#[test]
-fn when_no_port_is_left_that_is_counted() -> Result<()> {
+fn when_no_port_is_left_that_is_counted(by: By) -> Result<()> {
     const LATE: u16 = 200;
     let node = Node::new()?;
     let outside = node.outside()?;
-    let network = network(&node);
+    let network = by.network(&node);
     let greedy = network.pod("greedy")?;
     let late = pod(&network, "late")?;
     let wire = PacketSocket::open(&greedy, "eth0")?;
@@ -358,6 +361,57 @@ fn when_no_port_is_left_that_is_counted() -> Result<()> {
         flow.exchange()?;
     }
     Ok(())
+}
+
+/// What serves published ports on the uplink.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Serves {
+    Tc,
+    /// XDP, of what it can do.
+    Xdp,
+}
+
+impl Serves {
+    /// One whose packets XDP serves, if it does.
+    fn outside(self, node: &Node) -> Result<Outside> {
+        let outside = node.outside()?;
+        if self == Self::Xdp {
+            outside.set_offload("eth0", Offload::TxChecksum, false)?;
+        }
+        Ok(outside)
+    }
+
+    fn network(self, node: &Node) -> Network<'_> {
+        publishing_network(
+            node,
+            &match self {
+                Self::Tc => json!({}),
+                Self::Xdp => json!({"xdpUplinks": ["uplink0"]}),
+            },
+        )
+    }
+}
+
+mod tc {
+    #[test]
+    fn a_published_number_may_be_a_source_port() -> anyhow::Result<()> {
+        super::a_published_number_may_be_a_source_port(super::Serves::Tc)
+    }
+    #[test]
+    fn replies_to_what_netfilter_masquerades_are_not_captured() -> anyhow::Result<()> {
+        super::replies_to_what_netfilter_masquerades_are_not_captured(super::Serves::Tc)
+    }
+}
+
+mod xdp {
+    #[test]
+    fn a_published_number_may_be_a_source_port() -> anyhow::Result<()> {
+        super::a_published_number_may_be_a_source_port(super::Serves::Xdp)
+    }
+    #[test]
+    fn replies_to_what_netfilter_masquerades_are_not_captured() -> anyhow::Result<()> {
+        super::replies_to_what_netfilter_masquerades_are_not_captured(super::Serves::Xdp)
+    }
 }
 
 /// A pod that publishes [`HOST_PORT`], and answers with its name.
@@ -410,7 +464,7 @@ fn is_served_from(remote: &Remote, name: &str) -> Result<()> {
 fn published_ports_are_reached_by_everybody() -> Result<()> {
     let node = Node::new()?;
     let outside = node.outside()?;
-    let (network, other) = (publishing_network(&node), other_network(&node));
+    let (network, other) = (publishing_network(&node, &json!({})), other_network(&node));
     let server = Server::new(&network, "server")?;
     let (neighbour, foreigner) = (network.pod("neighbour")?, pod(&other, "foreigner")?);
     let here: &Namespace = &outside;
@@ -440,11 +494,10 @@ fn published_ports_are_reached_by_everybody() -> Result<()> {
 }
 
 /// A pod speaks from the number of a published port.
-#[test]
-fn a_published_number_may_be_a_source_port() -> Result<()> {
+fn a_published_number_may_be_a_source_port(serves: Serves) -> Result<()> {
     let node = Node::new()?;
-    let outside = node.outside()?;
-    let network = publishing_network(&node);
+    let outside = serves.outside(&node)?;
+    let network = serves.network(&node);
     let remotes = remotes(&outside)?;
     let server = Server::new(&network, "server")?;
     let neighbour = pod(&network, "neighbour")?;
@@ -472,7 +525,7 @@ fn a_published_number_may_be_a_source_port() -> Result<()> {
 fn a_source_port_may_be_published_later() -> Result<()> {
     let node = Node::new()?;
     let outside = node.outside()?;
-    let network = publishing_network(&node);
+    let network = publishing_network(&node, &json!({}));
     let remotes = remotes(&outside)?;
     let speaker = pod(&network, "speaker")?;
     let mut flows = both(&[Kind::Udp, Kind::Tcp])
@@ -528,8 +581,7 @@ fn a_process_of_the_node_keeps_its_port() -> Result<()> {
 
 /// The other half of the hazard of published ports: netfilter masquerades somebody
 /// else's flow from a number that is published.
-#[test]
-fn replies_to_what_netfilter_masquerades_are_not_captured() -> Result<()> {
+fn replies_to_what_netfilter_masquerades_are_not_captured(serves: Serves) -> Result<()> {
     /// How the guest comes to appear with the number.
     #[derive(Clone, Copy, Debug)]
     enum By {
@@ -538,8 +590,8 @@ fn replies_to_what_netfilter_masquerades_are_not_captured() -> Result<()> {
     }
     for (by, port) in [(By::ItsOwnPort, HOST_PORT), (By::TheRule, 4711)] {
         let node = Node::new()?;
-        let outside = node.outside()?;
-        let network = publishing_network(&node);
+        let outside = serves.outside(&node)?;
+        let network = serves.network(&node);
         let guest = guest(&node)?;
         if matches!(by, By::TheRule) {
             for iptables in IPTABLES {
@@ -607,6 +659,44 @@ fn the_gateway_address_is_no_pod() -> Result<()> {
         ensure!(seen == gateway, "{met:?}");
         let met = pod.meet(Client::Udp, server.address(), PATIENCE)?;
         ensure!(NODE.contains(&met.client.ip()), "{met:?}");
+    }
+    Ok(())
+}
+
+/// One connection after the other, from the same port of two pods, however they end.
+fn a_port_may_be_used_again(by: By) -> Result<()> {
+    let node = Node::new()?;
+    let outside = node.outside()?;
+    let all = Everybody::new(&node, by)?;
+    for address in OUTSIDE {
+        let server = EchoServer::start_as(&outside, (address, PORT).into(), "outside")?;
+        let any = SocketAddr::new(
+            if address.is_ipv4() {
+                [0; 4].into()
+            } else {
+                [0; 16].into()
+            },
+            4242,
+        );
+        for round in 0..20 {
+            let who = if round % 3 == 0 {
+                &all.neighbour
+            } else {
+                &all.pod
+            };
+            let mut stream = who
+                .tcp_connect_from(any, server.address(), PATIENCE)
+                .with_context(|| format!("round {round}"))?;
+            stream.set_read_timeout(Some(PATIENCE))?;
+            // Its end comes first, so that the pod's port is free.
+            stream.write_all(b"!")?;
+            let mut answer = [0; 10];
+            let length = stream
+                .read(&mut answer)
+                .with_context(|| format!("round {round}"))?;
+            ensure!(length > 0, "round {round}: closed");
+            crate::flow::reset_when_dropped(&stream)?;
+        }
     }
     Ok(())
 }

@@ -30,6 +30,7 @@ by_stack_and_programs! {
     a_complaint_with_a_short_quotation_reaches_the_pod
     datagrams_larger_than_the_mtu_are_echoed
     fragments_may_come_in_any_order
+    large_transfers_are_intact
 }
 
 /// Lets routers complain as often as they have reason to.
@@ -369,6 +370,32 @@ fn datagrams_larger_than_the_mtu_are_echoed(by: By) -> Result<()> {
             }
             pod.ping_with(address, 3, &["-s", "5000"])
                 .with_context(|| format!("tracked: {tracked}"))?;
+        }
+    }
+    Ok(())
+}
+
+/// With large packets and unfinished checksums, as the kernel hands them on, and
+/// without.
+fn large_transfers_are_intact(by: By) -> Result<()> {
+    let node = Node::new()?;
+    let outside = node.outside()?;
+    let network = by.network(&node);
+    let pod = crate::pod(&network, "pod")?;
+    let servers = OUTSIDE.map(|address| EchoServer::start(&outside, address));
+    let ends: [(&Namespace, &str); 2] = [(&pod, "eth0"), (&outside, "eth0")];
+    for (offloads, bytes) in [(true, 20_000_000), (false, 2_000_000)] {
+        for (namespace, device) in ends {
+            for offload in [Offload::TxChecksum, Offload::GenericSegmentation] {
+                namespace.set_offload(device, offload, offloads)?;
+            }
+        }
+        for server in &servers {
+            let server = server
+                .as_ref()
+                .map_err(|error| anyhow::anyhow!("{error:#}"))?;
+            pod.tcp_transfer(server.address(), bytes)
+                .with_context(|| format!("{}, offloads: {offloads}", server.address()))?;
         }
     }
     Ok(())

@@ -510,7 +510,7 @@ impl Flow<'_> {
     }
 }
 
-fn reset_when_dropped(stream: &TcpStream) -> Result<()> {
+pub(crate) fn reset_when_dropped(stream: &TcpStream) -> Result<()> {
     let linger = nix::libc::linger {
         l_onoff: 1,
         l_linger: 0,

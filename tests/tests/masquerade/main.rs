@@ -62,12 +62,15 @@ fn network_with<'node>(node: &'node Node, more: &Value) -> Network<'node> {
     Network::new(node, config)
 }
 
-/// As [`network`], with pods that may publish ports.
-fn publishing_network(node: &Node) -> Network<'_> {
+/// As [`network`], with pods that may publish ports, and more keys.
+fn publishing_network<'node>(node: &'node Node, more: &Value) -> Network<'node> {
     let mut config = Network::dual_stack(node);
     let name = config["name"].take();
     config["cniVersion"].take();
     config["ipMasq"] = json!(true);
+    for (key, value) in more.as_object().into_iter().flatten() {
+        config[key] = value.clone();
+    }
     let publishes = json!({"portMappings": true});
     let mut plugins = vec![config];
     if is_stock(node) {

@@ -14,10 +14,17 @@ use nix::libc;
 use serde_json::{Value, json};
 
 use crate::{
-    GATEWAYS, IPTABLES, NODE, OUTSIDE, PATIENCE, addresses, both, each,
+    By, GATEWAYS, IPTABLES, NODE, OUTSIDE, PATIENCE, addresses, both, by_stack_and_programs, each,
     flow::{Kind, PORT, Remote},
     is_stock, network, network_with, other_network, pod, reaches, reaches_by, remotes,
 };
+
+by_stack_and_programs! {
+    the_outside_sees_the_node
+    on_the_node_pods_keep_their_addresses
+    replies_are_not_masqueraded
+    strict_settings_break_nothing
+}
 
 /// Lets the outside answer to pods' own addresses.
 fn route_to_pods(outside: &Outside) -> Result<()> {
@@ -42,11 +49,10 @@ fn filter(node: &Node, rules: &[&str]) -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn the_outside_sees_the_node() -> Result<()> {
+fn the_outside_sees_the_node(by: By) -> Result<()> {
     let node = Node::new()?;
     let outside = node.outside()?;
-    let network = network(&node);
+    let network = by.network(&node);
     let pod = pod(&network, "pod")?;
     reaches(&pod, &remotes(&outside)?, NODE)
 }
@@ -102,11 +108,10 @@ fn on_a_shared_bridge_each_network_decides_for_its_pods() -> Result<()> {
 }
 
 /// What stays on the node is nobody's business: pods of other networks, and the node.
-#[test]
-fn on_the_node_pods_keep_their_addresses() -> Result<()> {
+fn on_the_node_pods_keep_their_addresses(by: By) -> Result<()> {
     let node = Node::new()?;
     let _outside = node.outside()?;
-    let (network, other) = (network(&node), other_network(&node));
+    let (network, other) = (by.network(&node), other_network(&node));
     let (one, two) = (network.pod("one")?, network.pod("two")?);
     let foreigner = pod(&other, "foreigner")?;
     let own = addresses(&one)?;
@@ -139,12 +144,11 @@ fn on_the_node_pods_keep_their_addresses() -> Result<()> {
 }
 
 /// What others begin toward a pod is answered by the pod, as itself.
-#[test]
-fn replies_are_not_masqueraded() -> Result<()> {
+fn replies_are_not_masqueraded(by: By) -> Result<()> {
     let node = Node::new()?;
     let outside = node.outside()?;
     route_to_pods(&outside)?;
-    let (network, other) = (network(&node), other_network(&node));
+    let (network, other) = (by.network(&node), other_network(&node));
     let server = network.pod("server")?;
     let foreigner = pod(&other, "foreigner")?;
     let remotes = [
@@ -395,11 +399,10 @@ fn what_is_no_prefix_is_refused_by_name() -> Result<()> {
 }
 
 /// What a careful operator sets on a node.
-#[test]
-fn strict_settings_break_nothing() -> Result<()> {
+fn strict_settings_break_nothing(by: By) -> Result<()> {
     let node = Node::new()?;
     let outside = node.outside()?;
-    let network = network(&node);
+    let network = by.network(&node);
     let pod = pod(&network, "pod")?;
     node.set_sysctl("net/ipv4/conf/all/rp_filter", "1")?;
     node.set_sysctl("net/ipv4/conf/default/rp_filter", "1")?;

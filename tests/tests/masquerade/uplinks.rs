@@ -7,10 +7,12 @@ use bpf_bridge_tests::{
     EchoServer, Joined, Namespace, Network, Node, Outside, Pod, Tunnel, wait_for,
 };
 
+use serde_json::json;
+
 use crate::{
-    By, IPTABLES, NODE, OUTSIDE, PATIENCE, both, by_stack_and_programs, each,
+    By, IPTABLES, NODE, OUTSIDE, PATIENCE, addresses, both, by_stack_and_programs, each,
     flow::{Flow, Kind, Remote},
-    is_stock, pod, reaches, reaches_by, remotes,
+    is_stock, network_with, pod, reaches, reaches_by, remotes,
 };
 
 /// The node's addresses and the other machine's on a second uplink.
@@ -116,6 +118,29 @@ fn each_route_has_its_uplinks_address(by: By) -> Result<()> {
     ];
     reaches(&pod, &remotes(&outside)?, NODE)?;
     reaches(&pod, &there, parsed(NODE_THERE)?)
+}
+
+/// By others, packets leave as pods have sent them.
+#[test]
+fn only_the_uplinks_that_are_named_masquerade() -> Result<()> {
+    let node = Node::new()?;
+    let outside = node.outside()?;
+    let elsewhere = second_uplink(&node)?;
+    let network = network_with(&node, &json!({"uplinks": ["uplink0"]}));
+    let pod = pod(&network, "pod")?;
+    let theirs = parsed(ELSEWHERE)?;
+    let there = [
+        Remote::new(&elsewhere, theirs[0])?,
+        Remote::new(&elsewhere, theirs[1])?,
+    ];
+    for (subnet, via) in [Network::V4_SUBNET, Network::V6_SUBNET]
+        .into_iter()
+        .zip(NODE_THERE)
+    {
+        elsewhere.ip(&format!("route add {subnet} via {via}"))?;
+    }
+    reaches(&pod, &remotes(&outside)?, NODE)?;
+    reaches(&pod, &there, addresses(&pod)?)
 }
 
 /// Two machines with one address; the second is behind the uplink that only some
