@@ -120,15 +120,26 @@ const SURROUNDINGS: [&str; 2] = ["", ", beside kube-proxy"];
 
 /// How long this part will take, in ms.
 pub(super) fn estimate(settings: &Settings) -> u64 {
-    let tests = SURROUNDINGS.len() * tests(settings).count();
     // One of the contenders is there twice.
-    let lanes = settings.contenders.len() as u64 + 1;
-    (tests * settings.masquerade_rounds) as u64 * lanes * turn(settings)
+    let lanes = settings.contenders.len() + 1;
+    let turns = (SURROUNDINGS.len() * settings.masquerade_rounds * lanes) as u64;
+    let round: u64 = tests(settings)
+        .map(|(transport, _)| turn(settings, *transport))
+        .sum();
+    turns * round
 }
 
-fn turn(settings: &Settings) -> u64 {
-    let slice = settings.slice + settings.slice / WARM_UP + CONNECT;
-    u64::try_from(slice.as_millis()).unwrap_or(u64::MAX)
+fn turn(settings: &Settings, transport: Transport) -> u64 {
+    let slice = slice(settings, transport);
+    let time = slice + slice / WARM_UP + CONNECT;
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn slice(settings: &Settings, transport: Transport) -> Duration {
+    match transport {
+        Transport::Calls => settings.slice.min(CALLS_SLICE),
+        _ => settings.slice,
+    }
 }
 
 /// The node of a contender, the machine outside, and the pod that asks it.
@@ -227,7 +238,7 @@ fn samples(
             let at = (round + at) % lanes.len();
             let sample = lanes[at].run(settings, transport);
             samples[at].push(sample.with_context(|| lanes[at].whose())?);
-            plan.advance(turn(settings));
+            plan.advance(turn(settings, transport));
         }
     }
     Ok(samples)
@@ -277,7 +288,7 @@ impl Lane {
             through: None,
             cpu: settings.cpu,
         };
-        let slice = settings.slice;
+        let slice = slice(settings, transport);
         Ok(match transport {
             Transport::Connections => {
                 let connector = Connector::start(&ends(Ipv4Addr::UNSPECIFIED))?.spread(&servers());
@@ -286,7 +297,6 @@ impl Lane {
                 vec![found.rate / 1e3, found.connect]
             }
             Transport::Calls => {
-                let slice = slice.min(CALLS_SLICE);
                 let mut caller = Caller::start(&ends(Ipv4Addr::UNSPECIFIED), CALLED)?;
                 caller.run(slice / WARM_UP)?;
                 vec![caller.run(slice)? / 1e3]

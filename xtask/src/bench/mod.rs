@@ -302,7 +302,7 @@ impl Settings {
                 ports: vec![(1, vec![1, 1000])],
                 port_rounds: 12,
                 port_calls: vec![(0, 6), (1, 6), (100, 1)],
-                masquerade_rounds: 12,
+                masquerade_rounds: 9,
                 cpu,
             }
         } else {
