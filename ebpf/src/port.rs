@@ -168,14 +168,15 @@ fn unicast(ctx: &TcContext, ifindex: u32, port: &Port, to: Mac) -> Result<i32, D
             return Ok(to_host(port.segment));
         }
         if (port.flags | endpoint.flags) & NOT_PLAIN != 0 {
-            if endpoint.flags & port.flags & PORT_ISOLATED != 0 {
-                return Err(DropReason::Isolated);
-            }
             show_to_host(ctx, port);
             if port.flags & PORT_GATEWAY != 0 {
                 call(ctx, PROGRAM_FROM_HOST, port, endpoint);
             } else if (port.flags | endpoint.flags) & (PORT_ROUTED | PORT_VIA_HOST) != 0 {
+                // Isolated ones may still answer what the host has brought.
                 call(ctx, PROGRAM_BETWEEN, port, endpoint);
+            }
+            if endpoint.flags & port.flags & PORT_ISOLATED != 0 {
+                return Err(DropReason::Isolated);
             }
         }
         // A mark of the host's stack means nothing inside the pod, and would mean

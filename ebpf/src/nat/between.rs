@@ -17,7 +17,7 @@ use aya_ebpf::{
 use bpf_bridge_common::{
     drops::DropReason,
     frame::ETH_HLEN,
-    layout::{PORT_ROUTED, PORT_VIA_HOST},
+    layout::{PORT_ISOLATED, PORT_ROUTED, PORT_VIA_HOST},
     packet::{Version, is_neighbor_discovery},
 };
 
@@ -37,11 +37,14 @@ use crate::{
 pub(crate) fn between(ctx: TcContext) -> i32 {
     let target = Target::of(&ctx);
     let port = ifindex(&ctx);
+    // SAFETY: the plugin replaces entries of this map whole.
+    let flags = unsafe { PORTS.get(port) }.map_or(0, |port| port.flags);
     let way = match Work::get() {
-        Some(work) => choose(&ctx, work, port, &target),
+        Some(work) => choose(&ctx, work, port, flags, &target),
         None => Way::Straight,
     };
     let done = match way {
+        Way::Straight if flags & target.flags & PORT_ISOLATED != 0 => Err(DropReason::Isolated),
         Way::Straight => Skb(&ctx).deliver(target.port),
         Way::ByHost => turn(&ctx, &target),
         Way::Waits => return TC_ACT_SHOT,
@@ -77,9 +80,7 @@ fn turn(ctx: &TcContext, target: &Target) -> Result<i32, DropReason> {
 }
 
 #[inline(always)]
-fn choose(ctx: &TcContext, work: &mut Work, port: u32, target: &Target) -> Way {
-    // SAFETY: the plugin replaces entries of this map whole.
-    let flags = unsafe { PORTS.get(port) }.map_or(0, |port| port.flags);
+fn choose(ctx: &TcContext, work: &mut Work, port: u32, flags: u32, target: &Target) -> Way {
     work.from = From {
         ifindex: port,
         segment: target.segment,
@@ -97,7 +98,8 @@ fn choose(ctx: &TcContext, work: &mut Work, port: u32, target: &Target) -> Way {
         // No router passes that on.
         return Way::Straight;
     }
-    if (flags | target.flags) & PORT_VIA_HOST != 0 {
+    let isolated = flags & target.flags & PORT_ISOLATED != 0;
+    if (flags | target.flags) & PORT_VIA_HOST != 0 && !isolated {
         return Way::ByHost;
     }
     match fragments::complete(ctx, work, port, true) {

@@ -45,12 +45,17 @@ fn send(ctx: &TcContext, l3: usize) -> i32 {
         // Of a VLAN device, which has its own program.
         return TC_ACT_UNSPEC;
     }
+    // SAFETY: the context is valid for as long as the program runs.
+    let came_by = unsafe { (*skb(ctx)).ingress_ifindex };
+    if came_by != 0 && PORTS.get_ptr(came_by).is_some() {
+        // Straight from a pod: it has what it needs.
+        return TC_ACT_UNSPEC;
+    }
     let Some(work) = Work::get() else {
         return TC_ACT_UNSPEC;
     };
     work.from = From {
-        // SAFETY: the context is valid for as long as the program runs.
-        segment: unsafe { (*skb(ctx)).ingress_ifindex },
+        segment: came_by,
         ifindex: ifindex(ctx),
         linked: l3 != 0,
         again: 0,
@@ -89,17 +94,19 @@ fn translate(ctx: &TcContext, work: &mut Work, l3: usize) -> Outcome {
     } else {
         masquerade::pod(&mut work.pod_key, &work.parsed.tuple.source, segment)
     };
-    let mut owner = Owner {
+    work.owner = Owner {
         port: 0,
         segment: 0,
         device: work.from.ifindex,
         flags: 0,
+        policy: 0,
     };
     match pod {
         Some(pod) => {
             work.account = pod.port;
-            owner.port = pod.port;
-            owner.segment = segment;
+            work.owner.port = pod.port;
+            work.owner.segment = segment;
+            work.owner.policy = pod.policy;
             if work.parsed.fragment != Fragment::Whole {
                 match complete(ctx, work, pod)? {
                     Ok(()) => {}
@@ -114,7 +121,7 @@ fn translate(ctx: &TcContext, work: &mut Work, l3: usize) -> Outcome {
         None if !collides(ctx, work) => return None,
         None => work.account = 0,
     }
-    apart(|| match masquerade::settle(ctx, work, &owner, pod)? {
+    apart(|| match masquerade::settle(ctx, work)? {
         Ok(()) if work.rewrite(ctx) => GO_ON,
         Ok(()) => Some(Err(DropReason::Helper)),
         Err(reason) => Some(Err(reason)),
@@ -148,7 +155,7 @@ fn pod_of_unreadable(ctx: &TcContext, work: &mut Work, l3: usize) -> bool {
     };
     work.account = pod.port;
     !tuple.destination.is_group()
-        && !masquerade::is_exempt(&mut work.exempt, pod, &tuple.destination)
+        && !masquerade::is_exempt(&mut work.exempt, pod.policy, &tuple.destination)
 }
 
 #[inline(always)]
@@ -164,7 +171,7 @@ fn complete(
     work: &mut Work,
     pod: &Masqueraded,
 ) -> Option<Result<(), Result<i32, DropReason>>> {
-    if masquerade::is_exempt(&mut work.exempt, pod, &work.parsed.tuple.destination) {
+    if masquerade::is_exempt(&mut work.exempt, pod.policy, &work.parsed.tuple.destination) {
         return None;
     }
     Some(match fragments::complete(ctx, work, pod.port, true) {
@@ -185,7 +192,7 @@ fn error_of_pod(ctx: &TcContext, work: &mut Work, pod: &Masqueraded) -> Outcome 
     );
     // SAFETY: an entry that is evicted meanwhile is memory of the map still.
     let Some(flow) = (unsafe { FLOWS.get(&work.key) }) else {
-        if masquerade::is_exempt(&mut work.exempt, pod, &work.parsed.tuple.destination) {
+        if masquerade::is_exempt(&mut work.exempt, pod.policy, &work.parsed.tuple.destination) {
             return None;
         }
         return Some(Err(DropReason::NotTranslatable));
@@ -256,7 +263,7 @@ fn collides(ctx: &TcContext, work: &mut Work) -> bool {
     // SAFETY: the plugin replaces entries of this map whole.
     let pod = unsafe { PORTS.get(reply.port) };
     // Else it is ours, translated.
-    came_by != reply.port && pod.is_some_and(|pod| pod.segment != came_by)
+    pod.is_some_and(|pod| pod.segment != came_by)
 }
 
 /// Remembers a flow that netfilter has translated (the node forwards it, under its own
@@ -268,7 +275,7 @@ fn note_stack(work: &mut Work) {
         !matches!(work.parsed.protocol, IPPROTO_TCP | IPPROTO_UDP)
             && work.parsed.query != Query::Reply
     } else {
-        PORTS.get_ptr(came_by).is_none()
+        true
     };
     if noted && ADDRESSES.get_ptr(&work.parsed.tuple.source).is_some() {
         masquerade::cede(work);

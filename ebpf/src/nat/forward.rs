@@ -63,13 +63,14 @@ fn try_forward(ctx: &TcContext, work: &mut Work, port: &Port) -> Outcome {
     if exit.too_big {
         return Some(reply::refuse(Skb(ctx), &work.parsed, port.segment));
     }
-    let owner = Owner {
+    work.owner = Owner {
         port: work.from.ifindex,
         segment: port.segment,
         device: exit.device,
         flags: FLOW_DIRECT,
+        policy: pod.policy,
     };
-    let settled = masquerade::settle(ctx, work, &owner, Some(pod))?;
+    let settled = masquerade::settle(ctx, work)?;
     if !pass_on(&mut Skb(ctx), &work.parsed) {
         // The stack says that its time is over.
         return None;

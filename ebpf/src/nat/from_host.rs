@@ -24,7 +24,7 @@ use crate::{
     shared::{
         ENDPOINTS, NEIGHBORS, PORTS, SEGMENT, TARGET, TARGET_FLAGS, count_drop, ifindex, skb,
     },
-    skb::{ETH_P_IP, Skb},
+    skb::{ANSWER, ETH_P_IP, Skb},
     work::{From, Work},
 };
 
@@ -97,15 +97,15 @@ fn mark_routed(target: &Target) {
     let Some(port) = PORTS.get_ptr_mut(target.port) else {
         return;
     };
+    // The plugin restores the one from the other, in this order.
     // SAFETY: an entry that is replaced meanwhile is memory of the map still; at worst a
     // store is lost, and the next flow makes it again.
-    let mac = unsafe {
+    unsafe {
+        let key = MacKey::new(target.segment, (*port).mac);
+        if let Some(endpoint) = ENDPOINTS.get_ptr_mut(key) {
+            (*endpoint).flags |= PORT_ROUTED;
+        }
         (*port).flags |= PORT_ROUTED;
-        (*port).mac
-    };
-    if let Some(endpoint) = ENDPOINTS.get_ptr_mut(MacKey::new(target.segment, mac)) {
-        // SAFETY: as above.
-        unsafe { (*endpoint).flags |= PORT_ROUTED };
     }
 }
 
@@ -127,6 +127,10 @@ pub(crate) fn itself(address: &Address, pod_port: u16, port: u32) -> Published {
 
 #[inline(always)]
 fn remember(ctx: &TcContext, work: &mut Work, target: &Target) -> Result<(), DropReason> {
+    // SAFETY: the context is valid for as long as the program runs.
+    if unsafe { (*skb(ctx)).tc_index } == ANSWER {
+        return Ok(());
+    }
     let turned = target.flags & PORT_VIA_HOST == 0 && is_from_segment(ctx, target.segment);
     if !turned && target.flags & (PORT_PUBLISHED | PORT_MASQUERADED) == 0 {
         return Ok(());

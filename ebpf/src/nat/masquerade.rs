@@ -31,9 +31,9 @@ use crate::{
     work::{Outcome, Work},
 };
 
-/// How many ports are tried before a flow is refused. With nine of ten taken, one flow in
-/// five finds none.
-const ATTEMPTS: u32 = 16;
+/// How many ports are tried before a flow is refused. With half of all taken, one flow in a
+/// thousand finds none.
+const ATTEMPTS: u32 = 10;
 
 /// The flow goes on as it is now.
 pub(crate) const GO_ON: Outcome = Some(Ok(TC_ACT_UNSPEC));
@@ -49,6 +49,8 @@ pub(crate) struct Owner {
     pub(crate) device: u32,
     /// `FLOW_*` bits.
     pub(crate) flags: u32,
+    /// The pod's policy, 0 if it is no pod.
+    pub(crate) policy: u64,
 }
 
 /// The pod that has `address` in `segment`, if it is masqueraded.
@@ -66,15 +68,11 @@ pub(crate) fn pod(
 
 /// Whether what the pod sends to `destination` keeps the pod's address.
 #[inline(always)]
-pub(crate) fn is_exempt(
-    key: &mut Key<ExemptKey>,
-    pod: &Masqueraded,
-    destination: &Address,
-) -> bool {
+pub(crate) fn is_exempt(key: &mut Key<ExemptKey>, policy: u64, destination: &Address) -> bool {
     *key = Key::new(
         8 * size_of::<ExemptKey>() as u32,
         ExemptKey {
-            policy: [(pod.policy >> 32) as u32, pod.policy as u32].map(u32::to_be),
+            policy: [(policy >> 32) as u32, policy as u32].map(u32::to_be),
             destination: *destination,
         },
     );
@@ -115,15 +113,13 @@ pub(crate) const fn answer(tuple: &Tuple) -> Tuple {
     }
 }
 
-/// Finds as whom the packet leaves that `owner` sends, or settles it, and sets `work.to`.
-/// `None` if it leaves as it is.
+/// Finds as whom the packet leaves that `work.owner` sends, or settles it, and sets
+/// `work.to`. `None` if it leaves as it is.
 #[inline(always)]
-pub(crate) fn settle(
-    ctx: &TcContext,
-    work: &mut Work,
-    owner: &Owner,
-    pod: Option<&Masqueraded>,
-) -> Option<Result<(), DropReason>> {
+pub(crate) fn settle(ctx: &TcContext, work: &mut Work) -> Option<Result<(), DropReason>> {
+    // It comes from there, so that the verifier knows nothing of it: all that lead here are
+    // one case.
+    let owner = &{ work.owner };
     let step = own::step(&Skb(ctx), &work.parsed);
     set_flow_key(
         &mut work.key,
@@ -145,8 +141,12 @@ pub(crate) fn settle(
             work.to.source_port = flow.original_port;
             return Some(Ok(()));
         }
-    } else if let Some(pod) = pod {
-        if is_exempt(&mut work.exempt, pod, &work.parsed.tuple.destination) {
+    } else if owner.policy != 0 {
+        if is_exempt(
+            &mut work.exempt,
+            owner.policy,
+            &work.parsed.tuple.destination,
+        ) {
             return None;
         }
         set_reply_key(
@@ -156,7 +156,7 @@ pub(crate) fn settle(
         );
         if step == Step::Answers
             || work.parsed.query == Query::Reply
-            || REPLIES.get_ptr(&work.reply_key).is_some()
+            || step != Step::Begins && REPLIES.get_ptr(&work.reply_key).is_some()
         {
             // Somebody else has begun it, by the pod's own address.
             return None;
@@ -504,6 +504,7 @@ pub(crate) fn restore(work: &mut Work, reply: &Reply) {
         segment: 0,
         device: work.from.ifindex,
         flags: direct,
+        policy: 0,
     };
     remember_flow(work, &answer, &owner);
 }

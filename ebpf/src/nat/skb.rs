@@ -23,6 +23,11 @@ use crate::shared::{PACKET_HOST, skb};
 /// IPv4, RFC 894.
 pub(crate) const ETH_P_IP: u16 = 0x0800;
 
+/// What `tc_index` of a packet is that answers a masqueraded pod, on its way through the
+/// host's stack: nobody need look again whose it is. (Whoever else writes it takes a
+/// record from his own flows, no more.)
+pub(crate) const ANSWER: u32 = 0x6266;
+
 /// A frame in a tc program.
 #[derive(Clone, Copy)]
 pub(crate) struct Skb<'a>(pub(crate) &'a TcContext);

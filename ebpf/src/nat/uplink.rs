@@ -18,8 +18,8 @@ use crate::{
     maps::{REPLIES, gateway_mac},
     masquerade::{self, GO_ON},
     own, request,
-    shared::{PORTS, count_drop, ifindex},
-    skb::Skb,
+    shared::{PORTS, count_drop, ifindex, skb},
+    skb::{ANSWER, Skb},
     work::{From, Outcome, Work, apart},
 };
 
@@ -146,13 +146,16 @@ fn come_back_error(ctx: &TcContext, work: &mut Work) -> Outcome {
 #[inline(always)]
 fn hand_over(ctx: &TcContext, work: &Work, reply: &Reply, port: &Port) -> Result<i32, DropReason> {
     if reply.flags & REPLY_DIRECT == 0 {
+        // SAFETY: the context is valid for as long as the program runs.
+        unsafe { (*skb(ctx)).tc_index = ANSWER };
         return Ok(TC_ACT_UNSPEC);
     }
     let gateway = gateway_mac(port.segment).ok_or(DropReason::Helper)?;
-    let skb = Skb(ctx);
+    let frame = Skb(ctx);
     if !work.from.linked {
-        skb.add_link_header(work.parsed.version)
+        frame
+            .add_link_header(work.parsed.version)
             .ok_or(DropReason::Helper)?;
     }
-    skb.into_pod(reply.port, port.mac, gateway)
+    frame.into_pod(reply.port, port.mac, gateway)
 }

@@ -17,7 +17,7 @@ use bpf_bridge_common::{
     translate::{rewrite, rewrite_inner, rewrite_outer},
 };
 
-use crate::{fib::Exit, skb::Skb};
+use crate::{fib::Exit, masquerade::Owner, skb::Skb};
 
 /// The state of one packet.
 pub(crate) struct Work {
@@ -39,6 +39,8 @@ pub(crate) struct Work {
     pub(crate) reply_key: ReplyKey,
     /// And who has begun it.
     pub(crate) reply: Reply,
+    /// Who sends it.
+    pub(crate) owner: Owner,
     /// The pod that is looked for.
     pub(crate) pod_key: PodKey,
     /// The destination that may be exempt, behind the length of the prefix.
