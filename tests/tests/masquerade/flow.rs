@@ -164,7 +164,7 @@ impl Message {
 fn crc32c(bytes: &[u8]) -> u32 {
     !bytes.iter().fold(u32::MAX, |crc, &byte| {
         (0..8).fold(crc ^ u32::from(byte), |crc, _| {
-            crc >> 1 ^ 0x82f6_3b78 * (crc & 1)
+            (crc >> 1) ^ (0x82f6_3b78 * (crc & 1))
         })
     })
 }
