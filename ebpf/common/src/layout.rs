@@ -557,10 +557,24 @@ pub struct Masqueraded {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
 #[repr(C)]
 pub struct ExemptKey {
-    /// The policy's number, in the order of the wire.
+    /// The policy's number in the order of the wire, but for its last bit, which says
+    /// that the destination is an IPv4 one: a prefix of all IPv6 would have those in it.
     pub policy: [u32; 2],
     /// The destination.
     pub destination: Address,
+}
+
+impl ExemptKey {
+    /// The key of `destination` in a policy.
+    #[inline(always)]
+    pub const fn new(policy: u64, destination: Address) -> Self {
+        let family = destination.is_v4() as u64;
+        let number = policy & !1 | family;
+        Self {
+            policy: [((number >> 32) as u32).to_be(), (number as u32).to_be()],
+            destination,
+        }
+    }
 }
 
 /// A flow that others see, by what they answer.

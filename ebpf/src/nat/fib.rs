@@ -182,6 +182,8 @@ pub(crate) struct Leaving {
     pub(crate) device: u32,
     /// As in [`Question`].
     pub(crate) length: u16,
+    /// Its protocol.
+    pub(crate) protocol: u8,
 }
 
 /// How a packet of a pod leaves the node, and as whom the node itself would send it (since
@@ -192,6 +194,7 @@ pub(crate) fn exit(ctx: &TcContext, tuple: &Tuple, leaving: &Leaving, exit: &mut
         via,
         device,
         length,
+        protocol,
     } = *leaving;
     // SAFETY: the context is valid for as long as the program runs.
     let mark = unsafe { (*skb(ctx)).mark };
@@ -209,6 +212,10 @@ pub(crate) fn exit(ctx: &TcContext, tuple: &Tuple, leaving: &Leaving, exit: &mut
         let mut lookup = zeroed();
         lookup.ifindex = from;
         lookup.__bindgen_anon_1.tot_len = length;
+        // They choose among several ways to one destination.
+        lookup.l4_protocol = protocol;
+        lookup.sport = tuple.source_port.to_be();
+        lookup.dport = tuple.destination_port.to_be();
         set_addresses(&mut lookup, &tuple.source, &tuple.destination);
         if flags & BPF_FIB_LOOKUP_MARK != 0 {
             // In a union with what the answer has there.

@@ -52,6 +52,7 @@ fn try_forward(ctx: &TcContext, work: &mut Work, port: &Port) -> Outcome {
         via: port.segment,
         device: 0,
         length,
+        protocol: work.parsed.protocol,
     };
     if !fib::exit(ctx, tuple, &leaving, &mut work.exit) {
         return None;

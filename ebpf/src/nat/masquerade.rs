@@ -71,10 +71,7 @@ pub(crate) fn pod(
 pub(crate) fn is_exempt(key: &mut Key<ExemptKey>, policy: u64, destination: &Address) -> bool {
     *key = Key::new(
         8 * size_of::<ExemptKey>() as u32,
-        ExemptKey {
-            policy: [(policy >> 32) as u32, policy as u32].map(u32::to_be),
-            destination: *destination,
-        },
+        ExemptKey::new(policy, *destination),
     );
     EXEMPT.get(key).is_some()
 }
@@ -252,6 +249,7 @@ fn address(ctx: &TcContext, work: &mut Work, owner: &Owner) -> Option<Address> {
         via: owner.segment,
         device: owner.device,
         length: 0,
+        protocol: work.parsed.protocol,
     };
     if fib::exit(ctx, tuple, &leaving, &mut work.exit)
         && let exit = work.exit

@@ -25,8 +25,8 @@ use bpf_bridge_common::{
 };
 
 use crate::{
-    maps::{XDP_UPLINKS, published},
-    own, request,
+    maps::{REPLIES, XDP_UPLINKS, published},
+    masquerade, own, request,
     shared::count_drop,
     skb::ETH_P_IP,
     work::{From, Work},
@@ -78,6 +78,15 @@ fn lead<const ETHERTYPE: u16>(ctx: &XdpContext, work: &mut Work) -> Outcome {
         work.parsed.protocol,
     )?;
     if pod.flags & PUBLISHED_XDP == 0 || !fits(ctx, pod.port) {
+        return None;
+    }
+    masquerade::set_reply_key(
+        &mut work.reply_key,
+        &work.parsed.tuple,
+        work.parsed.protocol,
+    );
+    if REPLIES.get_ptr(&work.reply_key).is_some() {
+        // It answers somebody, whatever is published under this number.
         return None;
     }
     let step = |parsed: &Parsed| {

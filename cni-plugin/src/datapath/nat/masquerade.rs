@@ -3,7 +3,7 @@
 use std::{collections::HashSet, net::IpAddr};
 
 use aya::maps::lpm_trie;
-use bpf_bridge_common::layout::{ExemptKey, Masqueraded, PodKey};
+use bpf_bridge_common::layout::{Address, ExemptKey, Masqueraded, PodKey};
 use ipnet::IpNet;
 
 use super::{
@@ -42,31 +42,18 @@ impl Policy {
     }
 
     fn prefixes(&self) -> impl Iterator<Item = Prefix> {
-        let policy = words(self.number);
         self.exempt.iter().map(move |net| {
             let mapped = match net {
                 IpNet::V4(_) => MAPPED_BITS,
                 IpNet::V6(_) => 0,
             };
-            let key = ExemptKey {
-                policy,
-                destination: octets(net.addr()),
-            };
+            let key = ExemptKey::new(self.number, octets(net.addr()));
             lpm_trie::Key::new(
                 POLICY_BITS + mapped + u32::from(net.prefix_len()),
                 Wire(key),
             )
         })
     }
-}
-
-/// A policy's number in the order of the wire.
-const fn words(number: u64) -> [u32; 2] {
-    let [a, b, c, d, e, f, g, h] = number.to_be_bytes();
-    [
-        u32::from_ne_bytes([a, b, c, d]),
-        u32::from_ne_bytes([e, f, g, h]),
-    ]
 }
 
 const fn key(address: IpAddr, segment: u32) -> PodKey {
@@ -165,7 +152,10 @@ impl Nat<'_> {
         for (key, entry) in entries(&self.masqueraded, "MASQUERADED")? {
             let port = self.datapath.port(entry.port)?;
             if port.is_some_and(|port| port.segment == key.segment) {
-                used.insert(words(entry.policy));
+                used.extend(
+                    [Address::UNSPECIFIED, Address::UNSPECIFIED_V4]
+                        .map(|any| ExemptKey::new(entry.policy, any).policy),
+                );
             } else {
                 remove(&mut self.masqueraded, "MASQUERADED", key)?;
             }
