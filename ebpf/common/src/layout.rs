@@ -26,6 +26,7 @@
 //! | `EXEMPT` | LPM trie | [`ExemptKey`] | one byte, 1 |
 //! | `REPLIES` | LRU hash | [`ReplyKey`] | [`Reply`] |
 //! | `UPLINKS` | hash | ifindex | [`Uplink`] |
+//! | `USED` | array | a port of the node / 64 | one bit a port that masquerade has used for TCP |
 //! | `NEXT` | program array | `NEXT_*` | the programs that those of the second object call |
 //!
 //! From `PUBLISHED` on they belong to the second object, which is loaded when a
@@ -74,6 +75,8 @@ pub const MAX_REPLIES: u32 = 131_072;
 pub const MAX_MASQUERADED: u32 = MAX_NEIGHBORS;
 /// How many destinations can be exempt from masquerade, once for every policy.
 pub const MAX_EXEMPT: u32 = 16_384;
+/// How many words of bits all ports are.
+pub const USED_WORDS: u32 = 65_536 / 64;
 /// How many devices of the node can be uplinks.
 pub const MAX_UPLINKS: u32 = 4096;
 /// How many datagrams can arrive in fragments at once.

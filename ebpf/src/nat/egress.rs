@@ -118,8 +118,14 @@ fn translate(ctx: &TcContext, work: &mut Work, l3: usize) -> Outcome {
             }
         }
         None if is_error => return apart(|| own_error(ctx, work)),
-        None if !collides(ctx, work) => return None,
-        None => work.account = 0,
+        None => {
+            work.account = 0;
+            match standing(ctx, work) {
+                Other::Alone => return None,
+                Other::Denies => return Some(Err(DropReason::NotTranslatable)),
+                Other::Collides => {}
+            }
+        }
     }
     apart(|| match masquerade::settle(ctx, work)? {
         Ok(()) if work.rewrite(ctx) => GO_ON,
@@ -236,12 +242,24 @@ fn own_error(ctx: &TcContext, work: &mut Work) -> Outcome {
     })
 }
 
-/// Whether what leaves with the node's own address could be taken for a pod's: a packet
-/// of the node's processes, or one that netfilter, or we, have translated already.
-#[inline(always)]
-fn collides(ctx: &TcContext, work: &mut Work) -> bool {
+/// What leaves with the node's own address: of its processes, or translated by netfilter,
+/// or by us already.
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+enum Other {
+    /// It is nobody else's.
+    Alone,
+    /// It could be taken for a pod's.
+    Collides,
+    /// The node does not know a connection that may be a forgotten one of a pod: it would
+    /// end it. The pod's next packet brings it back.
+    Denies,
+}
+
+#[inline(never)]
+fn standing(ctx: &TcContext, work: &mut Work) -> Other {
     if work.parsed.fragment == Fragment::Later {
-        return false;
+        return Other::Alone;
     }
     masquerade::set_reply_key(
         &mut work.reply_key,
@@ -249,21 +267,31 @@ fn collides(ctx: &TcContext, work: &mut Work) -> bool {
         work.parsed.protocol,
     );
     let Some(reply) = REPLIES.get_ptr_mut(&work.reply_key) else {
+        if work.from.segment == 0
+            && own::is_denial(&Skb(ctx), &work.parsed)
+            && masquerade::is_used(work.reply_key.local_port)
+        {
+            return Other::Denies;
+        }
         note_stack(work);
-        return false;
+        return Other::Alone;
     };
     // SAFETY: an entry that is evicted meanwhile is memory of the map still; at worst a
     // store is lost.
     let reply = unsafe { &mut *reply };
     if reply.port == 0 {
         masquerade::touch(reply, own::step(&Skb(ctx), &work.parsed));
-        return false;
+        return Other::Alone;
     }
     let came_by = work.from.segment;
     // SAFETY: the plugin replaces entries of this map whole.
     let pod = unsafe { PORTS.get(reply.port) };
-    // Else it is ours, translated.
-    pod.is_some_and(|pod| pod.segment != came_by)
+    if pod.is_some_and(|pod| pod.segment != came_by) {
+        Other::Collides
+    } else {
+        // Ours, translated.
+        Other::Alone
+    }
 }
 
 /// Remembers a flow that netfilter has translated (the node forwards it, under its own

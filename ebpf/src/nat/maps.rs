@@ -8,7 +8,7 @@ use bpf_bridge_common::layout::{
     Address, ExemptKey, Flow, FlowKey, FragmentKey, Fragments, Held, HeldKey, MAX_ADDRESSES,
     MAX_EXEMPT, MAX_FLOWS, MAX_FRAGMENTS, MAX_HELD_TOTAL, MAX_MASQUERADED, MAX_PEERS,
     MAX_PUBLISHED, MAX_REPLIES, MAX_UPLINKS, MAX_XDP_UPLINKS, Mac, Masqueraded, NEXT_COUNT, Node,
-    PeerKey, PodKey, Published, PublishedKey, Reply, ReplyKey, Socket, Uplink,
+    PeerKey, PodKey, Published, PublishedKey, Reply, ReplyKey, Socket, USED_WORDS, Uplink,
 };
 
 use crate::shared::{PORTS, SEGMENTS};
@@ -58,6 +58,9 @@ pub(crate) static EXEMPT: LpmTrie<ExemptKey, u8, { MAX_EXEMPT as usize }> = LpmT
 #[btf_map]
 pub(crate) static REPLIES: LruHashMap<ReplyKey, Reply, { MAX_REPLIES as usize }> =
     LruHashMap::new();
+
+#[btf_map]
+pub(crate) static USED: Array<u64, { USED_WORDS as usize }> = Array::new();
 
 #[btf_map]
 pub(crate) static UPLINKS: HashMap<u32, Uplink, { MAX_UPLINKS as usize }, ON_DEMAND> =

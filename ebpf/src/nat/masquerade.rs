@@ -24,7 +24,7 @@ use bpf_bridge_common::{
 
 use crate::{
     fib::{self, Leaving},
-    maps::{EXEMPT, FLOWS, MASQUERADED, REPLIES, UPLINKS, published},
+    maps::{EXEMPT, FLOWS, MASQUERADED, REPLIES, UPLINKS, USED, published},
     own::{self, Step},
     shared::PORTS,
     skb::Skb,
@@ -419,9 +419,34 @@ fn remember(work: &mut Work, owner: &Owner, found: Found) -> bool {
             return false;
         }
     }
+    if work.parsed.protocol == IPPROTO_TCP {
+        use_port(work.reply_key.local_port);
+    }
     let tuple = work.parsed.tuple;
     remember_flow(work, &tuple, owner);
     true
+}
+
+/// Notes that answers to `port` may be to a pod.
+#[inline(always)]
+fn use_port(port: u16) {
+    if let Some(word) = USED.get_ptr_mut(u32::from(port) / 64) {
+        let bit = 1 << (port % 64);
+        // SAFETY: the word is always there; if another CPU writes it at the same time, a
+        // bit may be lost.
+        unsafe {
+            if *word & bit == 0 {
+                *word |= bit;
+            }
+        }
+    }
+}
+
+/// Whether answers to `port` may have been to a pod.
+#[inline(always)]
+pub(crate) fn is_used(port: u16) -> bool {
+    USED.get(u32::from(port) / 64)
+        .is_some_and(|word| word & 1 << (port % 64) != 0)
 }
 
 /// Remembers the flow of `sent` as the pod sees it.

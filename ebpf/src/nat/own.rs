@@ -105,6 +105,17 @@ pub(crate) fn step(packet: &impl Packet, parsed: &Parsed) -> Step {
     }
 }
 
+/// Whether the packet says that there is no connection like that of the segment that it
+/// answers (RFC 9293 §3.5.2, group 1: that one had an acknowledgement, so this has none).
+#[inline(always)]
+pub(crate) fn is_denial(packet: &impl Packet, parsed: &Parsed) -> bool {
+    parsed.protocol == IPPROTO_TCP
+        && matches!(
+            packet.load(usize::from(parsed.l4) + 12),
+            Some([_, flags]) if flags & (RST | ACK) == RST
+        )
+}
+
 /// Whether the packet belongs to a connection of the node's own.
 ///
 /// `ctx` is that of a tc or an XDP program.

@@ -1,7 +1,8 @@
 //! What is forgotten, and what must be.
 
 use std::{
-    net::{IpAddr, SocketAddr, UdpSocket},
+    io::{ErrorKind, Read as _, Write as _},
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::Duration,
@@ -21,6 +22,7 @@ use crate::{
 
 by_stack_and_programs! {
     flows_go_on_when_they_are_forgotten
+    the_node_ends_no_connection_that_it_has_forgotten
     a_flood_of_flows_breaks_no_connection
     nothing_reaches_the_heir_of_an_address
 }
@@ -96,6 +98,42 @@ fn flows_go_on_when_they_are_forgotten(by: By) -> Result<()> {
         }
         Ok(())
     })
+}
+
+/// If the remote speaks first, the node's own stack gets a segment that it knows nothing
+/// of. The pod's next packet brings the connection back, and nothing is lost.
+fn the_node_ends_no_connection_that_it_has_forgotten(by: By) -> Result<()> {
+    let node = Node::new()?;
+    let outside = node.outside()?;
+    let network = by.network(&node);
+    let pod = pod(&network, "pod")?;
+    for address in OUTSIDE {
+        let listener = outside.within(|| Ok(TcpListener::bind((address, 0))?))?;
+        let to = listener.local_addr()?;
+        let mut near = pod.within(|| Ok(TcpStream::connect_timeout(&to, PATIENCE)?))?;
+        let (mut far, _) = listener.accept()?;
+        for stream in [&near, &far] {
+            stream.set_read_timeout(Some(PATIENCE))?;
+        }
+        let mut buffer = [0; 4];
+        near.write_all(b"ping")?;
+        far.read_exact(&mut buffer)?;
+        ensure!(forget(&node, "REPLIES")? > 0, "nothing was known");
+        far.write_all(b"push")?;
+        thread::sleep(Duration::from_millis(50));
+        ensure!(far.take_error()?.is_none(), "the node has ended it");
+        near.write_all(b"pong")?;
+        far.read_exact(&mut buffer)?;
+        ensure!(&buffer == b"pong", "the remote got {buffer:?}");
+        near.read_exact(&mut buffer)?;
+        ensure!(&buffer == b"push", "the pod got {buffer:?}");
+    }
+    // Whoever has no connection with anybody here is told so.
+    for address in NODE {
+        let refused = outside.within(|| Ok(TcpStream::connect((address, 9))))?;
+        ensure!(refused.is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused));
+    }
+    Ok(())
 }
 
 /// More flows than are remembered.

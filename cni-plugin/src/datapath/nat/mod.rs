@@ -87,7 +87,7 @@ const SOCKETS: [&str; 8] = [
 /// The program that `from_pod` goes on with.
 const FORWARD: &str = "forward";
 /// The maps that are found again by later calls.
-const MAPS: [&str; 13] = [
+const MAPS: [&str; 14] = [
     "PUBLISHED",
     "FLOWS",
     "FRAGMENTS",
@@ -100,6 +100,7 @@ const MAPS: [&str; 13] = [
     "EXEMPT",
     "REPLIES",
     "UPLINKS",
+    "USED",
     "NEXT",
 ];
 /// Those of the first object that this one uses.
