@@ -73,12 +73,11 @@ fn an_error_of_a_router_is_about_what_the_pod_has_sent(by: By) -> Result<()> {
     // So that what is captured has its checksum.
     pod.set_offload("eth0", Offload::TxChecksum, false)?;
     let sent = PacketSocket::open(&node, pod.host_veth()?)?;
-    let beyond = [OUTSIDE, [Far::ROUTER[0].parse()?, Far::ROUTER[1].parse()?]];
-    // Past its stack the node is no router.
-    let routers: Vec<[IpAddr; 2]> = match by {
-        By::Stack => [GATEWAYS].into_iter().chain(beyond).collect(),
-        By::Programs => beyond.into(),
-    };
+    let routers: [[IpAddr; 2]; 3] = [
+        GATEWAYS,
+        OUTSIDE,
+        [Far::ROUTER[0].parse()?, Far::ROUTER[1].parse()?],
+    ];
     let remotes = [
         Remote::new(&far.client, Far::CLIENT[0].parse::<IpAddr>()?)?,
         Remote::new(&far.client, Far::CLIENT[1].parse::<IpAddr>()?)?,
