@@ -17,8 +17,8 @@ use nix::libc;
 use crate::{
     By, GATEWAYS, IPTABLES, NODE, OUTSIDE, PATIENCE, SILENCE, addresses, both,
     by_stack_and_programs, each,
-    flow::{Kind, Remote},
-    settle,
+    flow::{Kind, Remote, udp_socket},
+    settle, when_free,
 };
 
 by_stack_and_programs! {
@@ -176,15 +176,17 @@ fn nobody_there_is_a_refusal(by: By) -> Result<()> {
 }
 
 fn connected(from: &Namespace, port: u16, to: SocketAddr) -> Result<UdpSocket> {
-    let socket = from.within(|| {
-        let any: IpAddr = if to.is_ipv4() {
-            [0; 4].into()
-        } else {
-            [0; 16].into()
-        };
-        let socket = UdpSocket::bind((any, port))?;
-        socket.connect(to)?;
-        Ok(socket)
+    let any: IpAddr = if to.is_ipv4() {
+        [0; 4].into()
+    } else {
+        [0; 16].into()
+    };
+    let socket = when_free(|| {
+        from.within(|| {
+            let socket = udp_socket((any, port).into())?;
+            socket.connect(to)?;
+            Ok(socket)
+        })
     })?;
     socket.set_read_timeout(Some(PATIENCE))?;
     Ok(socket)
