@@ -24,7 +24,7 @@ use crate::{
     By, Drops, GATEWAYS, IPTABLES, NODE, OUTSIDE, PATIENCE, addresses, all_differ, both,
     by_stack_and_programs, drops, each,
     flow::{Flow, Kind, PORT, Remote},
-    is_stock, network, other_network, pod, publishing_network, remotes, settle,
+    is_stock, network, other_network, pod, publishing_network, remotes, settle, when_free,
 };
 
 const HOST_PORT: u16 = 8080;
@@ -558,7 +558,8 @@ fn a_process_of_the_node_keeps_its_port() -> Result<()> {
             address,
             ["0.0.0.0", "::"][usize::from(address.is_ipv6())].parse()?,
         ] {
-            let process = EchoServer::start_as(&node, (listens, 5353).into(), "node")?;
+            let process =
+                when_free(|| EchoServer::start_as(&node, (listens, 5353).into(), "node"))?;
             for kind in [Kind::Udp, Kind::UnconnectedUdp] {
                 let mut flow = remote.open(kind, &pod, 5353)?;
                 for _ in 0..2 {
@@ -684,8 +685,7 @@ fn a_port_may_be_used_again(by: By) -> Result<()> {
             } else {
                 &all.pod
             };
-            let mut stream = who
-                .tcp_connect_from(any, server.address(), PATIENCE)
+            let mut stream = when_free(|| who.tcp_connect_from(any, server.address(), PATIENCE))
                 .with_context(|| format!("round {round}"))?;
             stream.set_read_timeout(Some(PATIENCE))?;
             // Its end comes first, so that the pod's port is free.

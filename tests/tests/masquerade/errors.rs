@@ -17,8 +17,8 @@ use nix::libc;
 use crate::{
     By, GATEWAYS, IPTABLES, NODE, OUTSIDE, PATIENCE, SILENCE, addresses, both,
     by_stack_and_programs, each,
-    flow::{Kind, Remote},
-    settle,
+    flow::{Kind, Remote, udp_socket},
+    settle, when_free,
 };
 
 by_stack_and_programs! {
@@ -73,8 +73,11 @@ fn an_error_of_a_router_is_about_what_the_pod_has_sent(by: By) -> Result<()> {
     // So that what is captured has its checksum.
     pod.set_offload("eth0", Offload::TxChecksum, false)?;
     let sent = PacketSocket::open(&node, pod.host_veth()?)?;
-    let beyond = [OUTSIDE, [Far::ROUTER[0].parse()?, Far::ROUTER[1].parse()?]];
-    let routers: Vec<[IpAddr; 2]> = [GATEWAYS].into_iter().chain(beyond).collect();
+    let routers: [[IpAddr; 2]; 3] = [
+        GATEWAYS,
+        OUTSIDE,
+        [Far::ROUTER[0].parse()?, Far::ROUTER[1].parse()?],
+    ];
     let remotes = [
         Remote::new(&far.client, Far::CLIENT[0].parse::<IpAddr>()?)?,
         Remote::new(&far.client, Far::CLIENT[1].parse::<IpAddr>()?)?,
@@ -173,15 +176,17 @@ fn nobody_there_is_a_refusal(by: By) -> Result<()> {
 }
 
 fn connected(from: &Namespace, port: u16, to: SocketAddr) -> Result<UdpSocket> {
-    let socket = from.within(|| {
-        let any: IpAddr = if to.is_ipv4() {
-            [0; 4].into()
-        } else {
-            [0; 16].into()
-        };
-        let socket = UdpSocket::bind((any, port))?;
-        socket.connect(to)?;
-        Ok(socket)
+    let any: IpAddr = if to.is_ipv4() {
+        [0; 4].into()
+    } else {
+        [0; 16].into()
+    };
+    let socket = when_free(|| {
+        from.within(|| {
+            let socket = udp_socket((any, port).into())?;
+            socket.connect(to)?;
+            Ok(socket)
+        })
     })?;
     socket.set_read_timeout(Some(PATIENCE))?;
     Ok(socket)

@@ -3,7 +3,7 @@
 //! Every message holds a token of its own, so that none can be taken for another.
 
 use std::{
-    io::{ErrorKind, Read as _, Write as _},
+    io::{self, ErrorKind, Read as _, Write as _},
     net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::fd::{AsFd as _, AsRawFd as _, BorrowedFd},
     sync::atomic::{AtomicU16, AtomicU64, Ordering},
@@ -17,7 +17,7 @@ use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, SockaddrStorage, bind, setsockopt, socket, sockopt,
 };
 
-use crate::PATIENCE;
+use crate::{PATIENCE, when_free};
 
 /// The port of every [`Remote`].
 pub(crate) const PORT: u16 = 7;
@@ -192,10 +192,12 @@ impl Remote {
         let v4 = address.is_ipv4();
         machine.set_sysctl("net/ipv4/icmp_echo_ignore_all", "1")?;
         machine.set_sysctl("net/ipv6/icmp/echo_ignore_all", "1")?;
-        let (tcp, udp) = machine.within(|| {
-            let tcp = TcpListener::bind(address).with_context(|| address.to_string())?;
-            let udp = UdpSocket::bind(address).with_context(|| address.to_string())?;
-            Ok((tcp, udp))
+        let (tcp, udp) = when_free(|| {
+            machine.within(|| {
+                let tcp = TcpListener::bind(address).with_context(|| address.to_string())?;
+                let udp = UdpSocket::bind(address).with_context(|| address.to_string())?;
+                Ok((tcp, udp))
+            })
         })?;
         tcp.set_nonblocking(true)?;
         let raw = Kind::ALL[3..]
@@ -234,30 +236,19 @@ impl Remote {
         };
         let near = match kind {
             Kind::Tcp => {
-                let stream = from.tcp_connect_from((any, port).into(), self.address, limit)?;
+                let stream =
+                    when_free(|| from.tcp_connect_from((any, port).into(), self.address, limit))?;
                 reset_when_dropped(&stream)?;
                 Near::Tcp(stream)
             }
-            Kind::Udp | Kind::UnconnectedUdp => Near::Udp(from.within(|| {
-                let family = match any {
-                    IpAddr::V4(_) => AddressFamily::Inet,
-                    IpAddr::V6(_) => AddressFamily::Inet6,
-                };
-                let socket = socket(family, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
-                if any.is_ipv6() {
-                    // The other family may speak from the same port.
-                    setsockopt(&socket, sockopt::Ipv6V6Only, &true)?;
-                }
-                bind(
-                    socket.as_raw_fd(),
-                    &SockaddrStorage::from(SocketAddr::new(any, port)),
-                )
-                .with_context(|| format!("binding to port {port}"))?;
-                let socket = UdpSocket::from(socket);
-                if kind == Kind::Udp {
-                    socket.connect(self.address)?;
-                }
-                Ok(socket)
+            Kind::Udp | Kind::UnconnectedUdp => Near::Udp(when_free(|| {
+                from.within(|| {
+                    let socket = udp_socket((any, port).into())?;
+                    if kind == Kind::Udp {
+                        socket.connect(self.address)?;
+                    }
+                    Ok(socket)
+                })
             })?),
             _ => {
                 let protocol = kind.protocol(self.address.is_ipv4());
@@ -508,6 +499,23 @@ impl Flow<'_> {
             }
         }
     }
+}
+
+/// A socket of this thread's namespace; the other family may speak from the same port.
+pub(crate) fn udp_socket(local: SocketAddr) -> Result<UdpSocket> {
+    let family = if local.is_ipv4() {
+        AddressFamily::Inet
+    } else {
+        AddressFamily::Inet6
+    };
+    let socket = socket(family, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
+    if local.is_ipv6() {
+        setsockopt(&socket, sockopt::Ipv6V6Only, &true)?;
+    }
+    bind(socket.as_raw_fd(), &SockaddrStorage::from(local))
+        .map_err(io::Error::from)
+        .with_context(|| format!("binding to {local}"))?;
+    Ok(socket.into())
 }
 
 pub(crate) fn reset_when_dropped(stream: &TcpStream) -> Result<()> {

@@ -15,9 +15,10 @@ mod uplinks;
 use std::{
     collections::BTreeSet,
     fmt::Debug,
+    io::{self, ErrorKind},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, ensure};
@@ -276,9 +277,27 @@ fn all_differ<T: Ord + Debug>(items: &[T]) -> Result<()> {
     Ok(())
 }
 
+/// Does something that needs a port of a socket that was closed before. Until it is
+/// executed, what another test starts has a copy of it.
+fn when_free<T>(mut work: impl FnMut() -> Result<T>) -> Result<T> {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        match work() {
+            Err(error)
+                if Instant::now() < end
+                    && (is(&error, ErrorKind::AddrInUse)
+                        || is(&error, ErrorKind::AddrNotAvailable)) =>
+            {
+                thread::sleep(Duration::from_millis(5));
+            }
+            done => return done,
+        }
+    }
+}
+
 /// Whether an error came from one of the kernel's, of this kind.
-fn is(error: &anyhow::Error, kind: std::io::ErrorKind) -> bool {
+fn is(error: &anyhow::Error, kind: ErrorKind) -> bool {
     error
-        .downcast_ref::<std::io::Error>()
+        .downcast_ref::<io::Error>()
         .is_some_and(|error| error.kind() == kind)
 }

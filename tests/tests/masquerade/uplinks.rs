@@ -11,7 +11,7 @@ use serde_json::json;
 
 use crate::{
     By, IPTABLES, NODE, OUTSIDE, PATIENCE, addresses, both, by_stack_and_programs, each,
-    flow::{Flow, Kind, Remote},
+    flow::{Flow, Kind, PORT, Remote},
     is_stock, network_with, pod, reaches, reaches_by, remotes,
 };
 
@@ -186,6 +186,17 @@ fn rules_for_packets_choose_the_uplink(by: By) -> Result<()> {
     both_families(&node, |_| "rule add iif cni0 lookup 100".to_owned())?;
     reaches(&pod, &there, parsed(NODE_THERE)?).context("from the gateway device")?;
     both_families(&node, |_| "rule del iif cni0 lookup 100".to_owned())?;
+    for protocol in ["udp", "tcp"] {
+        both_families(&node, |_| {
+            format!("rule add ipproto {protocol} dport {PORT} lookup 100")
+        })?;
+    }
+    reaches_by(&Kind::PORTS[..3], &pod, &there, parsed(NODE_THERE)?).context("by their ports")?;
+    for protocol in ["udp", "tcp"] {
+        both_families(&node, |_| {
+            format!("rule del ipproto {protocol} dport {PORT} lookup 100")
+        })?;
+    }
     // Marks are netfilter's, which programs alone do not ask.
     if by == By::Stack {
         for (iptables, subnet) in IPTABLES.into_iter().zip(subnets) {
