@@ -65,8 +65,11 @@ pub(crate) enum Found {
 ///
 /// Nobody is shown as somebody else: a pod that writes another client's address into
 /// its packets has a flow of its own.
+///
+/// `yields`: if the stack has begun it, it is the same flow, and not one that looks the
+/// same.
 #[inline(never)]
-pub(crate) fn find(key: &mut FlowKey, wanted: &Flow, from: &From) -> Found {
+pub(crate) fn find(key: &mut FlowKey, wanted: &Flow, from: &From, yields: bool) -> Found {
     let now = now();
     let mut best = (0, Found::Full);
     for attempt in 0..ATTEMPTS {
@@ -87,7 +90,7 @@ pub(crate) fn find(key: &mut FlowKey, wanted: &Flow, from: &From) -> Found {
                             Found::Known
                         };
                     }
-                    if flow.from == 0 && from.segment == 0 {
+                    if flow.from == 0 && yields {
                         return Found::Ceded;
                     }
                 }

@@ -172,7 +172,7 @@ fn remember(ctx: &TcContext, work: &mut Work, target: &Target) -> Result<(), Dro
         // The pod has begun it.
         return Ok(());
     }
-    match flow::find(&mut work.key, &work.flow, &work.from) {
+    match flow::find(&mut work.key, &work.flow, &work.from, true) {
         Found::Known => {}
         found => {
             if found == Found::Stale {
@@ -213,7 +213,7 @@ fn show_error(ctx: &TcContext, work: &mut Work, port: u32) -> Result<(), DropRea
         (&reply.source, reply.source_port),
         work.inner.protocol,
     );
-    let found = flow::find(&mut work.key, &work.flow, &work.from);
+    let found = flow::find(&mut work.key, &work.flow, &work.from, true);
     if !matches!(found, Found::Known | Found::Stale)
         || work.key.client_port == reply.destination_port
     {

@@ -69,7 +69,7 @@ pub(crate) fn follow(
         work.parsed.protocol,
     );
     work.account = pod.port;
-    let found = flow::find(&mut work.key, &work.flow, &work.from);
+    let found = flow::find(&mut work.key, &work.flow, &work.from, true);
     if found != Found::Known
         && let Err(refused) = admit(ctx, work, pod, found, step)
     {
@@ -146,7 +146,7 @@ fn try_lead_error(ctx: &TcContext, work: &mut Work) -> Outcome {
     );
     work.account = pod.port;
     if !matches!(
-        flow::find(&mut work.key, &work.flow, &work.from),
+        flow::find(&mut work.key, &work.flow, &work.from, true),
         Found::Known | Found::Stale
     ) {
         return None;

@@ -215,9 +215,10 @@ mod tests {
             .prefixes()
             .map(|prefix| {
                 let Wire(key) = prefix.data();
+                let number = policy.number & !1 | u64::from(key.destination.is_v4());
                 assert_eq!(
                     bytemuck::bytes_of(&key.policy),
-                    policy.number.to_be_bytes().as_slice()
+                    number.to_be_bytes().as_slice()
                 );
                 (prefix.prefix_len(), key.destination)
             })
