@@ -39,5 +39,5 @@ pub use plugin::{Attachment, Call, CniError, Network, Reply, Verb, plugin_binary
 pub use pod::Pod;
 pub use raw::RawSocket;
 pub use snapshot::Snapshot;
-pub use traffic::{Client, EchoServer, Meeting, TransferReport, digest};
+pub use traffic::{Client, EchoServer, Meeting, TransferReport, digest, when_free};
 pub use tunnel::{Joined, Tunnel};

@@ -14,12 +14,15 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use nix::sys::{
-    socket::{
-        AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, setsockopt, socket,
-        sockopt,
+use nix::{
+    errno::Errno,
+    sys::{
+        socket::{
+            AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, setsockopt, socket,
+            sockopt,
+        },
+        time::TimeVal,
     },
-    time::TimeVal,
 };
 
 use crate::Namespace;
@@ -245,6 +248,16 @@ impl Namespace {
     /// As [`Self::meet`], or that the address is not one of the namespace's or
     /// taken.
     pub fn meet_from(
+        &self,
+        client: Client,
+        local: SocketAddr,
+        server: SocketAddr,
+        limit: Duration,
+    ) -> Result<Meeting> {
+        when_free(|| self.try_to_meet_from(client, local, server, limit))
+    }
+
+    fn try_to_meet_from(
         &self,
         client: Client,
         local: SocketAddr,
@@ -496,4 +509,36 @@ impl Read for Noise {
         }
         Ok(buffer.len())
     }
+}
+
+/// Repeats what finds a port in use, for a while: a process that another test is about to
+/// start has a copy of each socket, until it becomes another program.
+///
+/// # Errors
+///
+/// Those of `work`, or the port stays in use.
+pub fn when_free<T>(mut work: impl FnMut() -> Result<T>) -> Result<T> {
+    const PATIENCE: Duration = Duration::from_secs(2);
+    let end = Instant::now() + PATIENCE;
+    loop {
+        match work() {
+            Err(error) if Instant::now() < end && is_in_use(&error) => {
+                thread::sleep(Duration::from_millis(5));
+            }
+            done => return done,
+        }
+    }
+}
+
+fn is_in_use(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        let kind = cause
+            .downcast_ref::<io::Error>()
+            .map(io::Error::kind)
+            .or_else(|| Some(io::Error::from(*cause.downcast_ref::<Errno>()?).kind()));
+        matches!(
+            kind,
+            Some(io::ErrorKind::AddrInUse | io::ErrorKind::AddrNotAvailable)
+        )
+    })
 }

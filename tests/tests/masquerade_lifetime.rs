@@ -1,10 +1,10 @@
 //! Masquerade comes and goes with the pods that need it: what is written for them, by
 //! whom it is missed, and what is left.
 
-use std::{collections::BTreeMap, thread};
+use std::{collections::BTreeMap, thread, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
-use bpf_bridge_tests::{Attachment, Network, Node, Snapshot};
+use bpf_bridge_tests::{Attachment, Network, Node, Snapshot, wait_for};
 use serde_json::{Value, json};
 
 const PINS: &str = "/sys/fs/bpf/bpf-bridge/v1";
@@ -266,6 +266,10 @@ fn an_address_of_the_dead_is_taken_over() -> Result<()> {
         network.add(&dead.attachment().args(ip))?;
         node.run(&format!("umount {}", dead.path().display()))?;
         drop(dead);
+        wait_for("the end of the sandbox", Duration::from_secs(5), || {
+            let devices = node.device_names()?;
+            Ok(!devices.iter().any(|device| device.starts_with("veth")))
+        })?;
         // Its lease is given back by hand, as a reboot does.
         node.run("rm -rf /var/lib/cni/networks/net")?;
         let heir = node.sandbox(&format!("heir-{backend}"))?;

@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context as _, Result, anyhow, ensure};
 use bpf_bridge_tests::{
     Client, EchoServer, Frame, MacAddr, Meeting, Namespace, Network, Node, Offload, Outside,
-    Packet, PacketSocket, Pod,
+    Packet, PacketSocket, Pod, when_free,
 };
 use nix::{
     libc,
@@ -24,7 +24,7 @@ use crate::{
     By, Drops, GATEWAYS, IPTABLES, NODE, OUTSIDE, PATIENCE, addresses, all_differ, both,
     by_stack_and_programs, drops, each,
     flow::{Flow, Kind, PORT, Remote},
-    is_stock, network, other_network, pod, publishing_network, remotes, settle, when_free,
+    is_stock, network, other_network, pod, publishing_network, remotes, settle,
 };
 
 const HOST_PORT: u16 = 8080;

@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use bpf_bridge_tests::{
     EchoServer, Far, Frame, MacAddr, Namespace, Node, Offload, Outside, Packet, PacketSocket, Pod,
-    RawSocket, internet_checksum, wait_for,
+    RawSocket, internet_checksum, wait_for, when_free,
 };
 use nix::libc;
 
@@ -18,7 +18,7 @@ use crate::{
     By, GATEWAYS, IPTABLES, NODE, OUTSIDE, PATIENCE, SILENCE, addresses, both,
     by_stack_and_programs, each,
     flow::{Kind, Remote, udp_socket},
-    settle, when_free,
+    settle,
 };
 
 by_stack_and_programs! {

@@ -12,12 +12,12 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use bpf_bridge_tests::{Namespace, RawSocket, internet_checksum};
+use bpf_bridge_tests::{Namespace, RawSocket, internet_checksum, when_free};
 use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, SockaddrStorage, bind, setsockopt, socket, sockopt,
 };
 
-use crate::{PATIENCE, when_free};
+use crate::PATIENCE;
 
 /// The port of every [`Remote`].
 pub(crate) const PORT: u16 = 7;

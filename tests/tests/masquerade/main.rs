@@ -18,7 +18,7 @@ use std::{
     io::{self, ErrorKind},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, ensure};
@@ -275,24 +275,6 @@ fn all_differ<T: Ord + Debug>(items: &[T]) -> Result<()> {
     let set: BTreeSet<&T> = items.iter().collect();
     ensure!(set.len() == items.len(), "the same twice: {items:?}");
     Ok(())
-}
-
-/// Does something that needs a port of a socket that was closed before. Until it is
-/// executed, what another test starts has a copy of it.
-fn when_free<T>(mut work: impl FnMut() -> Result<T>) -> Result<T> {
-    let end = Instant::now() + PATIENCE;
-    loop {
-        match work() {
-            Err(error)
-                if Instant::now() < end
-                    && (is(&error, ErrorKind::AddrInUse)
-                        || is(&error, ErrorKind::AddrNotAvailable)) =>
-            {
-                thread::sleep(Duration::from_millis(5));
-            }
-            done => return done,
-        }
-    }
 }
 
 /// Whether an error came from one of the kernel's, of this kind.
