@@ -152,7 +152,7 @@ pub(crate) fn settle(ctx: &TcContext, work: &mut Work) -> Option<Result<(), Drop
             work.parsed.protocol,
         );
         if step == Step::Answers
-            || work.parsed.query == Query::Reply
+            || work.parsed.is_icmp() && work.parsed.query != Query::Request
             || step != Step::Begins && REPLIES.get_ptr(&work.reply_key).is_some()
         {
             // Somebody else has begun it, by the pod's own address.
@@ -367,7 +367,8 @@ fn is_admissible(ctx: &TcContext, key: &ReplyKey) -> bool {
 fn candidate(parsed: &Parsed, attempt: u32) -> u16 {
     let tuple = &parsed.tuple;
     let own = tuple.source_port;
-    if attempt == 0 {
+    // An identifier of 0 looks like none.
+    if attempt == 0 && (own != 0 || !parsed.is_query()) {
         return own;
     }
     let mut hash = (u32::from(own) << 16) | u32::from(tuple.destination_port);
