@@ -73,13 +73,16 @@ impl EchoServer {
     ///
     /// As [`Self::start_on`].
     pub fn start_as(namespace: &Namespace, address: SocketAddr, name: &str) -> Result<Self> {
-        let (tcp, udp) = namespace.within(|| {
-            let tcp = TcpListener::bind(address)
-                .with_context(|| format!("listening on {address} over TCP"))?;
-            let udp = UdpSocket::bind(tcp.local_addr()?)
-                .with_context(|| format!("listening on {address} over UDP"))?;
-            Ok((tcp, udp))
-        })?;
+        let listen = || {
+            namespace.within(|| {
+                let tcp = TcpListener::bind(address)
+                    .with_context(|| format!("listening on {address} over TCP"))?;
+                let udp = UdpSocket::bind(tcp.local_addr()?)
+                    .with_context(|| format!("listening on {address} over UDP"))?;
+                Ok((tcp, udp))
+            })
+        };
+        let (tcp, udp) = when_free(listen)?;
         let address = tcp.local_addr()?;
         let stop = Arc::new(AtomicBool::new(false));
         tcp.set_nonblocking(true)?;

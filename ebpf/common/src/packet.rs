@@ -224,6 +224,13 @@ impl Parsed {
         !matches!(self.query, Query::None)
     }
 
+    /// Whether it is an ICMP message that neither asks nor answers: nothing but its
+    /// addresses says whose it is. An error is one, and what neighbours tell each other.
+    #[inline(always)]
+    pub const fn is_bare_icmp(&self) -> bool {
+        self.is_icmp() && !self.is_query() && !matches!(self.fragment, Fragment::Later)
+    }
+
     /// What is filled in by and by: returned parts would each take stack of their own.
     const EMPTY: Self = Self {
         tuple: Tuple {

@@ -80,7 +80,8 @@ fn translate(ctx: &TcContext, work: &mut Work, l3: usize) -> Outcome {
     if work.parsed.tuple.destination.is_group() {
         return None;
     }
-    let is_error = work.parsed.is_icmp() && !work.parsed.is_query() && work.read_error(ctx);
+    let is_bare = work.parsed.is_bare_icmp();
+    let is_error = is_bare && work.read_error(ctx);
     let parsed = &work.parsed;
     if work.from.segment == 0 && parsed.fragment != Fragment::Whole && parsed.version == Version::V6
     {
@@ -107,6 +108,10 @@ fn translate(ctx: &TcContext, work: &mut Work, l3: usize) -> Outcome {
             work.owner.port = pod.port;
             work.owner.segment = segment;
             work.owner.policy = pod.policy;
+            if is_bare && !is_error {
+                // What neighbours tell each other, or nobody knows.
+                return unreadable(ctx, work, l3);
+            }
             if work.parsed.fragment != Fragment::Whole {
                 match complete(ctx, work, pod)? {
                     Ok(()) => {}
@@ -117,7 +122,8 @@ fn translate(ctx: &TcContext, work: &mut Work, l3: usize) -> Outcome {
                 return apart(|| error_of_pod(ctx, work, pod));
             }
         }
-        None if is_error => return apart(|| own_error(ctx, work)),
+        None if is_error && segment == 0 => return apart(|| own_error(ctx, work)),
+        None if is_bare => return None,
         None => {
             work.account = 0;
             match standing(ctx, work) {

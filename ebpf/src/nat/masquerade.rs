@@ -124,40 +124,44 @@ pub(crate) fn settle(ctx: &TcContext, work: &mut Work) -> Option<Result<(), Drop
         work.parsed.protocol,
         owner.port,
     );
-    if let Some(flow) = FLOWS.get_ptr_mut(&work.key) {
-        // SAFETY: an entry that is evicted meanwhile is memory of the map still; at worst
-        // a store is lost.
-        let flow = unsafe { &mut *flow };
-        if flow.flags & FLOW_MASQUERADED == 0 {
-            // It is not the pod that has begun it.
-            return None;
+    // SAFETY: an entry that is evicted meanwhile is memory of the map still; at worst a
+    // store is lost.
+    let known = FLOWS
+        .get_ptr_mut(&work.key)
+        .map(|flow| unsafe { &mut *flow });
+    match known {
+        Some(flow) if flow.flags & FLOW_MASQUERADED != 0 => {
+            if flow.from == owner.device && is_kept(ctx, work, owner, flow, step) {
+                work.to = work.parsed.tuple;
+                work.to.source = flow.original;
+                work.to.source_port = flow.original_port;
+                return Some(Ok(()));
+            }
         }
-        if flow.from == owner.device && is_kept(ctx, work, owner, flow, step) {
-            work.to = work.parsed.tuple;
-            work.to.source = flow.original;
-            work.to.source_port = flow.original_port;
-            return Some(Ok(()));
+        // It is not the pod that has begun it, whatever became of that one.
+        Some(_) if step != Step::Begins => return None,
+        _ if owner.policy != 0 => {
+            if is_exempt(
+                &mut work.exempt,
+                owner.policy,
+                &work.parsed.tuple.destination,
+            ) {
+                return None;
+            }
+            set_reply_key(
+                &mut work.reply_key,
+                &answer(&work.parsed.tuple),
+                work.parsed.protocol,
+            );
+            if step == Step::Answers
+                || work.parsed.is_icmp() && work.parsed.query != Query::Request
+                || step != Step::Begins && REPLIES.get_ptr(&work.reply_key).is_some()
+            {
+                // Somebody else has begun it, by the pod's own address.
+                return None;
+            }
         }
-    } else if owner.policy != 0 {
-        if is_exempt(
-            &mut work.exempt,
-            owner.policy,
-            &work.parsed.tuple.destination,
-        ) {
-            return None;
-        }
-        set_reply_key(
-            &mut work.reply_key,
-            &answer(&work.parsed.tuple),
-            work.parsed.protocol,
-        );
-        if step == Step::Answers
-            || work.parsed.query == Query::Reply
-            || step != Step::Begins && REPLIES.get_ptr(&work.reply_key).is_some()
-        {
-            // Somebody else has begun it, by the pod's own address.
-            return None;
-        }
+        _ => {}
     }
     Some(match begin(ctx, work, owner, step) {
         BEGUN => Ok(()),
@@ -314,6 +318,10 @@ fn find(ctx: &TcContext, work: &mut Work, owner: &Owner, thorough: bool) -> Foun
             break;
         }
     }
+    if found == Found::Full && owner.port == 0 && work.from.segment == 0 {
+        // No pod silences the node itself.
+        (best, found) = (work.parsed.tuple.source_port, Found::Idle);
+    }
     work.reply_key.local_port = best;
     found
 }
@@ -367,7 +375,8 @@ fn is_admissible(ctx: &TcContext, key: &ReplyKey) -> bool {
 fn candidate(parsed: &Parsed, attempt: u32) -> u16 {
     let tuple = &parsed.tuple;
     let own = tuple.source_port;
-    if attempt == 0 {
+    // An identifier of 0 looks like none.
+    if attempt == 0 && (own != 0 || !parsed.is_query()) {
         return own;
     }
     let mut hash = (u32::from(own) << 16) | u32::from(tuple.destination_port);

@@ -74,7 +74,10 @@ fn lead(ctx: &TcContext, work: &mut Work, l3: usize) -> Outcome {
         Standing::Unknown => return None,
         Standing::Done => return Some(Ok(TC_ACT_SHOT)),
     }
-    if work.parsed.is_icmp() && !work.parsed.is_query() && work.read_error(ctx) {
+    if work.parsed.is_bare_icmp() {
+        if !work.read_error(ctx) {
+            return None;
+        }
         return apart(|| come_back_error(ctx, work)).or_else(|| request::lead_error(ctx, work));
     }
     if let Some(done) = apart(|| come_back(ctx, work)) {

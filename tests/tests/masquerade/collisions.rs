@@ -558,8 +558,7 @@ fn a_process_of_the_node_keeps_its_port() -> Result<()> {
             address,
             ["0.0.0.0", "::"][usize::from(address.is_ipv6())].parse()?,
         ] {
-            let process =
-                when_free(|| EchoServer::start_as(&node, (listens, 5353).into(), "node"))?;
+            let process = EchoServer::start_as(&node, (listens, 5353).into(), "node")?;
             for kind in [Kind::Udp, Kind::UnconnectedUdp] {
                 let mut flow = remote.open(kind, &pod, 5353)?;
                 for _ in 0..2 {

@@ -8,6 +8,7 @@
 mod collisions;
 mod errors;
 mod flow;
+mod hostile;
 mod lifetime;
 mod reach;
 mod uplinks;
