@@ -500,8 +500,8 @@ pub struct FlowKey {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub struct Flow {
-    /// When a request was last seen, in ns of `CLOCK_MONOTONIC`; not every packet
-    /// writes it ([`FLOW_REFRESH_NS`]).
+    /// When a request was last seen, in ns of `CLOCK_MONOTONIC`, or a reply that leaves the
+    /// node by the host's stack; not every packet writes it ([`FLOW_REFRESH_NS`]).
     pub seen: u64,
     /// What the client addressed.
     pub original: Address,
@@ -603,7 +603,7 @@ pub struct ReplyKey {
 #[repr(C)]
 pub struct Reply {
     /// When a packet of the flow was last seen to leave, in ns of `CLOCK_MONOTONIC`; not
-    /// every packet writes it ([`FLOW_REFRESH_NS`]).
+    /// every packet writes it ([`FLOW_REFRESH_NS`]), and answers only before it is idle.
     pub seen: u64,
     /// The pod, or the node if it is the node's own flow or one that netfilter
     /// translates.

@@ -129,6 +129,7 @@ pub(crate) fn settle(ctx: &TcContext, work: &mut Work) -> Option<Result<(), Drop
     let known = FLOWS
         .get_ptr_mut(&work.key)
         .map(|flow| unsafe { &mut *flow });
+    let forgotten = known.is_none();
     match known {
         Some(flow) if flow.flags & FLOW_MASQUERADED != 0 => {
             if flow.from == owner.device && is_kept(ctx, work, owner, flow, step) {
@@ -138,8 +139,14 @@ pub(crate) fn settle(ctx: &TcContext, work: &mut Work) -> Option<Result<(), Drop
                 return Some(Ok(()));
             }
         }
-        // It is not the pod that has begun it, whatever became of that one.
-        Some(_) if step != Step::Begins => return None,
+        // It is not the pod that has begun it.
+        Some(flow) if step != Step::Begins && lasts(flow, work.parsed.protocol) => {
+            let now = now();
+            if now.saturating_sub(flow.seen) > FLOW_REFRESH_NS {
+                flow.seen = now;
+            }
+            return None;
+        }
         _ if owner.policy != 0 => {
             if is_exempt(
                 &mut work.exempt,
@@ -155,7 +162,7 @@ pub(crate) fn settle(ctx: &TcContext, work: &mut Work) -> Option<Result<(), Drop
             );
             if step == Step::Answers
                 || work.parsed.is_icmp() && work.parsed.query != Query::Request
-                || step != Step::Begins && REPLIES.get_ptr(&work.reply_key).is_some()
+                || forgotten && step != Step::Begins && REPLIES.get_ptr(&work.reply_key).is_some()
             {
                 // Somebody else has begun it, by the pod's own address.
                 return None;
@@ -167,6 +174,13 @@ pub(crate) fn settle(ctx: &TcContext, work: &mut Work) -> Option<Result<(), Drop
         BEGUN => Ok(()),
         reason => Err(DropReason::from_number(reason).unwrap_or(DropReason::Helper)),
     })
+}
+
+/// Whether a flow that somebody else has begun still lasts, now that the pod sends a packet
+/// of it. Of a connection it says itself when a new one begins.
+#[inline(always)]
+fn lasts(flow: &Flow, protocol: u8) -> bool {
+    protocol == IPPROTO_TCP || now().saturating_sub(flow.seen) <= MASQUERADE_IDLE_NS
 }
 
 /// What [`begin`] says if it is not the number of a reason.
@@ -511,7 +525,19 @@ pub(crate) fn recall(work: &mut Work, step: Step) -> Option<&'static Reply> {
     let reply = REPLIES.get_ptr_mut(&work.reply_key)?;
     // SAFETY: as in `settle`.
     let reply = unsafe { &mut *reply };
+    let now = now();
+    if reply.port != 0
+        && (work.parsed.protocol != IPPROTO_TCP || step == Step::Begins)
+        && is_idle(reply, now, work.parsed.protocol)
+    {
+        // It does not answer: nothing was asked for long.
+        return None;
+    }
     note(reply, step);
+    if now.saturating_sub(reply.seen) > MASQUERADE_IDLE_NS / 2 {
+        // Nor is who only hears idle. (Mostly it is the pod's packets that say so.)
+        reply.seen = now;
+    }
     work.to = work.parsed.tuple;
     work.to.destination = reply.address;
     work.to.destination_port = reply.inner_port;

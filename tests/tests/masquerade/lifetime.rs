@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use bpf_bridge_tests::{
-    EchoServer, Frame, MacAddr, Network, Node, Packet, PacketSocket, Pod, Snapshot,
+    EchoServer, Frame, MacAddr, Namespace, Network, Node, Packet, PacketSocket, Pod, Snapshot,
 };
 use serde_json::json;
 
@@ -25,6 +25,8 @@ by_stack_and_programs! {
     the_node_ends_no_connection_that_it_has_forgotten
     a_flood_of_flows_breaks_no_connection
     nothing_reaches_the_heir_of_an_address
+    a_pod_may_ask_whom_it_has_answered
+    an_answer_comes_in_time_or_is_none
 }
 
 /// Deletes all entries of a map, or of one whose keys begin with an address.
@@ -38,6 +40,86 @@ fn forget(node: &Node, map: &str) -> Result<usize> {
         ))?;
     }
     Ok(entries.len())
+}
+
+/// Makes all entries of a map as old as the machine. (It was started more than five minutes
+/// ago.)
+fn age(node: &Node, map: &str) -> Result<()> {
+    let hex =
+        |bytes: &[u8]| -> String { bytes.iter().map(|byte| format!("{byte:02x} ")).collect() };
+    for (key, mut value) in dump(node, map)? {
+        value[..8].fill(0);
+        node.run(&format!(
+            "bpftool map update pinned {PINS}/maps/{map} key hex {} value hex {}",
+            hex(&key),
+            hex(&value)
+        ))?;
+    }
+    Ok(())
+}
+
+fn bound(at: &Namespace, address: IpAddr, port: u16) -> Result<UdpSocket> {
+    let socket = at.within(|| Ok(UdpSocket::bind((address, port))?))?;
+    socket.set_read_timeout(Some(PATIENCE))?;
+    Ok(socket)
+}
+
+fn hears(socket: &UdpSocket) -> Result<SocketAddr> {
+    Ok(socket.recv_from(&mut [0; 10])?.1)
+}
+
+/// Long after the last packet of what the other one has begun.
+fn a_pod_may_ask_whom_it_has_answered(by: By) -> Result<()> {
+    let node = Node::new()?;
+    let outside = node.outside()?;
+    let network = by.network(&node);
+    let pod = pod(&network, "pod")?;
+    for subnet in [Network::V4_SUBNET, Network::V6_SUBNET] {
+        outside.route_to_node(subnet)?;
+    }
+    each([0, 1], |family: usize| {
+        let there = bound(&outside, OUTSIDE[family], 7)?;
+        let here = bound(&pod, addresses(&pod)?[family], 4000)?;
+        let own = here.local_addr()?;
+        there.send_to(b"?", own)?;
+        hears(&here)?;
+        for _ in 0..2 {
+            here.send_to(b"!", there.local_addr()?)?;
+            let seen = hears(&there)?;
+            ensure!(seen == own, "an answer of {seen}");
+        }
+        age(&node, "FLOWS")?;
+        here.send_to(b"?", there.local_addr()?)?;
+        let seen = hears(&there)?;
+        ensure!(seen.ip() == NODE[family], "a question of {seen}");
+        there.send_to(b"!", seen)?;
+        hears(&here).map(drop)
+    })
+}
+
+/// Whoever speaks to the node's port long after a pod has used it means the node.
+fn an_answer_comes_in_time_or_is_none(by: By) -> Result<()> {
+    let node = Node::new()?;
+    let outside = node.outside()?;
+    let network = by.network(&node);
+    let pod = pod(&network, "pod")?;
+    each([0, 1], |family: usize| {
+        let there = bound(&outside, OUTSIDE[family], 7)?;
+        let here = bound(&pod, addresses(&pod)?[family], 4000)?;
+        here.send_to(b"?", there.local_addr()?)?;
+        let seen = hears(&there)?;
+        let of_node = bound(&node, seen.ip(), seen.port())?;
+        there.send_to(b"!", seen)?;
+        hears(&here).context("in time")?;
+        age(&node, "REPLIES")?;
+        there.send_to(b"?", seen)?;
+        hears(&of_node).context("too late")?;
+        here.send_to(b"?", there.local_addr()?)?;
+        let again = hears(&there)?;
+        ensure!(again == seen, "seen as {again}, not {seen}");
+        there.send_to(b"!", again)?;
+        hears(&here).context("in time again").map(drop)
+    })
 }
 
 /// An eviction at any time: the next packet of either direction makes it good.
