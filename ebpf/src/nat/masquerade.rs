@@ -112,6 +112,10 @@ pub(crate) const fn answer(tuple: &Tuple) -> Tuple {
 
 /// Finds as whom the packet leaves that `work.owner` sends, or settles it, and sets
 /// `work.to`. `None` if it leaves as it is.
+#[expect(
+    clippy::collapsible_match,
+    reason = "a masqueraded flow that cannot be kept is not for the arms below"
+)]
 #[inline(always)]
 pub(crate) fn settle(ctx: &TcContext, work: &mut Work) -> Option<Result<(), DropReason>> {
     // It comes from there, so that the verifier knows nothing of it: all that lead here are
