@@ -11,6 +11,7 @@ use std::{
 use anyhow::{Context as _, Result, anyhow, ensure};
 use bpf_bridge_tests::{
     EchoServer, Frame, MacAddr, Namespace, Network, Node, Packet, PacketSocket, Pod, Snapshot,
+    wait_for,
 };
 use serde_json::json;
 
@@ -42,9 +43,18 @@ fn forget(node: &Node, map: &str) -> Result<usize> {
     Ok(entries.len())
 }
 
-/// Makes all entries of a map as old as the machine. (It was started more than five minutes
-/// ago.)
+/// Makes all entries of a map as old as the machine, which must be old enough.
 fn age(node: &Node, map: &str) -> Result<()> {
+    const OLD: f64 = 301.0;
+    wait_for(
+        "the machine to be old enough",
+        Duration::from_secs(302),
+        || {
+            let uptime = std::fs::read_to_string("/proc/uptime")?;
+            let seconds: f64 = uptime.split(' ').next().unwrap_or_default().parse()?;
+            Ok(seconds > OLD)
+        },
+    )?;
     let hex =
         |bytes: &[u8]| -> String { bytes.iter().map(|byte| format!("{byte:02x} ")).collect() };
     for (key, mut value) in dump(node, map)? {
