@@ -36,7 +36,7 @@ use crate::{
     responder,
     shared::{
         ENDPOINTS, PACKET_HOST, PORTS, SEGMENT, STATS, TARGET, TARGET_FLAGS, count_drop, ifindex,
-        skb, to_host,
+        set_mark, skb, to_host,
     },
 };
 
@@ -162,6 +162,7 @@ fn unicast(ctx: &TcContext, ifindex: u32, port: &Port, to: Mac) -> Result<i32, D
             return same_port(port, ifindex);
         }
         if endpoint.flags & PORT_GATEWAY != 0 {
+            set_mark(ctx, 0);
             // Comes back only if no port is published on the node.
             // SAFETY: the program that is called takes the same context.
             unsafe { PROGRAMS.tail_call(ctx, PROGRAM_FROM_POD) };

@@ -66,6 +66,14 @@ pub(crate) fn skb(ctx: &TcContext) -> *mut __sk_buff {
     ctx.as_ptr().cast()
 }
 
+/// Marks a packet for programs that it meets later in the host; 0 takes the mark away, which
+/// whoever sent it may have set.
+#[inline(always)]
+pub(crate) fn set_mark(ctx: &TcContext, mark: u32) {
+    // SAFETY: the context is valid for as long as the program runs.
+    unsafe { (*skb(ctx)).tc_index = mark };
+}
+
 /// Into the host's stack, as if received on the gateway device.
 #[inline(always)]
 pub(crate) fn to_host(segment: u32) -> i32 {

@@ -403,6 +403,8 @@ fn address(version: Version) -> BoxedStrategy<Address> {
             .boxed(),
         Version::V6 => proptest::array::uniform16(byte())
             .prop_map(Address::v6)
+            // Those are of IPv4, and no packet may have them.
+            .prop_filter("mapped", |address| !address.is_v4())
             .boxed(),
     }
 }

@@ -22,8 +22,8 @@ use crate::{
     maps::{ADDRESSES, FLOWS, REPLIES},
     masquerade::{self, GO_ON, Owner},
     own,
-    shared::{PORTS, count_drop, ifindex, skb},
-    skb::{ETH_P_IP, Skb},
+    shared::{PORTS, count_drop, ifindex, set_mark, skb},
+    skb::{ETH_P_IP, Skb, is_marked},
     work::{From, Outcome, Work, apart},
 };
 
@@ -45,12 +45,13 @@ fn send(ctx: &TcContext, l3: usize) -> i32 {
         // Of a VLAN device, which has its own program.
         return TC_ACT_UNSPEC;
     }
-    // SAFETY: the context is valid for as long as the program runs.
-    let came_by = unsafe { (*skb(ctx)).ingress_ifindex };
-    if came_by != 0 && PORTS.get_ptr(came_by).is_some() {
+    if is_marked(ctx) {
         // Straight from a pod: it has what it needs.
+        set_mark(ctx, 0);
         return TC_ACT_UNSPEC;
     }
+    // SAFETY: the context is valid for as long as the program runs.
+    let came_by = unsafe { (*skb(ctx)).ingress_ifindex };
     let Some(work) = Work::get() else {
         return TC_ACT_UNSPEC;
     };

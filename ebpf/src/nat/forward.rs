@@ -14,8 +14,8 @@ use crate::{
     maps::UPLINKS,
     masquerade::{self, Owner},
     reply,
-    shared::{PORTS, count_drop, to_host},
-    skb::Skb,
+    shared::{PORTS, count_drop, set_mark, to_host},
+    skb::{OURS, Skb},
     work::{Outcome, Work, apart},
 };
 
@@ -77,7 +77,10 @@ fn try_forward(ctx: &TcContext, work: &mut Work, port: &Port) -> Outcome {
         return None;
     }
     Some(match settled {
-        Ok(()) if work.rewrite(ctx) => Ok(exit.go()),
+        Ok(()) if work.rewrite(ctx) => {
+            set_mark(ctx, OURS);
+            Ok(exit.go())
+        }
         Ok(()) => Err(DropReason::Helper),
         Err(reason) => Err(reason),
     })

@@ -22,9 +22,10 @@ use crate::{
     maps::FLOWS,
     masquerade,
     shared::{
-        ENDPOINTS, NEIGHBORS, PORTS, SEGMENT, TARGET, TARGET_FLAGS, count_drop, ifindex, skb,
+        ENDPOINTS, NEIGHBORS, PORTS, SEGMENT, TARGET, TARGET_FLAGS, count_drop, ifindex, set_mark,
+        skb,
     },
-    skb::{ANSWER, ETH_P_IP, Skb},
+    skb::{ETH_P_IP, Skb, is_marked},
     work::{From, Work},
 };
 
@@ -127,8 +128,8 @@ pub(crate) fn itself(address: &Address, pod_port: u16, port: u32) -> Published {
 
 #[inline(always)]
 fn remember(ctx: &TcContext, work: &mut Work, target: &Target) -> Result<(), DropReason> {
-    // SAFETY: the context is valid for as long as the program runs.
-    if unsafe { (*skb(ctx)).tc_index } == ANSWER {
+    if is_marked(ctx) {
+        set_mark(ctx, 0);
         return Ok(());
     }
     let turned = target.flags & PORT_VIA_HOST == 0 && is_from_segment(ctx, target.segment);

@@ -12,8 +12,8 @@ use bpf_bridge_common::{
 use crate::{
     fib::{self, Question, Way},
     maps::FLOWS,
-    shared::{PORTS, to_host},
-    skb::Skb,
+    shared::{PORTS, set_mark, to_host},
+    skb::{OURS, Skb},
     work::{Outcome, Work, apart},
 };
 
@@ -119,7 +119,10 @@ impl Back {
         match self {
             Self::Stack => Ok(to_host(port.segment)),
             Self::Pod => skb.into_pod(flow.from, flow.client_mac, flow.gateway_mac),
-            Self::Out(verdict) => Ok(verdict),
+            Self::Out(verdict) => {
+                set_mark(skb.0, OURS);
+                Ok(verdict)
+            }
             Self::TooBig | Self::Nowhere => Err(DropReason::NoRoute),
         }
     }

@@ -23,10 +23,15 @@ use crate::shared::{PACKET_HOST, skb};
 /// IPv4, RFC 894.
 pub(crate) const ETH_P_IP: u16 = 0x0800;
 
-/// What `tc_index` of a packet is that answers a masqueraded pod, on its way through the
-/// host's stack: nobody need look again whose it is. (Whoever else writes it takes a
-/// record from his own flows, no more.)
-pub(crate) const ANSWER: u32 = 0x6266;
+/// The mark of a packet that a program has translated: nobody need look again whose it is.
+pub(crate) const OURS: u32 = 0x6266;
+
+/// Whether the packet has it.
+#[inline(always)]
+pub(crate) fn is_marked(ctx: &TcContext) -> bool {
+    // SAFETY: the context is valid for as long as the program runs.
+    unsafe { (*skb(ctx)).tc_index == OURS }
+}
 
 /// A frame in a tc program.
 #[derive(Clone, Copy)]

@@ -18,8 +18,8 @@ use crate::{
     maps::{REPLIES, gateway_mac},
     masquerade::{self, GO_ON},
     own, request,
-    shared::{PORTS, count_drop, ifindex, skb},
-    skb::{ANSWER, Skb},
+    shared::{PORTS, count_drop, ifindex, set_mark},
+    skb::{OURS, Skb},
     work::{From, Outcome, Work, apart},
 };
 
@@ -38,6 +38,7 @@ pub(crate) fn uplink_l3(ctx: TcContext) -> i32 {
 #[inline(always)]
 fn receive(ctx: &TcContext, l3: usize) -> i32 {
     let skb = Skb(ctx);
+    set_mark(ctx, 0);
     if !skb.is_for_this_host() || skb.is_tagged() || l3 != 0 && skb.restore_link_header().is_none()
     {
         return TC_ACT_UNSPEC;
@@ -149,8 +150,7 @@ fn come_back_error(ctx: &TcContext, work: &mut Work) -> Outcome {
 #[inline(always)]
 fn hand_over(ctx: &TcContext, work: &Work, reply: &Reply, port: &Port) -> Result<i32, DropReason> {
     if reply.flags & REPLY_DIRECT == 0 {
-        // SAFETY: the context is valid for as long as the program runs.
-        unsafe { (*skb(ctx)).tc_index = ANSWER };
+        set_mark(ctx, OURS);
         return Ok(TC_ACT_UNSPEC);
     }
     let gateway = gateway_mac(port.segment).ok_or(DropReason::Helper)?;
