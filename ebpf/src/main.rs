@@ -6,8 +6,8 @@
 //! | [`responder`] | called by `port` for broadcasts that may be neighbour requests |
 //! | [`flood`] | called by both for what every port must get |
 //!
-//! Published ports are an object of their own, `nat/main.rs`, two of whose programs
-//! `port` calls once a port is published.
+//! What translates is an object of its own, `nat/main.rs`, three of whose programs `port`
+//! calls once a network needs them.
 //!
 //! [`maps`] has the tables, and the `bpf-bridge-common` crate their layouts.
 //! Minimum kernel: 5.10 (`bpf_redirect_peer`).

@@ -163,7 +163,7 @@ fn unicast(ctx: &TcContext, ifindex: u32, port: &Port, to: Mac) -> Result<i32, D
         }
         if endpoint.flags & PORT_GATEWAY != 0 {
             set_mark(ctx, 0);
-            // Comes back only if no port is published on the node.
+            // Comes back only if no network needs that program.
             // SAFETY: the program that is called takes the same context.
             unsafe { PROGRAMS.tail_call(ctx, PROGRAM_FROM_POD) };
             return Ok(to_host(port.segment));

@@ -15,7 +15,7 @@ use super::{Error, LogLevel, Wire, failed, nat, pins};
 pub(super) static OBJECT: &[u8] =
     aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/bpf-bridge-datapath"));
 
-/// The programs of published ports.
+/// The programs that translate.
 pub(super) static NAT: &[u8] =
     aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/bpf-bridge-nat"));
 

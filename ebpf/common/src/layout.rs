@@ -126,7 +126,8 @@ pub const PROGRAM_RESPONDER: u32 = 1;
 /// The slot of the program for what pods send to the gateway. Empty until a port
 /// is published.
 pub const PROGRAM_FROM_POD: u32 = 2;
-/// The slot of the program for what the host sends to pods with published ports.
+/// The slot of the program for what the host sends to pods. Empty until a network has a
+/// gateway.
 pub const PROGRAM_FROM_HOST: u32 = 3;
 /// The slot of the program for what pods send each other past the host.
 pub const PROGRAM_BETWEEN: u32 = 4;
