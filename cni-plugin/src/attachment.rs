@@ -23,6 +23,7 @@ use thiserror::Error;
 use crate::{
     cni::names::check_ifname,
     datapath::{LogLevel, nat::NodePort},
+    fault::{self, Kind},
     lock::{Lock, LockError, Mode},
     mac::MacAddr,
 };
@@ -324,10 +325,14 @@ impl Claim {
         let write = || -> io::Result<()> {
             let text = serde_json::to_vec(record)?;
             let file = self.lock.file();
+            fault::request(Kind::File, "write the record")?;
             // One write, then the cut: a reader sees the old, the new, or what
             // is no JSON.
             file.write_all_at(&text, 0)?;
-            file.set_len(text.len() as u64)
+            fault::point("write the record");
+            file.set_len(text.len() as u64)?;
+            fault::point("cut the record");
+            Ok(())
         };
         write().map_err(|source| RecordError::Io {
             action: "writing",

@@ -17,6 +17,7 @@
 //! | [`masquerade`] | what pods send out of the node leaves with the node's address |
 //! | [`uplinks`] | the node's addresses, and its devices toward others |
 //! | [`datapath`] | the eBPF programs and their maps, from the plugin's side |
+//! | [`fault`] | where tests kill a call, or make it fail |
 //! | [`follow`] | `bpf-bridge log`: what the programs write to their log |
 //! | [`lock`] | file locks |
 //! | [`mount`] | file systems that nobody else sees |
@@ -29,6 +30,7 @@ pub mod attachment;
 pub mod cni;
 pub mod commands;
 pub mod datapath;
+pub mod fault;
 pub mod follow;
 pub mod gateway;
 pub mod ipam;

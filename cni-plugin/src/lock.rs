@@ -19,6 +19,8 @@ use nix::{
 };
 use thiserror::Error;
 
+use crate::fault::{self, Kind};
+
 /// How long a call waits for another that holds a lock. Everything that is done
 /// under one takes milliseconds, so a longer wait means that the holder hangs.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -98,7 +100,10 @@ impl Lock {
     ///
     /// What the kernel said.
     pub fn remove(self) -> io::Result<()> {
+        let path = self.path.display();
+        fault::request(Kind::File, format_args!("remove {path}"))?;
         fs::remove_file(&self.path)?;
+        fault::point(format_args!("remove {path}"));
         if let Some(directory) = self.path.parent() {
             // Others are in it: it stays.
             let _ = fs::remove_dir(directory);
@@ -112,6 +117,7 @@ impl Lock {
             source,
         };
         let deadline = Instant::now() + PATIENCE;
+        fault::request(Kind::File, format_args!("lock {}", path.display())).map_err(error)?;
         loop {
             if create && let Some(directory) = path.parent() {
                 DirBuilder::new()
@@ -148,6 +154,7 @@ impl Lock {
             let own = file.metadata().map_err(error)?;
             match fs::symlink_metadata(path) {
                 Ok(there) if (there.dev(), there.ino()) == (own.dev(), own.ino()) => {
+                    fault::point(format_args!("lock {}", path.display()));
                     return Ok(Some(Self {
                         file,
                         path: path.to_owned(),

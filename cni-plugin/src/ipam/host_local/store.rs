@@ -5,7 +5,6 @@ use std::{
     fs::{self, File, TryLockError},
     io,
     net::IpAddr,
-    os::unix::fs::FileExt as _,
     path::{Path, PathBuf},
 };
 
@@ -498,8 +497,7 @@ impl Session<'_> {
             let state = modified.map_or_else(|| "-\n".into(), |modified| self.state(modified));
             let file = index.open_file(STATE)?;
             // In place: torn, it fits nothing.
-            file.write_all_at(state.as_bytes(), 0)
-                .map_err(|error| index.error("writing", STATE, error))
+            index.write(STATE, &file, &state)
         });
     }
 
@@ -953,8 +951,7 @@ impl Session<'_> {
         let text = address.to_string();
         let file = network.open_file(&name)?;
         // Not truncated first: file systems take that for a reason to write to the disk.
-        file.write_all_at(text.as_bytes(), 0)
-            .and_then(|()| file.set_len(text.len() as u64))
-            .map_err(|error| network.error("writing", &name, error))
+        network.write(&name, &file, &text)?;
+        network.cut(&name, &file, text.len())
     }
 }
