@@ -104,6 +104,13 @@ impl Snapshot {
             seen.insert(key, text(neighbour, "lladdr").to_owned());
         }
         for (path, content) in files(node, &["/var/lib/cni", "/run/bpf-bridge"])? {
+            // A record, which names devices by their indices.
+            let content = match serde_json::from_str(&content) {
+                Ok(Value::Object(record)) => {
+                    with_names(record.into(), &["segment", "hostIfindex"], &names).to_string()
+                }
+                _ => content.escape_debug().to_string(),
+            };
             seen.insert(format!("file {}", path.display()), content);
         }
         let pins: Vec<PathBuf> = files(node, &["/sys/fs/bpf"])?
@@ -184,9 +191,7 @@ fn files(node: &Node, roots: &[&str]) -> Result<Vec<(PathBuf, String)>> {
             let content = if bookkeeping {
                 String::new()
             } else {
-                String::from_utf8_lossy(&fs::read(&path).unwrap_or_default())
-                    .escape_debug()
-                    .to_string()
+                String::from_utf8_lossy(&fs::read(&path).unwrap_or_default()).into_owned()
             };
             found.push((path, content));
         }
@@ -253,29 +258,30 @@ fn maps(
 /// A key or value with the names of devices for their indices.
 fn named(pin: &Path, value: &Value, devices: &BTreeMap<u64, &str>, is_key: bool) -> String {
     const BY_DEVICE: [&str; 5] = ["PORTS", "STATS", "SEGMENTS", "UPLINKS", "XDP_UPLINKS"];
-    let name = |index: &Value| match index.as_u64() {
-        // What no device has stays a number.
-        Some(number) => devices
-            .get(&number)
-            .map_or_else(|| index.clone(), |name| (*name).into()),
-        None => index.clone(),
-    };
     let map = pin.file_name().unwrap_or_default().to_string_lossy();
-    if is_key && BY_DEVICE.contains(&&*map) {
-        return name(value).to_string();
-    }
-    let mut value = value.clone();
-    // The port of a key is one of the transport layer.
-    let fields: &[&str] = match is_key {
-        true => &["segment"],
-        false => &["segment", "port", "gateway_port"],
+    let named = match is_key {
+        true if BY_DEVICE.contains(&&*map) => name(value, devices),
+        // The port of a key is one of the transport layer.
+        true => with_names(value.clone(), &["segment"], devices),
+        false => with_names(value.clone(), &["segment", "port", "gateway_port"], devices),
     };
+    named.to_string()
+}
+
+/// With the names of devices for their indices in these fields.
+fn with_names(mut value: Value, fields: &[&str], devices: &BTreeMap<u64, &str>) -> Value {
     for field in fields {
         if let Some(index) = value.get_mut(*field) {
-            *index = name(index);
+            *index = name(index, devices);
         }
     }
-    value.to_string()
+    value
+}
+
+/// The name of a device by its index; one that no device has stays.
+fn name(index: &Value, devices: &BTreeMap<u64, &str>) -> Value {
+    let name = index.as_u64().and_then(|index| devices.get(&index));
+    name.map_or_else(|| index.clone(), |name| (*name).into())
 }
 
 /// What `bpftool -j map VERB` says of each of these maps, or nothing: of what is no map,

@@ -612,7 +612,10 @@ impl Datapath {
         // A DEL that was killed in here left the last one in both places.
         let half_done = port.slot < last && own.is_some() && own == tail.map(|tail| tail.port);
         if port.slot > last || own != Some(ifindex) && !half_done {
-            // Never joined: the ADD died before it did.
+            // Never joined: the ADD died before it did. Another may have its slot now.
+            if own == Some(ifindex) {
+                remove(&mut self.members, "MEMBERS", at(port.slot))?;
+            }
             return Ok(());
         }
         if port.slot != last
