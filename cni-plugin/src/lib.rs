@@ -19,6 +19,7 @@
 //! | [`datapath`] | the eBPF programs and their maps, from the plugin's side |
 //! | [`follow`] | `bpf-bridge log`: what the programs write to their log |
 //! | [`lock`] | file locks |
+//! | [`boot`] | which boot and which network namespace this is |
 //! | [`mount`] | file systems that nobody else sees |
 //! | [`mac`] | Ethernet addresses |
 //!
@@ -26,6 +27,7 @@
 //! package `bpf-bridge-ebpf`.
 
 pub mod attachment;
+pub mod boot;
 pub mod cni;
 pub mod commands;
 pub mod datapath;
