@@ -20,6 +20,7 @@
 //! | [`fault`] | where tests kill a call, or make it fail |
 //! | [`follow`] | `bpf-bridge log`: what the programs write to their log |
 //! | [`lock`] | file locks |
+//! | [`boot`] | which boot and which network namespace this is |
 //! | [`mount`] | file systems that nobody else sees |
 //! | [`mac`] | Ethernet addresses |
 //!
@@ -27,6 +28,7 @@
 //! package `bpf-bridge-ebpf`.
 
 pub mod attachment;
+pub mod boot;
 pub mod cni;
 pub mod commands;
 pub mod datapath;
