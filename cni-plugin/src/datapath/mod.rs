@@ -473,23 +473,19 @@ impl Datapath {
         Ok(())
     }
 
-    /// Removes a segment of which only the gateway port is left.
+    /// Removes a segment of which only the gateway port is left, or as much of it as was
+    /// made: `gateway` is as for [`Self::create_segment`], with the addresses that the
+    /// responder answers for.
     ///
     /// # Errors
     ///
     /// A table cannot be read or written.
-    pub fn remove_segment(
-        &mut self,
-        segment: u32,
-        mac: Mac,
-        addresses: &[IpAddr],
-    ) -> Result<(), Error> {
-        let Some(entry) = self.segment(segment)? else {
-            return Ok(());
-        };
-        remove(&mut self.segments, "SEGMENTS", segment)?;
-        self.forget(entry.gateway_port, segment, mac, addresses)?;
-        remove(&mut self.members, "MEMBERS", MemberKey { segment, slot: 0 })
+    pub fn remove_segment(&mut self, gateway: &PortSpec<'_>) -> Result<(), Error> {
+        let segment = gateway.segment;
+        let key = MemberKey { segment, slot: 0 };
+        remove(&mut self.members, "MEMBERS", key)?;
+        self.forget(gateway.ifindex, segment, gateway.mac, gateway.addresses)?;
+        remove(&mut self.segments, "SEGMENTS", segment)
     }
 
     /// Adds a port to its segment.
