@@ -9,7 +9,7 @@ use aya::{
 use bpf_bridge_common::layout::{PROGRAM_FLOOD, PROGRAM_RESPONDER, PortStats};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use super::{Error, LogLevel, Wire, failed, nat, pins};
+use super::{Error, LogLevel, Wire, change, failed, nat, pins};
 
 /// The programs, compiled by the build script.
 pub(super) static OBJECT: &[u8] =
@@ -105,17 +105,13 @@ pub(super) fn load(level: LogLevel) -> Result<(), Error> {
             let fd = program
                 .fd()
                 .map_err(|source| Error::program(name, source))?;
-            calls
-                .set(slot, fd, 0)
+            change("PROGRAMS", || calls.set(slot, fd, 0))
                 .map_err(|source| failed("writing", "PROGRAMS", &slot, source))?;
         }
         let path = variant.join(name);
         // What a load that was killed has left.
-        let _ = std::fs::remove_file(&path);
-        program.pin(&path).map_err(|source| Error::Pin {
-            path,
-            source: std::io::Error::other(source),
-        })?;
+        pins::remove(&path)?;
+        pins::pin(&path, |path| program.pin(path))?;
     }
     Ok(())
 }
@@ -155,6 +151,6 @@ fn count_strangers() -> Result<(), Error> {
             PerCpuValues::try_from(vec![Wire(PortStats::default()); cpus])
                 .map_err(MapError::IoError)
         })
-        .and_then(|zero| stats.insert(0, zero, super::ANY))
+        .and_then(|zero| change("STATS", || stats.insert(0, zero, super::ANY)))
         .map_err(|source| failed("writing", "STATS", &0, source))
 }

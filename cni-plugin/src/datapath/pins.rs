@@ -23,7 +23,10 @@ use bpf_bridge_common::layout::ABI;
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 use super::{Error, LogLevel};
-use crate::lock::{Lock, Mode};
+use crate::{
+    fault::{self, Kind},
+    lock::{Lock, Mode},
+};
 
 /// Where bpffs is expected to be mounted.
 pub const BPFFS: &str = "/sys/fs/bpf";
@@ -113,14 +116,54 @@ fn create(paths: [PathBuf; 2]) -> Result<(), Error> {
 
 /// Removes every pin of this version.
 pub(super) fn remove_all() -> Result<(), Error> {
-    let path = root();
     // The pins that say that all is there go first, in case this is killed.
     for level in LogLevel::ALL {
-        let _ = fs::remove_file(variant(level).join("port"));
+        remove(&variant(level).join("port"))?;
     }
-    match fs::remove_dir_all(&path) {
-        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(Error::Pin { path, source }),
-        _ => Ok(()),
+    remove(&root())
+}
+
+/// Pins a program or a link, by `pin`.
+pub(super) fn pin<E>(path: &Path, pin: impl FnOnce(&Path) -> Result<(), E>) -> Result<(), Error>
+where
+    E: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    let at = path.display();
+    fault::request(Kind::Bpf, format_args!("pin {at}"))
+        .and_then(|()| pin(path).map_err(io::Error::other))
+        .map_err(|source| Error::Pin {
+            path: path.to_owned(),
+            source,
+        })?;
+    fault::point(format_args!("pin {at}"));
+    Ok(())
+}
+
+/// Removes a pin, or a directory of pins; that there is none is no error.
+pub(super) fn remove(path: &Path) -> Result<(), Error> {
+    remove_below(path).map_err(|source| Error::Pin {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+fn remove_below(path: &Path) -> io::Result<()> {
+    let removed = if path.is_dir() {
+        for entry in fs::read_dir(path)? {
+            remove_below(&entry?.path())?;
+        }
+        fs::remove_dir(path)
+    } else {
+        fault::request(Kind::Bpf, format_args!("remove {}", path.display()))?;
+        fs::remove_file(path)
+    };
+    match removed {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+        Ok(()) => {
+            fault::point(format_args!("remove {}", path.display()));
+            Ok(())
+        }
     }
 }
 

@@ -6,7 +6,6 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    fs, io,
     net::IpAddr,
     os::fd::AsFd as _,
     path::PathBuf,
@@ -19,9 +18,12 @@ use super::{
     super::{
         ANY, Error, FILTER_HANDLE, FILTER_PRIORITY, entries, object, pins, remove, set, table,
     },
-    Nat, id, loader, octets, open_classifier, pin_link, pin_program, remove_pins, xdp,
+    Nat, id, loader, octets, open_classifier, pin_link, pin_program, xdp,
 };
-use crate::link::{self, Hook, Link, Netlink};
+use crate::{
+    fault,
+    link::{self, Hook, Link, Netlink},
+};
 
 /// The programs of devices with Ethernet headers.
 const fn program(hook: Hook) -> &'static str {
@@ -167,7 +169,7 @@ impl Nat<'_> {
             for kind in [link_kind(hook), filter_kind(hook)] {
                 for device in pins::devices(kind) {
                     if !exists(device)? {
-                        let _ = fs::remove_file(pins::link(&format!("{kind}{device}")));
+                        let _ = pins::remove(&pins::link(&format!("{kind}{device}")));
                     }
                 }
             }
@@ -180,7 +182,7 @@ impl Nat<'_> {
         for (device, _) in entries(&self.xdp_uplinks, "XDP_UPLINKS")? {
             if !exists(device)? {
                 remove(&mut self.xdp_uplinks, "XDP_UPLINKS", device)?;
-                let _ = fs::remove_file(xdp::pin(device));
+                let _ = pins::remove(&xdp::pin(device));
             }
         }
         Ok(())
@@ -223,13 +225,14 @@ fn attach(host: &Netlink, device: &Link, hook: Hook) -> Result<(), Error> {
     }
     let mut program = open_classifier(name)?;
     // That of a link that somebody has detached.
-    remove_pins(&link_pin(hook, device.index))?;
+    pins::remove(&link_pin(hook, device.index))?;
     let attached = program.attach_with_options(
         &device.name,
         tcx_hook(hook),
         TcAttachOptions::TcxOrder(LinkOrder::default()),
     );
     if let Ok(id) = attached {
+        fault::point(format_args!("attach {name}"));
         let link = program
             .take_link(id)
             .map_err(|source| Error::program(name, source))?;
@@ -241,13 +244,9 @@ fn attach(host: &Netlink, device: &Link, hook: Hook) -> Result<(), Error> {
         .map_err(|source| Error::program(name, source))?;
     // Unlike a link it does not go with its pin, which tells where to look.
     let path = filter_pin(hook, device.index);
-    remove_pins(&path)?;
-    open_classifier(name)?
-        .pin(&path)
-        .map_err(|source| Error::Pin {
-            path,
-            source: io::Error::other(source),
-        })?;
+    pins::remove(&path)?;
+    let mut pinned = open_classifier(name)?;
+    pins::pin(&path, |path| pinned.pin(path))?;
     // Others may have made one.
     let _ = host.add_clsact(device.index);
     host.add_bpf(
@@ -301,12 +300,12 @@ pub(super) fn detach_all() -> Result<(), Error> {
             if filter(&host, device, hook)? == Some(id(&pin)?) {
                 host.delete_bpf(device, hook, FILTER_PRIORITY, FILTER_HANDLE)?;
             }
-            remove_pins(&pin)?;
+            pins::remove(&pin)?;
         }
         for device in pins::devices(link_kind(hook)) {
-            remove_pins(&link_pin(hook, device))?;
+            pins::remove(&link_pin(hook, device))?;
         }
-        remove_pins(&pins::nat(tunnel_program(hook)))?;
+        pins::remove(&pins::nat(tunnel_program(hook)))?;
     }
     Ok(())
 }

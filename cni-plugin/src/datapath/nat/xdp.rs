@@ -10,9 +10,9 @@ use aya_obj::programs::XdpAttachType;
 
 use super::{
     super::{ANY, Error, object, pins, set},
-    Nat, loader, pin_link, remove_pins,
+    Nat, loader, pin_link,
 };
-use crate::link::Link;
+use crate::{fault, link::Link};
 
 /// What the names of links begin with; the ifindex follows.
 pub(super) const KIND: &str = "xdp-";
@@ -75,6 +75,7 @@ impl Nat<'_> {
 
 fn attach(program: &mut Xdp, device: &Link, mode: XdpMode) -> Result<(), ProgramError> {
     let link = program.attach_to_if_index(device.index, mode)?;
+    fault::point("attach xdp");
     let link = FdLink::try_from(program.take_link(link)?);
     pin_link(link, &pin(device.index))
         .map_err(|error| ProgramError::IOError(io::Error::other(error)))
@@ -88,9 +89,9 @@ pub(super) fn pin(device: u32) -> PathBuf {
 /// Detaches the program from all devices, and takes it away.
 pub(super) fn detach_all() -> Result<(), Error> {
     for device in pins::devices(KIND) {
-        remove_pins(&pin(device))?;
+        pins::remove(&pin(device))?;
     }
-    remove_pins(&pins::nat(PROGRAM))
+    pins::remove(&pins::nat(PROGRAM))
 }
 
 fn open() -> Result<Xdp, Error> {
@@ -107,10 +108,7 @@ fn open_or_load() -> Result<Xdp, Error> {
             .and_then(TryInto::try_into)
             .map_err(failed)?;
         program.load().map_err(failed)?;
-        program.pin(&path).map_err(|source| Error::Pin {
-            path: path.clone(),
-            source: io::Error::other(source),
-        })?;
+        pins::pin(&path, |path| program.pin(path))?;
     }
     open()
 }
