@@ -42,6 +42,7 @@ use crate::{
     lock::{Lock, LockError, Mode},
     mac::MacAddr,
     mount::MountError,
+    node::{self, NodeError},
 };
 
 pub use crate::cni::config::LogLevel;
@@ -115,6 +116,23 @@ pub enum Error {
         /// What the kernel said.
         source: Box<MapError>,
     },
+    /// A table has no room.
+    #[error("{action} {map}[{key}]: the table has {limit} entries, which is its limit: {remedy}")]
+    Full {
+        /// What was being done.
+        action: &'static str,
+        /// The table.
+        map: &'static str,
+        /// The key, readable.
+        key: String,
+        /// How many entries it can have.
+        limit: u32,
+        /// What can be done about it.
+        remedy: String,
+    },
+    /// The node's settings cannot be used.
+    #[error(transparent)]
+    Node(#[from] NodeError),
     /// An address that is to be assigned is somebody's already.
     #[error("the address {address} is assigned already, to the port with ifindex {port}")]
     Assigned {
@@ -911,12 +929,36 @@ fn failed(
     key: &dyn std::fmt::Debug,
     source: MapError,
 ) -> Error {
+    let key = format!("{key:02x?}");
+    if is_full(&source)
+        && let Some(remedy) = node::remedy(map)
+        && let Ok(limit) = limit(map)
+    {
+        return Error::Full {
+            action,
+            map,
+            key,
+            limit,
+            remedy,
+        };
+    }
     Error::Map {
         action,
         map,
-        key: format!("{key:02x?}"),
+        key,
         source: Box::new(source),
     }
+}
+
+/// Whether a table had no room for an entry: tries say that in another way than hashes.
+fn is_full(error: &MapError) -> bool {
+    matches!(error, MapError::SyscallError(error)
+        if matches!(error.io_error.kind(), io::ErrorKind::ArgumentListTooLong | io::ErrorKind::StorageFull))
+}
+
+/// How many entries the pinned table has room for.
+fn limit(map: &str) -> Result<u32, MapError> {
+    Ok(MapData::from_pin(pins::map(map))?.info()?.max_entries())
 }
 
 fn is_missing(error: &MapError) -> bool {

@@ -10,6 +10,7 @@ use bpf_bridge_common::layout::{PROGRAM_FLOOD, PROGRAM_RESPONDER, PortStats};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use super::{Error, LogLevel, Wire, change, failed, nat, pins};
+use crate::node::Limits;
 
 /// The programs, compiled by the build script.
 pub(super) static OBJECT: &[u8] =
@@ -46,7 +47,7 @@ pub(super) const PROGRAMS: [(&str, Option<u32>); 3] = [
 ///
 /// [`Error::Load`] or [`Error::Program`], with what the kernel refused.
 pub fn verify() -> Result<(), Error> {
-    let mut ebpf = loader()
+    let mut ebpf = loader(&Limits::read()?)
         .override_global("AYA_LOG_LEVEL", &LogLevel::Off.number(), false)
         .load(OBJECT)?;
     for (name, _) in PROGRAMS {
@@ -55,12 +56,22 @@ pub fn verify() -> Result<(), Error> {
     Ok(())
 }
 
+/// A loader that makes tables as large as `limits` has them. Those that are pinned
+/// already stay as they are.
+pub(super) fn loader<'a>(limits: &Limits) -> EbpfLoader<'a> {
+    let mut loader = bare_loader();
+    for (map, entries) in limits.maps() {
+        loader.map_max_entries(map, entries);
+    }
+    loader
+}
+
 /// A loader that has not read the type information of the whole kernel.
 ///
 /// The programs need none of it, but aya 0.14 reads it when a loader is made,
 /// before it can be told not to: memory and time for nothing. While no file can be
 /// opened it goes on without. No other thread runs that could want to.
-pub(super) fn loader<'a>() -> EbpfLoader<'a> {
+fn bare_loader<'a>() -> EbpfLoader<'a> {
     let limit = Resource::RLIMIT_NOFILE;
     let Ok((soft, hard)) = getrlimit(limit) else {
         return EbpfLoader::new();
@@ -75,10 +86,11 @@ pub(super) fn loader<'a>() -> EbpfLoader<'a> {
 /// Loads the programs for `level` and pins everything. The lock of the pins is
 /// held alone.
 pub(super) fn load(level: LogLevel) -> Result<(), Error> {
+    let limits = Limits::read()?;
     pins::create_directories(level)?;
     let variant = pins::variant(level);
     let number = level.number();
-    let mut loader = loader();
+    let mut loader = loader(&limits);
     loader.override_global("AYA_LOG_LEVEL", &number, false);
     for name in SHARED {
         loader.map_pin_path(name, pins::map(name));

@@ -43,6 +43,7 @@ use crate::{
     fault,
     lock::{Lock, Mode},
     mount, netns,
+    node::Limits,
 };
 
 pub use self::{
@@ -176,8 +177,9 @@ pub(super) fn load(parts: &[Part]) -> Result<(), Error> {
         // What a call that was killed has left may be of maps that are gone.
         Part::ALL.into_iter().try_for_each(unload_part)?;
     }
+    let mut loader = loader()?;
     pins::create_nat()?;
-    let mut ebpf = loader().load(object::NAT)?;
+    let mut ebpf = loader.load(object::NAT)?;
     if missing.contains(&Part::Host) {
         name_node()?;
     }
@@ -302,12 +304,12 @@ pub(super) fn fill_slots(level: LogLevel) -> Result<(), Error> {
 }
 
 /// A loader that makes or finds the maps where they are pinned.
-fn loader<'a>() -> EbpfLoader<'a> {
-    let mut loader = object::loader();
+fn loader<'a>() -> Result<EbpfLoader<'a>, Error> {
+    let mut loader = object::loader(&Limits::read()?);
     for name in MAPS.into_iter().chain(SHARED) {
         loader.map_pin_path(name, pins::map(name));
     }
-    loader
+    Ok(loader)
 }
 
 fn fill(calls: &mut Calls, slot: u32, name: &str, program: &SchedClassifier) -> Result<(), Error> {

@@ -220,7 +220,7 @@ const LOOPBACK: u32 = 1;
 fn attach(host: &Netlink, device: &Link, hook: Hook) -> Result<(), Error> {
     let name = program_for(hook, device);
     if !pins::nat(name).exists() {
-        let mut ebpf = loader().load(object::NAT)?;
+        let mut ebpf = loader()?.load(object::NAT)?;
         pin_program(name, object::load_program(&mut ebpf, name)?)?;
     }
     let mut program = open_classifier(name)?;

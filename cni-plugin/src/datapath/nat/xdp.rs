@@ -101,7 +101,7 @@ fn open() -> Result<Xdp, Error> {
 fn open_or_load() -> Result<Xdp, Error> {
     let path = pins::nat(PROGRAM);
     if !path.exists() {
-        let mut ebpf = loader().load(object::NAT)?;
+        let mut ebpf = loader()?.load(object::NAT)?;
         let program: &mut Xdp = ebpf
             .program_mut(PROGRAM)
             .ok_or(ProgramError::NotLoaded)
