@@ -18,6 +18,7 @@
 //! | [`uplinks`] | the node's addresses, and its devices toward others |
 //! | [`datapath`] | the eBPF programs and their maps, from the plugin's side |
 //! | [`follow`] | `bpf-bridge log`: what the programs write to their log |
+//! | [`upgrade`] | `bpf-bridge upgrade`: other programs for the pods that are attached |
 //! | [`lock`] | file locks |
 //! | [`mount`] | file systems that nobody else sees |
 //! | [`mac`] | Ethernet addresses |
@@ -39,4 +40,5 @@ pub mod masquerade;
 pub mod mount;
 pub mod netns;
 pub mod ports;
+pub mod upgrade;
 pub mod uplinks;
