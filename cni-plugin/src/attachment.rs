@@ -5,8 +5,9 @@
 //! ```
 //!
 //! The record's file is the attachment's lock as well: whoever works on the
-//! attachment holds it. Records describe things that do not survive a reboot, and
-//! neither does `/run`.
+//! attachment holds it. Records describe things that do not survive a reboot. Where
+//! `/run` does, or where a node is a container that is made anew, a record says in its
+//! `era` that its numbers are not of this world ([`boot::era`]), and counts for nothing.
 
 use std::{
     fs::{self, File},
@@ -21,8 +22,10 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::{
+    boot,
     cni::names::check_ifname,
     datapath::{LogLevel, nat::NodePort},
+    fault::{self, Kind},
     lock::{Lock, LockError, Mode},
     mac::MacAddr,
 };
@@ -124,6 +127,18 @@ impl<'a> Attachment<'a> {
         }
     }
 
+    /// The same, without waiting for who works on the attachment.
+    ///
+    /// # Errors
+    ///
+    /// [`RecordError`].
+    pub fn try_claim_existing(&self) -> Result<Option<Claim>, RecordError> {
+        match Lock::try_existing(&self.path())? {
+            Some(lock) => Claim::read(lock, self.path()).map(Some),
+            None => Ok(None),
+        }
+    }
+
     /// The record, without waiting for who works on the attachment.
     pub fn peek(&self) -> Option<Record> {
         let mut text = String::new();
@@ -219,10 +234,11 @@ pub fn is_alias_in(network: &str, alias: &str) -> bool {
 }
 
 /// Reads a record; `None` if the text is none, as an ADD that was killed may leave
-/// it, or one that no ADD has written.
+/// it, or one that no ADD has written since the node came up.
 fn parse(text: &str) -> Option<Record> {
     serde_json::from_str(text)
         .ok()
+        .filter(|record: &Record| record.era == boot::era())
         // The name becomes part of a path.
         .filter(|record: &Record| check_ifname(&record.bridge).is_ok())
 }
@@ -237,6 +253,8 @@ fn directory(network: &str) -> PathBuf {
 pub struct Record {
     /// Whether the ADD came to its end, and the runtime was told.
     pub complete: bool,
+    /// When and where the numbers below mean something: [`boot::era`].
+    pub era: String,
     /// The name of the gateway device.
     pub bridge: String,
     /// Its ifindex, which is the number of the segment; 0 until it is known.
@@ -324,10 +342,14 @@ impl Claim {
         let write = || -> io::Result<()> {
             let text = serde_json::to_vec(record)?;
             let file = self.lock.file();
+            fault::request(Kind::File, "write the record")?;
             // One write, then the cut: a reader sees the old, the new, or what
             // is no JSON.
             file.write_all_at(&text, 0)?;
-            file.set_len(text.len() as u64)
+            fault::point("write the record");
+            file.set_len(text.len() as u64)?;
+            fault::point("cut the record");
+            Ok(())
         };
         write().map_err(|source| RecordError::Io {
             action: "writing",
@@ -370,11 +392,14 @@ mod tests {
 
     #[test]
     fn a_record_of_before_masquerade_is_one_without() {
-        let record = parse(
-            r#"{"complete":true,"bridge":"cni0","segment":5,"hostIfindex":7,
-                "mac":[2,0,0,0,0,1],"addresses":["10.0.0.2"],"logLevel":"off"}"#,
-        )
-        .unwrap();
+        let text = |era: &str| {
+            format!(
+                r#"{{"complete":true,"era":"{era}","bridge":"cni0","segment":5,"hostIfindex":7,
+                "mac":[2,0,0,0,0,1],"addresses":["10.0.0.2"],"logLevel":"off"}}"#
+            )
+        };
+        let record = parse(&text(boot::era())).unwrap();
+        assert_eq!(parse(&text("another boot 1")), None);
         assert_eq!(record.masquerade, None);
         assert_eq!(record.outside(), Outside::default());
         let record = Record {

@@ -12,9 +12,18 @@ use std::{
     process::ExitCode,
 };
 
+#[cfg(feature = "faults")]
+use bpf_bridge::fault;
 use bpf_bridge::{cni::dispatch, commands::BpfBridge, follow, upgrade};
 
 fn main() -> ExitCode {
+    #[cfg(feature = "faults")]
+    if let Ok(plan) = env::var(fault::VARIABLE)
+        && let Err(error) = fault::arm(&plan)
+    {
+        let _ = writeln!(io::stderr(), "{error}");
+        return ExitCode::FAILURE;
+    }
     // No runtime passes arguments: they are an operator's.
     let arguments: Vec<_> = env::args_os().skip(1).collect();
     if !arguments.is_empty() {

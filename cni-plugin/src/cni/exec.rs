@@ -9,6 +9,8 @@ use std::{
     time::Duration,
 };
 
+use crate::fault;
+
 use super::{
     config::NetworkConfig,
     env::Command,
@@ -114,6 +116,7 @@ impl<'a> Delegate<'a> {
         let output = self
             .run(command)
             .map_err(|e| CniError::io(format_args!("running {}", self.program.display()), e))?;
+        fault::point(format_args!("{command} of {}", self.name));
         if output.status.success() {
             // Its own words for the operator; on failure they are in the error.
             let _ = io::stderr().write_all(&output.stderr);

@@ -26,13 +26,13 @@ const BATCH: usize = 4096;
 
 /// What a pin may be of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(super) enum Of {
     Map,
     Program,
     Link,
 }
 
-impl Kind {
+impl Of {
     /// In words, for people.
     pub(super) const fn name(self) -> &'static str {
         match self {
@@ -44,7 +44,7 @@ impl Kind {
 }
 
 /// Opens a pin, and tells of what it is.
-pub(super) fn open(path: &Path) -> io::Result<(OwnedFd, Kind)> {
+pub(super) fn open(path: &Path) -> io::Result<(OwnedFd, Of)> {
     #[repr(C)]
     struct Get {
         path: u64,
@@ -62,9 +62,9 @@ pub(super) fn open(path: &Path) -> io::Result<(OwnedFd, Kind)> {
     // not say of which.
     let target = fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
     let kind = match target.to_string_lossy().trim_start_matches("anon_inode:") {
-        "bpf-map" => Kind::Map,
-        "bpf-prog" => Kind::Program,
-        "bpf_link" | "[bpf_link]" => Kind::Link,
+        "bpf-map" => Of::Map,
+        "bpf-prog" => Of::Program,
+        "bpf_link" | "[bpf_link]" => Of::Link,
         other => return Err(io::Error::other(format!("{other} is no BPF object"))),
     };
     Ok((fd, kind))
@@ -154,7 +154,7 @@ pub(super) fn pin(fd: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
 /// The kernel's number of a pinned map.
 pub(super) fn map_id(path: &Path) -> io::Result<u32> {
     match open(path)? {
-        (fd, Kind::Map) => {
+        (fd, Of::Map) => {
             let mut info: bpf_map_info = zeroed();
             information(fd.as_fd(), &mut info)?;
             Ok(info.id)

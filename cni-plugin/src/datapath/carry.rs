@@ -127,9 +127,7 @@ fn make(old: &Root, own: &Root) -> Result<usize, Error> {
         if let Some(map) = object::open_map(&old.map(name), name)?
             && map.shape == expected[name]
         {
-            let path = own.map(name);
-            map.pin(&path)
-                .map_err(|source| Error::Pin { path, source })?;
+            pins::pin(&own.map(name), |path| map.pin(path))?;
         }
     }
     let switches: Vec<Switch> = old

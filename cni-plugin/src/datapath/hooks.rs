@@ -16,12 +16,15 @@ use nix::libc;
 use super::{
     Error, FILTER_HANDLE, FILTER_PRIORITY, LogLevel,
     attach::PROGRAM,
-    bpf::{self, Kind},
+    bpf::{self, Of},
     entries, nat, object,
     pins::{self, Root},
     table,
 };
-use crate::link::{Hook, Netlink};
+use crate::{
+    fault,
+    link::{Hook, Netlink},
+};
 
 /// What was given other programs.
 #[derive(Debug, Default)]
@@ -150,14 +153,14 @@ pub(super) fn hand_over(
             });
         }
         match bpf::update_link(link.as_fd(), program) {
-            Ok(()) => {}
+            Ok(()) => fault::point(format_args!("hand over {name}")),
             // Somebody has detached it, or its device or control group is gone.
             Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => continue,
             Err(source) => return Err(error(source)),
         }
         if path != own {
-            let _ = std::fs::remove_file(&own);
-            bpf::pin(link.as_fd(), &own).map_err(error)?;
+            pins::remove(&own)?;
+            pins::pin(&own, |own| bpf::pin(link.as_fd(), own))?;
         }
         return Ok(true);
     }
@@ -201,7 +204,7 @@ fn open(path: &Path) -> Result<Option<(OwnedFd, u32, u32)>, Error> {
     match bpf::open(path) {
         Err(source) if source.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(source) => Err(error(source)),
-        Ok((fd, Kind::Link)) => {
+        Ok((fd, Of::Link)) => {
             let (kind, program) = bpf::link(fd.as_fd()).map_err(error)?;
             Ok(Some((fd, kind, program)))
         }
@@ -221,7 +224,7 @@ pub(super) fn pinned_program(path: &Path) -> Result<Option<u32>, Error> {
         source,
     };
     match bpf::open(path) {
-        Ok((fd, Kind::Program)) => bpf::Program::of(fd.as_fd())
+        Ok((fd, Of::Program)) => bpf::Program::of(fd.as_fd())
             .map(|program| Some(program.id))
             .map_err(error),
         Ok(_) => Ok(None),

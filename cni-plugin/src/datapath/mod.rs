@@ -44,6 +44,7 @@ use bpf_bridge_common::layout::{
 use thiserror::Error;
 
 use crate::{
+    fault::{self, Kind},
     link::LinkError,
     lock::{Lock, LockError, Mode},
     mac::MacAddr,
@@ -52,7 +53,7 @@ use crate::{
 
 pub use crate::cni::config::LogLevel;
 
-use bpf::Kind;
+use bpf::Of;
 use nat::Part;
 
 pub use attach::{FILTER_HANDLE, FILTER_PRIORITY};
@@ -837,7 +838,7 @@ impl Datapath {
                 MapError::IoError(source),
             )
         })?;
-        refilled(|| {
+        refilled("STATS", || {
             PerCpuValues::try_from(vec![Wire(PortStats::default()); cpus])
                 .map_err(MapError::IoError)
                 .and_then(|zero| self.stats.insert(port.ifindex, zero, ANY))
@@ -908,11 +909,8 @@ impl Datapath {
     }
 
     fn forget_stats(&mut self, ifindex: u32) -> Result<(), Error> {
-        match self.stats.remove(&ifindex) {
-            Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
-            Err(error) if is_missing(&error) => Ok(()),
-            Err(source) => Err(failed("removing", "STATS", &ifindex, source)),
-        }
+        removed("STATS", || self.stats.remove(&ifindex))
+            .map_err(|source| failed("removing", "STATS", &ifindex, source))
     }
 }
 
@@ -954,7 +952,7 @@ fn pinned_at(path: &Path, name: &str) -> Result<Map, Error> {
         root: pins::root(),
     };
     let (fd, kind) = bpf::open(path).map_err(error)?;
-    if kind != Kind::Map {
+    if kind != Of::Map {
         return Err(foreign(kind.name().to_owned()));
     }
     let map = MapData::from_fd(fd).map_err(|source| error(io::Error::other(source)))?;
@@ -1002,7 +1000,7 @@ fn require_program(
         root: pins::root(),
     };
     let (fd, is) = bpf::open(path).map_err(error)?;
-    if is != Kind::Program {
+    if is != Of::Program {
         return Err(foreign(is.name().to_owned()));
     }
     let program = bpf::Program::of(fd.as_fd()).map_err(error)?;
@@ -1072,10 +1070,19 @@ fn entries<K: bytemuck::Pod, V: bytemuck::Pod>(
         .map_err(|source| failed("listing", name, &"", source))
 }
 
+/// Changes a map by one request.
+fn change<T>(map: &str, request: impl FnOnce() -> Result<T, MapError>) -> Result<T, MapError> {
+    fault::request(Kind::Bpf, map).map_err(MapError::IoError)?;
+    let done = request()?;
+    fault::point(format_args!("change of {map}"));
+    Ok(done)
+}
+
 /// Writes to a map whose entries are made on demand. The kernel takes their memory
 /// from a small store that it refills in the background (`bpf_mem_alloc`), so that
 /// many writes at once may find it empty for a moment.
-fn refilled(mut write: impl FnMut() -> Result<(), MapError>) -> Result<(), MapError> {
+fn refilled(map: &str, mut write: impl FnMut() -> Result<(), MapError>) -> Result<(), MapError> {
+    let mut write = || change(map, &mut write);
     for _ in 0..REFILLS {
         match write() {
             Err(MapError::SyscallError(error))
@@ -1096,7 +1103,7 @@ fn set<K: bytemuck::Pod + std::fmt::Debug, V: bytemuck::Pod>(
     value: V,
     flags: u64,
 ) -> Result<(), Error> {
-    refilled(|| table.insert(Wire(key), Wire(value), flags))
+    refilled(name, || table.insert(Wire(key), Wire(value), flags))
         .map_err(|source| failed("writing", name, &key, source))
 }
 
@@ -1105,9 +1112,14 @@ fn remove<K: bytemuck::Pod + std::fmt::Debug, V: bytemuck::Pod>(
     name: &'static str,
     key: K,
 ) -> Result<(), Error> {
-    match table.remove(&Wire(key)) {
-        Ok(()) => Ok(()),
+    removed(name, || table.remove(&Wire(key)))
+        .map_err(|source| failed("removing", name, &key, source))
+}
+
+/// Removes from a map; that nothing was there is no error.
+fn removed(map: &str, remove: impl FnOnce() -> Result<(), MapError>) -> Result<(), MapError> {
+    match change(map, remove) {
         Err(error) if is_missing(&error) => Ok(()),
-        Err(source) => Err(failed("removing", name, &key, source)),
+        removed => removed,
     }
 }

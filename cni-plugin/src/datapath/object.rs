@@ -19,8 +19,8 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use super::{
     Error, LogLevel, Wire,
-    bpf::{self, AnyMap, Kind},
-    failed, nat, pins,
+    bpf::{self, AnyMap, Of},
+    change, failed, nat, pins,
     shape::{Btf, Shape},
 };
 
@@ -159,8 +159,7 @@ impl Switch {
                 let fd = program
                     .fd()
                     .map_err(|source| Error::program(name, source))?;
-                self.calls
-                    .set(slot, fd, 0)
+                change("PROGRAMS", || self.calls.set(slot, fd, 0))
                     .map_err(|source| failed("writing", "PROGRAMS", &slot, source))?;
             }
             pins::replace(&pins::variant(self.level).join(name), |path| {
@@ -264,7 +263,7 @@ pub(super) fn open_map(path: &Path, name: &str) -> Result<Option<AnyMap>, Error>
     match bpf::open(path) {
         Err(source) if source.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(source) => Err(error(source)),
-        Ok((fd, Kind::Map)) => AnyMap::of(fd).map(Some).map_err(error),
+        Ok((fd, Of::Map)) => AnyMap::of(fd).map(Some).map_err(error),
         Ok((_, kind)) => Err(Error::ForeignPin {
             path: path.to_owned(),
             found: kind.name().to_owned(),
@@ -310,9 +309,11 @@ fn count_strangers() -> Result<(), Error> {
                 .map_err(MapError::IoError)
         })
         // What was counted since the boot stays.
-        .and_then(|zero| match stats.insert(0, zero, super::NOEXIST) {
-            Err(error) if super::is_taken(&error) => Ok(()),
-            written => written,
-        })
+        .and_then(
+            |zero| match change("STATS", || stats.insert(0, zero, super::NOEXIST)) {
+                Err(error) if super::is_taken(&error) => Ok(()),
+                written => written,
+            },
+        )
         .map_err(|source| failed("writing", "STATS", &0, source))
 }

@@ -25,7 +25,10 @@ use bpf_bridge_common::layout::ABI;
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 use super::{Error, LogLevel, carry};
-use crate::lock::{Lock, Mode};
+use crate::{
+    fault::{self, Kind},
+    lock::{Lock, Mode},
+};
 
 /// Where bpffs is expected to be mounted.
 pub const BPFFS: &str = "/sys/fs/bpf";
@@ -129,23 +132,16 @@ impl Root {
 
     /// From now on it is in use.
     pub(super) fn complete(&self) -> Result<(), Error> {
-        let path = self.path.join(UNFINISHED);
-        fs::remove_dir(&path).map_err(|source| Error::Pin { path, source })
+        remove(&self.path.join(UNFINISHED))
     }
 
     /// Removes every pin.
     pub(super) fn remove(&self) -> Result<(), Error> {
         // The pins that say that all is there go first, in case this is killed.
         for level in LogLevel::ALL {
-            let _ = fs::remove_file(self.variant(level).join(LAST));
+            remove(&self.variant(level).join(LAST))?;
         }
-        match fs::remove_dir_all(&self.path) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => Err(Error::Pin {
-                path: self.path.clone(),
-                source,
-            }),
-            _ => Ok(()),
-        }
+        remove(&self.path)
     }
 }
 
@@ -232,10 +228,10 @@ pub(super) fn devices(kind: &str) -> Vec<u32> {
 }
 
 /// Pins with `pin`, in place of what is at `path`: whoever looks finds one or the other.
-pub(super) fn replace<E: std::error::Error + Send + Sync + 'static>(
-    path: &Path,
-    pin: impl FnOnce(&Path) -> Result<(), E>,
-) -> Result<(), Error> {
+pub(super) fn replace<E>(path: &Path, pin: impl FnOnce(&Path) -> Result<(), E>) -> Result<(), Error>
+where
+    E: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
     Successor::new(path, pin)?.take_over()
 }
 
@@ -246,21 +242,18 @@ pub(super) struct Successor {
 }
 
 impl Successor {
-    /// Pins with `pin`.
-    pub(super) fn new<E: std::error::Error + Send + Sync + 'static>(
-        path: &Path,
-        pin: impl FnOnce(&Path) -> Result<(), E>,
-    ) -> Result<Self, Error> {
+    /// Pins with `by`.
+    pub(super) fn new<E>(path: &Path, by: impl FnOnce(&Path) -> Result<(), E>) -> Result<Self, Error>
+    where
+        E: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
         // bpffs refuses names with dots in them.
         let mut at = path.as_os_str().to_owned();
         at.push("-new");
         let at = PathBuf::from(at);
         // What a call that was killed has left.
-        let _ = fs::remove_file(&at);
-        pin(&at).map_err(|source| Error::Pin {
-            path: at.clone(),
-            source: io::Error::other(source),
-        })?;
+        remove(&at)?;
+        pin(&at, by)?;
         Ok(Self {
             at,
             path: path.to_owned(),
@@ -270,7 +263,12 @@ impl Successor {
     /// Takes the place.
     pub(super) fn take_over(self) -> Result<(), Error> {
         let Self { at, path } = self;
-        fs::rename(at, &path).map_err(|source| Error::Pin { path, source })
+        fs::rename(at, &path).map_err(|source| Error::Pin {
+            path: path.clone(),
+            source,
+        })?;
+        fault::point(format_args!("replace {}", path.display()));
+        Ok(())
     }
 }
 
@@ -311,6 +309,50 @@ fn create(paths: &[PathBuf]) -> Result<(), Error> {
             })?;
     }
     Ok(())
+}
+
+/// Pins a program or a link, by `pin`.
+pub(super) fn pin<E>(path: &Path, pin: impl FnOnce(&Path) -> Result<(), E>) -> Result<(), Error>
+where
+    E: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    let at = path.display();
+    fault::request(Kind::Bpf, format_args!("pin {at}"))
+        .and_then(|()| pin(path).map_err(io::Error::other))
+        .map_err(|source| Error::Pin {
+            path: path.to_owned(),
+            source,
+        })?;
+    fault::point(format_args!("pin {at}"));
+    Ok(())
+}
+
+/// Removes a pin, or a directory of pins; that there is none is no error.
+pub(super) fn remove(path: &Path) -> Result<(), Error> {
+    remove_below(path).map_err(|source| Error::Pin {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+fn remove_below(path: &Path) -> io::Result<()> {
+    let removed = if path.is_dir() {
+        for entry in fs::read_dir(path)? {
+            remove_below(&entry?.path())?;
+        }
+        fs::remove_dir(path)
+    } else {
+        fault::request(Kind::Bpf, format_args!("remove {}", path.display()))?;
+        fs::remove_file(path)
+    };
+    match removed {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+        Ok(()) => {
+            fault::point(format_args!("remove {}", path.display()));
+            Ok(())
+        }
+    }
 }
 
 /// Takes the lock of the pins, when they are of this version's layout: an older one is

@@ -17,7 +17,7 @@ pub mod uplinks;
 pub mod xdp;
 
 use std::{
-    fs, io,
+    io,
     net::{IpAddr, Ipv6Addr},
     os::fd::AsFd as _,
     path::Path,
@@ -40,12 +40,13 @@ use bpf_bridge_common::layout::{
 };
 
 use super::{
-    Datapath, Error, LogLevel, NOEXIST, Table, Wire, entries, failed, foreign, hooks, is_missing,
+    Datapath, Error, LogLevel, NOEXIST, Table, Wire, change, entries, failed, foreign, hooks,
     is_taken, object, pinned,
     pins::{self, Root, Successor},
-    table,
+    removed, table,
 };
 use crate::{
+    fault,
     lock::{Lock, Mode},
     mount, netns,
 };
@@ -397,7 +398,7 @@ fn name_node() -> Result<(), Error> {
         .unwrap_or(0);
     let mut node: Array<_, Wire<Node>> =
         Array::try_from(pinned("NODE")?).map_err(|source| foreign("NODE", &source))?;
-    node.set(0, Wire(Node { netns }), 0)
+    change("NODE", || node.set(0, Wire(Node { netns }), 0))
         .map_err(|source| failed("writing", "NODE", &0, source))
 }
 
@@ -411,10 +412,11 @@ fn attach_sockets(ebpf: &mut Ebpf, old: Option<&Root>) -> Result<(), Error> {
         if hooks::hand_over(name, old, LinkType::Cgroup, &[name], fd.as_fd())? {
             continue;
         }
-        remove_pins(&pins::link(name))?;
+        pins::remove(&pins::link(name))?;
         let id = program
             .attach(root.as_fd(), CgroupAttachMode::Single)
             .map_err(error)?;
+        fault::point(format_args!("attach {name}"));
         let link = program.take_link(id).map_err(error)?;
         pin_link(FdLink::try_from(link), &pins::link(name))?;
     }
@@ -448,18 +450,14 @@ fn fill(calls: &mut Calls, slot: u32, name: &str, program: &SchedClassifier) -> 
     let fd = program
         .fd()
         .map_err(|source| Error::program(name, source))?;
-    calls
-        .set(slot, fd, 0)
+    change("PROGRAMS", || calls.set(slot, fd, 0))
         .map_err(|source| failed("writing", "PROGRAMS", &slot, source))
 }
 
 fn clear_slots(calls: &mut Calls, part: Part) -> Result<(), Error> {
     for (_, slot) in part.slots() {
-        match calls.clear_index(&slot) {
-            Ok(()) => {}
-            Err(error) if is_missing(&error) => {}
-            Err(source) => return Err(failed("clearing", "PROGRAMS", &slot, source)),
-        }
+        removed("PROGRAMS", || calls.clear_index(&slot))
+            .map_err(|source| failed("clearing", "PROGRAMS", &slot, source))?;
     }
     Ok(())
 }
@@ -468,7 +466,7 @@ fn clear_slots(calls: &mut Calls, part: Part) -> Result<(), Error> {
 fn unload_part(part: Part) -> Result<(), Error> {
     // The pin that says that all is there goes first, in case this is killed.
     for (name, _) in part.classifiers().iter().rev() {
-        remove_pins(&pins::nat(name))?;
+        pins::remove(&pins::nat(name))?;
     }
     for level in LogLevel::ALL {
         if let Some(mut calls) = calls(level)? {
@@ -480,7 +478,7 @@ fn unload_part(part: Part) -> Result<(), Error> {
         Part::Outside => uplinks::detach_all(),
         Part::Sockets => {
             for name in SOCKETS.iter().rev() {
-                remove_pins(&pins::link(name))?;
+                pins::remove(&pins::link(name))?;
             }
             // XDP serves published ports only.
             xdp::detach_all()
@@ -493,28 +491,12 @@ pub(super) fn unload() -> Result<(), Error> {
     for part in Part::ALL {
         unload_part(part)?;
     }
-    remove_pins(&pins::nat(""))?;
-    remove_pins(&pins::links())?;
+    pins::remove(&pins::nat(""))?;
+    pins::remove(&pins::links())?;
     for name in MAPS.into_iter().chain([NEXT]) {
-        remove_pins(&pins::map(name))?;
+        pins::remove(&pins::map(name))?;
     }
     Ok(())
-}
-
-/// Removes one pin, or a directory of pins.
-fn remove_pins(path: &Path) -> Result<(), Error> {
-    let removed = if path.is_dir() {
-        fs::remove_dir_all(path)
-    } else {
-        fs::remove_file(path)
-    };
-    match removed {
-        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(Error::Pin {
-            path: path.to_owned(),
-            source,
-        }),
-        _ => Ok(()),
-    }
 }
 
 /// Takes away what nobody needs any more. It looks at every port, so it is for GC. The
@@ -576,14 +558,10 @@ fn pin_link(
     link: Result<FdLink, aya::programs::links::LinkError>,
     path: &Path,
 ) -> Result<(), Error> {
-    let error = |source: io::Error| Error::Pin {
-        path: path.to_owned(),
-        source,
-    };
-    let link = link.map_err(|source| error(io::Error::other(source)))?;
-    link.pin(path)
-        .map_err(|source| error(io::Error::other(source)))?;
-    Ok(())
+    pins::pin(path, |path| {
+        let link = link.map_err(io::Error::other)?;
+        link.pin(path).map(drop).map_err(io::Error::other)
+    })
 }
 
 /// What translates, for one call that changes it.

@@ -6,7 +6,6 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    fs,
     net::IpAddr,
     os::fd::AsFd as _,
     path::PathBuf,
@@ -25,9 +24,12 @@ use super::{
         pins::{self, Root},
         remove, set, table,
     },
-    Nat, Translators, id, octets, open_classifier, pin_link, remove_pins, xdp,
+    Nat, Translators, id, octets, open_classifier, pin_link, xdp,
 };
-use crate::link::{self, Hook, Link, Netlink};
+use crate::{
+    fault,
+    link::{self, Hook, Link, Netlink},
+};
 
 /// The programs of devices with Ethernet headers.
 const fn program(hook: Hook) -> &'static str {
@@ -173,7 +175,7 @@ impl Nat<'_> {
             for kind in [link_kind(hook), filter_kind(hook)] {
                 for device in pins::devices(kind) {
                     if !exists(device)? {
-                        let _ = fs::remove_file(pins::link(&format!("{kind}{device}")));
+                        let _ = pins::remove(&pins::link(&format!("{kind}{device}")));
                     }
                 }
             }
@@ -186,7 +188,7 @@ impl Nat<'_> {
         for (device, _) in entries(&self.xdp_uplinks, "XDP_UPLINKS")? {
             if !exists(device)? {
                 remove(&mut self.xdp_uplinks, "XDP_UPLINKS", device)?;
-                let _ = fs::remove_file(xdp::pin(device));
+                let _ = pins::remove(&xdp::pin(device));
             }
         }
         Ok(())
@@ -232,13 +234,14 @@ fn attach(host: &Netlink, device: &Link, hook: Hook) -> Result<(), Error> {
         return Ok(());
     }
     // That of a link that somebody has detached.
-    remove_pins(&link_pin(hook, device.index))?;
+    pins::remove(&link_pin(hook, device.index))?;
     let attached = program.attach_with_options(
         &device.name,
         tcx_hook(hook),
         TcAttachOptions::TcxOrder(LinkOrder::default()),
     );
     if let Ok(id) = attached {
+        fault::point(format_args!("attach {name}"));
         let link = program
             .take_link(id)
             .map_err(|source| Error::program(name, source))?;
@@ -389,12 +392,12 @@ pub(super) fn detach_all() -> Result<(), Error> {
             if carried.is_some() && carried == hooks::pinned_program(&pin)? {
                 host.delete_bpf(device, hook, FILTER_PRIORITY, FILTER_HANDLE)?;
             }
-            remove_pins(&pin)?;
+            pins::remove(&pin)?;
         }
         for device in pins::devices(link_kind(hook)) {
-            remove_pins(&link_pin(hook, device))?;
+            pins::remove(&link_pin(hook, device))?;
         }
-        remove_pins(&pins::nat(tunnel_program(hook)))?;
+        pins::remove(&pins::nat(tunnel_program(hook)))?;
     }
     Ok(())
 }

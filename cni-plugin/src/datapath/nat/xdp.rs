@@ -20,9 +20,9 @@ use super::{
         pins::{self, Root},
         require_program, set,
     },
-    Nat, Translators, pin_link, remove_pins,
+    Nat, Translators, pin_link,
 };
-use crate::link::Link;
+use crate::{fault, link::Link};
 
 /// What the names of links begin with; the ifindex follows.
 pub(super) const KIND: &str = "xdp-";
@@ -85,6 +85,7 @@ impl Nat<'_> {
 
 fn attach(program: &mut Xdp, device: &Link, mode: XdpMode) -> Result<(), ProgramError> {
     let link = program.attach_to_if_index(device.index, mode)?;
+    fault::point("attach xdp");
     let link = FdLink::try_from(program.take_link(link)?);
     pin_link(link, &pin(device.index))
         .map_err(|error| ProgramError::IOError(io::Error::other(error)))
@@ -98,9 +99,9 @@ pub(super) fn pin(device: u32) -> PathBuf {
 /// Detaches the program from all devices, and takes it away.
 pub(super) fn detach_all() -> Result<(), Error> {
     for device in pins::devices(KIND) {
-        remove_pins(&pin(device))?;
+        pins::remove(&pin(device))?;
     }
-    remove_pins(&pins::nat(PROGRAM))
+    pins::remove(&pins::nat(PROGRAM))
 }
 
 /// Gives every device that has XDP the program that is pinned; `old` has links of a former
