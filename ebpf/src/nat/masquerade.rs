@@ -507,6 +507,8 @@ pub(crate) fn is_used(port: u16) -> bool {
 fn remember_flow(work: &mut Work, sent: &Tuple, owner: &Owner) {
     work.flow = Flow {
         seen: now(),
+        #[cfg(feature = "next-layout")]
+        next: 0,
         original: work.reply_key.local,
         client: sent.destination,
         original_port: work.reply_key.local_port,
