@@ -28,6 +28,7 @@ mod plugin;
 mod pod;
 mod raw;
 mod snapshot;
+mod tables;
 mod traffic;
 mod tunnel;
 
@@ -39,5 +40,6 @@ pub use plugin::{Attachment, Call, CniError, Network, Reply, Verb, faults_binary
 pub use pod::Pod;
 pub use raw::RawSocket;
 pub use snapshot::Snapshot;
+pub use tables::{Tables, at_once};
 pub use traffic::{Client, EchoServer, Meeting, TransferReport, digest, when_free};
 pub use tunnel::{Joined, Tunnel};
