@@ -76,12 +76,10 @@ pub(super) fn from(old: &Root) -> Result<Option<Carried>, Error> {
         old.remove()?;
         return Ok(None);
     }
-    let failed = |state| {
-        |source| Error::Carry {
-            from: old.name(),
-            source: Box::new(source),
-            state,
-        }
+    let failed = |state, source| Error::Carry {
+        from: old.name(),
+        source: Box::new(source),
+        state,
     };
     let own = Root::own();
     let mut entries = 0;
@@ -93,11 +91,11 @@ pub(super) fn from(old: &Root) -> Result<Option<Carried>, Error> {
             .and_then(|made| own.complete().map(|()| made));
         entries = made.map_err(|error| {
             let _ = own.remove();
-            failed("nothing was changed")(error)
+            failed("nothing was changed", error)
         })?;
     }
     let moved = move_over(old, &own, &mut entries)
-        .map_err(failed("it is not finished, and the next call goes on"))?;
+        .map_err(|error| failed("it is not finished, and the next call goes on", error))?;
     Ok(Some(Carried {
         from: old.name(),
         entries,
