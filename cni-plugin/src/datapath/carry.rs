@@ -35,6 +35,8 @@ use crate::lock::Mode;
 pub struct Carried {
     /// From which layout.
     pub from: String,
+    /// All of it was done by this call.
+    pub whole: bool,
     /// How many entries were written anew.
     pub entries: usize,
     /// What has its new programs.
@@ -83,7 +85,8 @@ pub(super) fn from(old: &Root) -> Result<Option<Carried>, Error> {
     };
     let own = Root::own();
     let mut entries = 0;
-    if !own.is_complete() {
+    let whole = !own.is_complete();
+    if whole {
         let made = own
             .remove()
             .and_then(|()| own.begin())
@@ -98,6 +101,7 @@ pub(super) fn from(old: &Root) -> Result<Option<Carried>, Error> {
         .map_err(|error| failed("it is not finished, and the next call goes on", error))?;
     Ok(Some(Carried {
         from: old.name(),
+        whole,
         entries,
         moved,
     }))
