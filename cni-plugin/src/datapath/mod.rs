@@ -116,8 +116,7 @@ pub enum Error {
     },
     /// What an older version has made could not be carried over.
     #[error(
-        "carrying ports and flows over from the layout {from} to {to}: {source}; nothing was \
-         changed",
+        "carrying ports and flows over from the layout {from} to {to}: {source}; {state}",
         to = pins::Root::own().name()
     )]
     Carry {
@@ -125,6 +124,8 @@ pub enum Error {
         from: String,
         /// Why not.
         source: Box<Self>,
+        /// What holds now.
+        state: &'static str,
     },
     /// The kernel does not tell of a program.
     #[error("asking for the program of id {id}: {source}")]
