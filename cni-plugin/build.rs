@@ -44,10 +44,15 @@ fn build() -> Result<()> {
         // aya-build repeats what this cargo writes as warnings of this package.
         env::set_var("CARGO_TERM_QUIET", "true");
     }
+    let features: &[&str] = match env::var_os("CARGO_FEATURE_NEXT_LAYOUT") {
+        Some(_) => &["next-layout"],
+        None => &[],
+    };
     aya_build::build_ebpf(
         [aya_build::Package {
             name: "bpf-bridge-ebpf",
             root_dir: "../ebpf",
+            features,
             ..Default::default()
         }],
         aya_build::Toolchain::Custom(&toolchain.name),

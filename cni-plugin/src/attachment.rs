@@ -285,7 +285,9 @@ impl Record {
     /// Reads a record; `None` if the text is none, as an ADD that was killed may leave
     /// it, or one that no ADD has written since the node came up.
     pub fn parse(text: &str) -> Option<Self> {
-        serde_json::from_str(text)
+        // What stands behind it is the end of a longer one, and was about to be cut off.
+        let first = serde_json::Deserializer::from_str(text).into_iter().next();
+        first?
             .ok()
             .filter(|record: &Self| record.era == boot::era())
             // The name becomes part of a path.
@@ -341,12 +343,17 @@ impl Claim {
     /// The file cannot be written.
     pub fn write(&mut self, record: &Record) -> Result<(), RecordError> {
         let write = || -> io::Result<()> {
-            let text = serde_json::to_vec(record)?;
+            let mut text = serde_json::to_string(record)?;
+            if record.complete {
+                // As long as before, so that nothing but these letters is another: then
+                // no part of it without the rest is wrong.
+                text = text.replacen("true", "true ", 1);
+            }
             let file = self.lock.file();
             fault::request(Kind::File, "write the record")?;
             // One write, then the cut: a reader sees the old, the new, or what
             // is no JSON.
-            file.write_all_at(&text, 0)?;
+            file.write_all_at(text.as_bytes(), 0)?;
             fault::point("write the record");
             file.set_len(text.len() as u64)?;
             fault::point("cut the record");
@@ -410,6 +417,9 @@ mod tests {
         let text = serde_json::to_string(&record).unwrap();
         assert_eq!(Record::parse(&text), Some(record.clone()));
         assert!(record.outside().is_needed() && !record.outside().publishes);
+        // Written over a longer one.
+        assert_eq!(Record::parse(&format!("{text}0.0.2\"]}}")), Some(record));
+        assert_eq!(Record::parse(&text[..text.len() - 1]), None);
     }
 
     fn attachment<'a>(container_id: &'a str, ifname: &'a str) -> Attachment<'a> {

@@ -406,7 +406,10 @@ impl NetworkConfig {
         // Runtimes leave the capability in place: so what will not do is refused
         // before there is a pod with ports.
         let publishes = [
-            ("capabilities.portMappings", judge.judge_ports(declares_ports(&root))?),
+            (
+                "capabilities.portMappings",
+                judge.judge_ports(declares_ports(&root))?,
+            ),
             ("runtimeConfig.portMappings", !port_mappings.is_empty()),
         ];
         if netfilter == Netfilter::All

@@ -164,8 +164,7 @@ impl<'a> Delegate<'a> {
                     let _ = stdin.write_all(&self.config.stdin);
                 }
             })?;
-            let stderr =
-                thread::Builder::new().spawn_scoped(scope, || read("stderr", stderr))?;
+            let stderr = thread::Builder::new().spawn_scoped(scope, || read("stderr", stderr))?;
             let stdout = read("stdout", stdout);
             if stdout.is_err() {
                 // It would go on writing.

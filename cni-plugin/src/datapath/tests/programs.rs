@@ -11,6 +11,7 @@ use super::{
     bench::{Bench, SHOT, mac, v4, with_bench},
     frames::{plain, who_has},
 };
+use crate::node::Limits;
 
 /// How many instructions the verifier may have to look at: up to twice what the
 /// programs need on Linux 6.18. The time that the first ADD of a boot takes grows
@@ -53,7 +54,9 @@ const NAT_BUDGET: [(&str, u32); 8] = [
 
 #[test]
 fn the_verifier_has_not_too_much_to_do() {
-    let mut ebpf = object::loader().load(object::NAT).unwrap();
+    let mut ebpf = object::loader(&Limits::default())
+        .load(object::NAT)
+        .unwrap();
     let mut failed = Vec::new();
     for (name, limit) in NAT_BUDGET {
         match object::load_program(&mut ebpf, name) {

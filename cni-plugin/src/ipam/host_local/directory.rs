@@ -87,8 +87,7 @@ impl Directory {
     /// what is above it may be reached by one.
     pub(super) fn open(path: PathBuf) -> Result<Option<Self>, StoreError> {
         step();
-        let flags =
-            OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         match openat(AT_FDCWD, &path, flags, Mode::empty()) {
             Ok(fd) => Ok(Some(Self { fd, path })),
             Err(Errno::ENOENT) => Ok(None),
