@@ -22,7 +22,10 @@ use aya_ebpf::{
 use aya_log_ebpf::{debug, trace};
 use bpf_bridge_common::{
     drops::DropReason,
-    frame::{self, Destination, ETH_HLEN, ETH_P_ARP, ETH_P_IPV6},
+    frame::{
+        self, Destination, ETH_HLEN, ETH_P_8021AD, ETH_P_8021Q, ETH_P_ARP, ETH_P_IP, ETH_P_IPV6,
+    },
+    guard::{IPPROTO_ICMP, ND_HOP_LIMIT},
     layout::{
         AGEING_NS, Endpoint, Learned, Mac, MacKey, PORT_GATEWAY, PORT_HAIRPIN, PORT_ISOLATED,
         PORT_MACSPOOFCHK, PORT_PROMISC, PORT_ROUTED, PORT_VIA_HOST, PROGRAM_BETWEEN,
@@ -31,9 +34,8 @@ use bpf_bridge_common::{
 };
 
 use crate::{
-    flood,
+    flood, guard,
     maps::{LEARNED, PROGRAMS},
-    responder,
     shared::{
         ENDPOINTS, PACKET_HOST, PORTS, SEGMENT, STATS, TARGET, TARGET_FLAGS, count_drop, ifindex,
         set_mark, skb, to_host,
@@ -48,13 +50,19 @@ const NOT_PLAIN: u32 = PORT_GATEWAY | PORT_ISOLATED | PORT_PROMISC | PORT_ROUTED
 #[classifier]
 pub(crate) fn port(ctx: TcContext) -> i32 {
     let ifindex = ifindex(&ctx);
-    match switch(&ctx, ifindex) {
+    conclude(&ctx, ifindex, switch(&ctx, ifindex))
+}
+
+/// The verdict; a drop is counted.
+#[inline(always)]
+pub(crate) fn conclude(ctx: &TcContext, ifindex: u32, result: Result<i32, DropReason>) -> i32 {
+    match result {
         Ok(verdict) => {
-            trace!(&ctx, "port {}: verdict {}", ifindex, verdict);
+            trace!(ctx, "port {}: verdict {}", ifindex, verdict);
             verdict
         }
         Err(reason) => {
-            debug!(&ctx, "port {}: drop, reason {}", ifindex, reason as u32);
+            debug!(ctx, "port {}: drop, reason {}", ifindex, reason as u32);
             count_drop(ifindex, reason);
             TC_ACT_SHOT
         }
@@ -72,30 +80,57 @@ fn switch(ctx: &TcContext, ifindex: u32) -> Result<i32, DropReason> {
     stats.packets += 1;
     stats.bytes += u64::from(ctx.len());
 
-    let (to, from, proto) = ethernet(ctx)?;
+    let (to, from, says) = ethernet(ctx)?;
     if from != port.mac {
         strange_source(ifindex, port, from)?;
     }
+    if says || port.flags & PORT_MACSPOOFCHK != 0 {
+        return guard::start(ctx);
+    }
+    forward(ctx, ifindex, port, to)
+}
+
+/// Sends a frame on to where it belongs.
+#[inline(always)]
+pub(crate) fn forward(
+    ctx: &TcContext,
+    ifindex: u32,
+    port: &Port,
+    to: Mac,
+) -> Result<i32, DropReason> {
     match frame::destination(&to) {
         Destination::Unicast => unicast(ctx, ifindex, port, to),
-        Destination::Group => {
-            // A question inside a VLAN is about another network than ours.
-            // SAFETY: the context is valid for as long as the program runs.
-            let tagged = unsafe { (*skb(ctx)).vlan_present } != 0;
-            if !tagged && matches!(proto, ETH_P_ARP | ETH_P_IPV6) {
-                responder::start(ctx);
-            }
-            flood::start(ctx)
-        }
+        Destination::Group => flood::start(ctx),
         Destination::NodeOnly if port.flags & PORT_GATEWAY == 0 => Ok(to_host(port.segment)),
         Destination::NodeOnly => Err(DropReason::SamePort),
         Destination::Nobody => Err(DropReason::Pause),
     }
 }
 
-/// Destination, source and ethertype.
+/// Where the byte is in a frame that says what an IPv4 packet carries.
+const IPV4_PROTOCOL: usize = ETH_HLEN + 9;
+/// And an IPv6 packet's hop limit.
+const IPV6_HOP_LIMIT: usize = ETH_HLEN + 7;
+/// As much of a frame as has both.
+const LOOK: usize = IPV4_PROTOCOL + 1;
+
+/// Destination, source, and whether the frame may say something of addresses: one that
+/// is not in one piece may.
 #[inline(always)]
-fn ethernet(ctx: &TcContext) -> Result<(Mac, Mac, u16), DropReason> {
+fn ethernet(ctx: &TcContext) -> Result<(Mac, Mac, bool), DropReason> {
+    if ctx.data() + LOOK <= ctx.data_end() {
+        // SAFETY: the bounds were compared right above, and byte arrays have no
+        // alignment.
+        let frame = unsafe { *(ctx.data() as *const [u8; LOOK]) };
+        let (to, from, ethertype) = header(&frame);
+        let says = match ethertype {
+            ETH_P_IP => frame[IPV4_PROTOCOL] == IPPROTO_ICMP,
+            ETH_P_IPV6 => frame[IPV6_HOP_LIMIT] == ND_HOP_LIMIT,
+            ETH_P_ARP | ETH_P_8021Q | ETH_P_8021AD => true,
+            _ => false,
+        };
+        return Ok((to, from, says));
+    }
     if ctx.data() + ETH_HLEN > ctx.data_end() {
         // The kernel pulls the header into the linear part before it runs
         // classifiers; a driver that does not is asked to.
@@ -105,15 +140,20 @@ fn ethernet(ctx: &TcContext) -> Result<(Mac, Mac, u16), DropReason> {
             return Err(DropReason::Truncated);
         }
     }
-    // SAFETY: the bounds were compared right above, and byte arrays have no
-    // alignment.
-    let header = unsafe { *(ctx.data() as *const [u8; ETH_HLEN]) };
-    let [a, b, c, d, e, f, g, h, i, j, k, l, m, n] = header;
-    Ok((
-        [a, b, c, d, e, f],
-        [g, h, i, j, k, l],
-        u16::from_be_bytes([m, n]),
-    ))
+    // SAFETY: as above.
+    let (to, from, _) = header(unsafe { &*(ctx.data() as *const [u8; ETH_HLEN]) });
+    Ok((to, from, true))
+}
+
+/// Destination, source and ethertype.
+#[inline(always)]
+fn header<const N: usize>(frame: &[u8; N]) -> (Mac, Mac, u16) {
+    let at = |index: usize| frame[index];
+    (
+        [at(0), at(1), at(2), at(3), at(4), at(5)],
+        [at(6), at(7), at(8), at(9), at(10), at(11)],
+        u16::from_be_bytes([at(12), at(13)]),
+    )
 }
 
 /// A source that was not assigned to the port: refused where the port says so,

@@ -10,6 +10,10 @@ pub const ETH_P_IP: u16 = 0x0800;
 pub const ETH_P_ARP: u16 = 0x0806;
 /// IPv6, RFC 2464.
 pub const ETH_P_IPV6: u16 = 0x86dd;
+/// A VLAN tag, IEEE 802.1Q.
+pub const ETH_P_8021Q: u16 = 0x8100;
+/// A provider's VLAN tag, IEEE 802.1ad.
+pub const ETH_P_8021AD: u16 = 0x88a8;
 
 /// What a switch does with a destination address before any table is asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
