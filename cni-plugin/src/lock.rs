@@ -2,13 +2,19 @@
 //!
 //! Whoever needs several takes them in this order: the attachment's
 //! ([`crate::attachment`]), the bridge's ([`crate::gateway`]), that of the pins
-//! ([`crate::datapath`]).
+//! ([`crate::datapath`]), that of what translates ([`crate::datapath::nat`]). The
+//! address store's ([`crate::ipam::host_local`]) is held alone, or with the first.
+//!
+//! A call waits for all of them together no longer than [`PATIENCE`]; what a failed ADD
+//! made is taken back with some more ([`allow_for_undoing`]). So whoever hangs delays
+//! another call by 25 s at most, however many locks that one needs.
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions},
     io,
     os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
+    sync::{Mutex, MutexGuard, PoisonError},
     thread,
     time::{Duration, Instant},
 };
@@ -16,14 +22,59 @@ use std::{
 use nix::{
     errno::Errno,
     fcntl::{Flock, FlockArg, OFlag},
+    sys::stat::{major, minor},
 };
 use thiserror::Error;
 
-/// How long a call waits for another that holds a lock. Everything that is done
-/// under one takes milliseconds, so a longer wait means that the holder hangs.
+use crate::fault::{self, Kind};
+
+/// How long a call waits for locks that others hold, all in all. Everything that is done
+/// under one takes milliseconds, but for the first load of the programs, so a longer
+/// wait means that a holder hangs.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// How long it waits at least while it undoes what it has made.
+const UNDOING: Duration = Duration::from_secs(5);
 /// How often it looks again.
 const INTERVAL: Duration = Duration::from_millis(2);
+
+/// What is left of this call's patience: a process makes one call.
+static CALL: Patience = Patience::new(PATIENCE);
+
+/// Some time to wait in, for one lock after the other.
+#[derive(Debug)]
+struct Patience(Mutex<Duration>);
+
+impl Patience {
+    const fn new(left: Duration) -> Self {
+        Self(Mutex::new(left))
+    }
+
+    fn left(&self) -> MutexGuard<'_, Duration> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn at_least(&self, time: Duration) {
+        let mut left = self.left();
+        *left = (*left).max(time);
+    }
+
+    /// Waits a moment; says whether there was one left.
+    fn wait(&self) -> bool {
+        if self.left().is_zero() {
+            return false;
+        }
+        let began = Instant::now();
+        thread::sleep(INTERVAL);
+        let mut left = self.left();
+        *left = left.saturating_sub(began.elapsed());
+        true
+    }
+}
+
+/// Gives the call time to take back what it made, even if it has waited in vain before.
+pub fn allow_for_undoing() {
+    CALL.at_least(UNDOING);
+}
 
 /// Why a lock was not taken.
 #[derive(Debug, Error)]
@@ -37,7 +88,10 @@ pub enum LockError {
         source: io::Error,
     },
     /// Somebody else holds it for too long.
-    #[error("{path} has been locked for {} s by {holder}", PATIENCE.as_secs())]
+    #[error(
+        "{path} is locked by {holder}: a call waits for locks no longer than {} s in all",
+        PATIENCE.as_secs()
+    )]
     Held {
         /// The lock file.
         path: PathBuf,
@@ -62,6 +116,33 @@ pub struct Lock {
     path: PathBuf,
 }
 
+/// How a file that others could have put there is opened: no symbolic link is followed,
+/// and nobody need be at the other end of a pipe.
+const NO_SURPRISE: i32 = OFlag::O_NOFOLLOW.union(OFlag::O_NONBLOCK).bits();
+
+/// Whether the directory of `path`, which is named after a network, is a symbolic link.
+fn leads_elsewhere(path: &Path) -> bool {
+    path.parent()
+        .and_then(|directory| fs::symlink_metadata(directory).ok())
+        .is_some_and(|directory| directory.is_symlink())
+}
+
+/// Opens the plain file at `path`, which [`Lock`] made, for reading without its lock.
+///
+/// # Errors
+///
+/// What the kernel said, or that it is something else.
+pub fn peek(path: &Path) -> io::Result<File> {
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(NO_SURPRISE)
+        .open(path)?;
+    if leads_elsewhere(path) || !file.metadata()?.is_file() {
+        return Err(Errno::ELOOP.into());
+    }
+    Ok(file)
+}
+
 impl Lock {
     /// Takes the lock at `path`, making the file and its directories if needed.
     ///
@@ -70,7 +151,7 @@ impl Lock {
     /// [`LockError`].
     pub fn take(path: &Path, mode: Mode) -> Result<Self, LockError> {
         loop {
-            match Self::open(path, mode, true)? {
+            match Self::open(&CALL, path, mode, true)? {
                 Some(lock) => return Ok(lock),
                 // Its directory vanished before it was opened.
                 None => continue,
@@ -84,7 +165,17 @@ impl Lock {
     ///
     /// [`LockError`].
     pub fn take_existing(path: &Path) -> Result<Option<Self>, LockError> {
-        Self::open(path, Mode::Exclusive, false)
+        Self::open(&CALL, path, Mode::Exclusive, false)
+    }
+
+    /// The same, without waiting for who holds it.
+    ///
+    /// # Errors
+    ///
+    /// [`LockError`].
+    pub fn try_existing(path: &Path) -> Result<Option<Self>, LockError> {
+        let none = Patience::new(Duration::ZERO);
+        Self::open(&none, path, Mode::Exclusive, false)
     }
 
     /// The locked file.
@@ -98,7 +189,10 @@ impl Lock {
     ///
     /// What the kernel said.
     pub fn remove(self) -> io::Result<()> {
+        let path = self.path.display();
+        fault::request(Kind::File, format_args!("remove {path}"))?;
         fs::remove_file(&self.path)?;
+        fault::point(format_args!("remove {path}"));
         if let Some(directory) = self.path.parent() {
             // Others are in it: it stays.
             let _ = fs::remove_dir(directory);
@@ -106,12 +200,17 @@ impl Lock {
         Ok(())
     }
 
-    fn open(path: &Path, mode: Mode, create: bool) -> Result<Option<Self>, LockError> {
+    fn open(
+        patience: &Patience,
+        path: &Path,
+        mode: Mode,
+        create: bool,
+    ) -> Result<Option<Self>, LockError> {
         let error = |source| LockError::Io {
             path: path.to_owned(),
             source,
         };
-        let deadline = Instant::now() + PATIENCE;
+        fault::request(Kind::File, format_args!("lock {}", path.display())).map_err(error)?;
         loop {
             if create && let Some(directory) = path.parent() {
                 DirBuilder::new()
@@ -120,34 +219,34 @@ impl Lock {
                     .create(directory)
                     .map_err(error)?;
             }
+            if leads_elsewhere(path) {
+                return Err(error(Errno::ELOOP.into()));
+            }
             let file = match OpenOptions::new()
                 .read(true)
                 .write(true)
                 .create(create)
                 .mode(0o600)
-                .custom_flags(OFlag::O_NOFOLLOW.bits())
+                .custom_flags(NO_SURPRISE)
                 .open(path)
             {
                 Ok(file) => file,
                 Err(source) if source.kind() == io::ErrorKind::NotFound => return Ok(None),
                 Err(source) => return Err(error(source)),
             };
-            let file = wait(file, mode, deadline).map_err(|errno| {
-                if errno == Errno::EWOULDBLOCK {
-                    LockError::Held {
-                        path: path.to_owned(),
-                        holder: holder(path)
-                            .unwrap_or_else(|| "a process that was not found".to_owned()),
-                    }
-                } else {
-                    error(errno.into())
-                }
-            })?;
+            let file = lock_with(patience, file, mode, path)?;
             // The one before may have removed the file: then this is a lock on
             // nothing.
             let own = file.metadata().map_err(error)?;
+            if !own.is_file() || own.nlink() > 1 {
+                return Err(error(io::Error::new(
+                    io::ErrorKind::InvalidInput,
+                    "not a plain file with one name",
+                )));
+            }
             match fs::symlink_metadata(path) {
                 Ok(there) if (there.dev(), there.ino()) == (own.dev(), own.ino()) => {
+                    fault::point(format_args!("lock {}", path.display()));
                     return Ok(Some(Self {
                         file,
                         path: path.to_owned(),
@@ -161,37 +260,70 @@ impl Lock {
     }
 }
 
-fn wait(mut file: File, mode: Mode, deadline: Instant) -> Result<Flock<File>, Errno> {
+/// Locks an open file, which is at `path` for people.
+///
+/// # Errors
+///
+/// [`LockError`].
+pub fn lock(file: File, mode: Mode, path: &Path) -> Result<Flock<File>, LockError> {
+    lock_with(&CALL, file, mode, path)
+}
+
+fn lock_with(
+    patience: &Patience,
+    mut file: File,
+    mode: Mode,
+    path: &Path,
+) -> Result<Flock<File>, LockError> {
     let how = match mode {
         Mode::Shared => FlockArg::LockSharedNonblock,
         Mode::Exclusive => FlockArg::LockExclusiveNonblock,
     };
     loop {
-        match Flock::lock(file, how) {
+        let (unlocked, errno) = match Flock::lock(file, how) {
             Ok(lock) => return Ok(lock),
-            Err((_, errno)) if errno != Errno::EWOULDBLOCK && errno != Errno::EINTR => {
-                return Err(errno);
-            }
-            Err((_, errno)) if Instant::now() >= deadline => return Err(errno),
-            Err((unlocked, _)) => file = unlocked,
+            Err(refused) => refused,
+        };
+        if errno != Errno::EWOULDBLOCK && errno != Errno::EINTR {
+            return Err(LockError::Io {
+                path: path.to_owned(),
+                source: errno.into(),
+            });
         }
-        thread::sleep(INTERVAL);
+        if !patience.wait() {
+            return Err(LockError::Held {
+                path: path.to_owned(),
+                holder: holder(&unlocked).unwrap_or_else(|| "a process that was not found".into()),
+            });
+        }
+        file = unlocked;
     }
 }
 
 /// Who holds the lock, from `/proc/locks`, whose lines end in
 /// `PID MAJOR:MINOR:INODE START END`.
-fn holder(path: &Path) -> Option<String> {
-    let inode = format!(":{}", fs::metadata(path).ok()?.ino());
+fn holder(file: &File) -> Option<String> {
+    let file = file.metadata().ok()?;
+    let device = (major(file.dev()), minor(file.dev()));
+    let inode = format!(":{}", file.ino());
     let locks = fs::read_to_string("/proc/locks").ok()?;
-    let pid = locks.lines().find_map(|line| {
-        let words: Vec<&str> = line.split_whitespace().collect();
-        let [.., pid, file, _, _] = words.as_slice() else {
-            return None;
-        };
-        (words.contains(&"FLOCK") && !words.contains(&"->") && file.ends_with(&inode))
-            .then_some(*pid)
-    })?;
+    let candidates: Vec<(&str, bool)> = locks
+        .lines()
+        .filter_map(|line| {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            let [.., pid, place, _, _] = words.as_slice() else {
+                return None;
+            };
+            let exact = *place == format!("{:02x}:{:02x}{inode}", device.0, device.1);
+            (words.contains(&"FLOCK") && !words.contains(&"->") && place.ends_with(&inode))
+                .then_some((*pid, exact))
+        })
+        .collect();
+    // Some file systems tell another device than the kernel counts their locks by.
+    let (pid, _) = candidates
+        .iter()
+        .find(|(_, exact)| *exact)
+        .or(candidates.first())?;
     let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
     Some(format!("process {pid} ({})", name.trim_end()))
 }
@@ -244,9 +376,57 @@ mod tests {
     fn the_holder_is_named() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("lock");
-        let _lock = Lock::take(&path, Mode::Exclusive).unwrap();
-        let name = holder(&path).unwrap();
+        let lock = Lock::take(&path, Mode::Exclusive).unwrap();
+        let name = holder(lock.file()).unwrap();
         assert!(name.contains(&std::process::id().to_string()), "{name}");
+    }
+
+    #[test]
+    fn a_call_is_patient_once_and_not_once_for_each_lock() {
+        let directory = tempfile::tempdir().unwrap();
+        let open = |name: &str| File::create(directory.path().join(name)).unwrap();
+        let held: Vec<_> = ["a", "b", "c"]
+            .map(|name| Lock::take(&directory.path().join(name), Mode::Exclusive).unwrap())
+            .into();
+        let patience = Patience::new(Duration::from_millis(200));
+        let began = Instant::now();
+        for name in ["a", "b", "c"] {
+            let error =
+                lock_with(&patience, open(name), Mode::Exclusive, Path::new(name)).unwrap_err();
+            let text = error.to_string();
+            assert!(matches!(error, LockError::Held { .. }), "{text}");
+            assert!(text.contains(&std::process::id().to_string()), "{text}");
+        }
+        let took = began.elapsed();
+        assert!(took >= Duration::from_millis(200), "{took:?}");
+        assert!(took < Duration::from_millis(550), "{took:?}");
+        // What it undoes may take a little longer.
+        patience.at_least(Duration::from_secs(60));
+        let waiting = thread::spawn({
+            let (file, path) = (open("a"), directory.path().join("a"));
+            move || lock_with(&patience, file, Mode::Exclusive, &path).map(drop)
+        });
+        thread::sleep(Duration::from_millis(20));
+        drop(held);
+        waiting.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn what_is_not_a_file_of_its_own_is_refused_at_once() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        fs::create_dir(at("real")).unwrap();
+        fs::write(at("other"), "kept").unwrap();
+        nix::unistd::mkfifo(&at("pipe"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        fs::hard_link(at("other"), at("hard")).unwrap();
+        std::os::unix::fs::symlink(at("real"), at("network")).unwrap();
+        for name in ["pipe", "hard", "network/lock", "real"] {
+            let began = Instant::now();
+            Lock::take(&at(name), Mode::Exclusive).unwrap_err();
+            assert!(peek(&at(name)).is_err() || name == "hard", "{name}");
+            assert!(began.elapsed() < PATIENCE / 4, "{name}");
+        }
+        assert_eq!(fs::read_dir(at("real")).unwrap().count(), 0);
     }
 
     #[test]

@@ -34,7 +34,7 @@ use thiserror::Error;
 
 /// The calling thread's own namespace. `/proc/self/ns/net` would be the main
 /// thread's.
-const CURRENT: &str = "/proc/thread-self/ns/net";
+pub(crate) const CURRENT: &str = "/proc/thread-self/ns/net";
 
 /// `NSFS_MAGIC` of the kernel's `include/uapi/linux/magic.h`.
 const NSFS: FsType = FsType(0x6e73_6673);

@@ -81,8 +81,8 @@ fn switch(ctx: &TcContext, ifindex: u32) -> Result<i32, DropReason> {
     stats.bytes += u64::from(ctx.len());
 
     let (to, from, says) = ethernet(ctx)?;
-    if from != port.mac {
-        strange_source(ifindex, port, from)?;
+    if !is_same(from, core::ptr::from_ref(&port.mac).addr()) {
+        strange_source(ifindex, port, mac(from))?;
     }
     if says || port.flags & PORT_MACSPOOFCHK != 0 {
         return guard::start(ctx);
@@ -114,46 +114,56 @@ const IPV6_HOP_LIMIT: usize = ETH_HLEN + 7;
 /// As much of a frame as has both.
 const LOOK: usize = IPV4_PROTOCOL + 1;
 
-/// Destination, source, and whether the frame may say something of addresses: one that
-/// is not in one piece may.
+/// The destination, where the source is, and whether the frame may say something of
+/// addresses: one that is not in one piece may.
 #[inline(always)]
-fn ethernet(ctx: &TcContext) -> Result<(Mac, Mac, bool), DropReason> {
-    if ctx.data() + LOOK <= ctx.data_end() {
-        // SAFETY: the bounds were compared right above, and byte arrays have no
-        // alignment.
-        let frame = unsafe { *(ctx.data() as *const [u8; LOOK]) };
-        let (to, from, ethertype) = header(&frame);
-        let says = match ethertype {
-            ETH_P_IP => frame[IPV4_PROTOCOL] == IPPROTO_ICMP,
-            ETH_P_IPV6 => frame[IPV6_HOP_LIMIT] == ND_HOP_LIMIT,
+fn ethernet(ctx: &TcContext) -> Result<(Mac, usize, bool), DropReason> {
+    let mut start = ctx.data();
+    let mut says = true;
+    if start + LOOK <= ctx.data_end() {
+        let at = |offset: usize| {
+            // SAFETY: the bounds were compared right above.
+            unsafe { *((start + offset) as *const u8) }
+        };
+        // SAFETY: as above; frames begin at even addresses (`NET_IP_ALIGN`).
+        says = match u16::from_be(unsafe { *((start + ETH_HLEN - 2) as *const u16) }) {
+            ETH_P_IP => at(IPV4_PROTOCOL) == IPPROTO_ICMP,
+            ETH_P_IPV6 => at(IPV6_HOP_LIMIT) == ND_HOP_LIMIT,
             ETH_P_ARP | ETH_P_8021Q | ETH_P_8021AD => true,
             _ => false,
         };
-        return Ok((to, from, says));
-    }
-    if ctx.data() + ETH_HLEN > ctx.data_end() {
+    } else if start + ETH_HLEN > ctx.data_end() {
         // The kernel pulls the header into the linear part before it runs
         // classifiers; a driver that does not is asked to.
         ctx.pull_data(ETH_HLEN as u32)
             .map_err(|_| DropReason::Truncated)?;
-        if ctx.data() + ETH_HLEN > ctx.data_end() {
+        start = ctx.data();
+        if start + ETH_HLEN > ctx.data_end() {
             return Err(DropReason::Truncated);
         }
     }
-    // SAFETY: as above.
-    let (to, from, _) = header(unsafe { &*(ctx.data() as *const [u8; ETH_HLEN]) });
-    Ok((to, from, true))
+    Ok((mac(start), start + size_of::<Mac>(), says))
 }
 
-/// Destination, source and ethertype.
+/// The MAC address at an even address of which the bounds are known.
 #[inline(always)]
-fn header<const N: usize>(frame: &[u8; N]) -> (Mac, Mac, u16) {
-    let at = |index: usize| frame[index];
-    (
-        [at(0), at(1), at(2), at(3), at(4), at(5)],
-        [at(6), at(7), at(8), at(9), at(10), at(11)],
-        u16::from_be_bytes([at(12), at(13)]),
-    )
+fn mac(at: usize) -> Mac {
+    let [a, b, c] = words(at).map(u16::to_ne_bytes);
+    [a[0], a[1], b[0], b[1], c[0], c[1]]
+}
+
+/// Whether two such are the same.
+#[inline(always)]
+fn is_same(one: usize, other: usize) -> bool {
+    let ([a, b, c], [d, e, f]) = (words(one), words(other));
+    a == d && b == e && c == f
+}
+
+/// A MAC address in words: each access to a single byte would be an instruction.
+#[inline(always)]
+fn words(at: usize) -> [u16; 3] {
+    // SAFETY: the caller has compared the bounds.
+    unsafe { *(at as *const [u16; 3]) }
 }
 
 /// A source that was not assigned to the port: refused where the port says so,
@@ -169,7 +179,7 @@ fn strange_source(ifindex: u32, port: &Port, from: Mac) -> Result<(), DropReason
     let key = MacKey::new(port.segment, from);
     // SAFETY: a helper that reads a clock.
     let now = unsafe { bpf_ktime_get_ns() };
-    if let Some(known) = LEARNED.get_ptr_mut(key) {
+    if let Some(known) = LEARNED.get_ptr_mut(&key) {
         // SAFETY: an entry that is evicted meanwhile is memory of the map still;
         // at worst a store is lost.
         let known = unsafe { &mut *known };
@@ -181,7 +191,7 @@ fn strange_source(ifindex: u32, port: &Port, from: Mac) -> Result<(), DropReason
         }
     }
     // What was assigned is never learned elsewhere.
-    if ENDPOINTS.get_ptr(key).is_none() {
+    if ENDPOINTS.get_ptr(&key).is_none() {
         let seen = Learned {
             seen: now,
             port: ifindex,
@@ -197,7 +207,7 @@ fn strange_source(ifindex: u32, port: &Port, from: Mac) -> Result<(), DropReason
 fn unicast(ctx: &TcContext, ifindex: u32, port: &Port, to: Mac) -> Result<i32, DropReason> {
     let key = MacKey::new(port.segment, to);
     // SAFETY: as for `PORTS`.
-    if let Some(endpoint) = unsafe { ENDPOINTS.get(key) } {
+    if let Some(endpoint) = unsafe { ENDPOINTS.get(&key) } {
         if endpoint.port == ifindex {
             return same_port(port, ifindex);
         }
@@ -231,7 +241,7 @@ fn unicast(ctx: &TcContext, ifindex: u32, port: &Port, to: Mac) -> Result<i32, D
         return Ok(unsafe { bpf_redirect_peer(endpoint.port, 0) } as i32);
     }
     // SAFETY: the value is read at once.
-    if let Some(learned) = unsafe { LEARNED.get(key) } {
+    if let Some(learned) = unsafe { LEARNED.get(&key) } {
         // SAFETY: a helper that reads a clock.
         let age = unsafe { bpf_ktime_get_ns() }.wrapping_sub(learned.seen);
         let at = learned.port;

@@ -26,6 +26,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use super::{ALREADY_ATTACHED, collect, del, is_alive, open_sandbox};
 use crate::{
     attachment::{Attachment, Claim, Record, hash},
+    boot,
     cni::{
         Call, CniError, CniResult, ErrorCode, NetworkConfig,
         config::Netfilter,
@@ -38,6 +39,7 @@ use crate::{
         self, LinkError, LinkSettings, Netlink, VethIndices, VethSpec,
         sysctl::{Family, Sysctl, SysctlError},
     },
+    lock,
     mac::MacAddr,
     masquerade,
     netns::Netns,
@@ -94,6 +96,7 @@ pub(super) fn run(
     match add.run(&mut claim, &mut shared) {
         Ok((result, record)) => Ok((result, claim, record)),
         Err(error) => {
+            lock::allow_for_undoing();
             let mut left = del::remove(call, attachment, Some(claim));
             left.extend(shared.undo(&host, &call.config.bridge).err());
             Err(match collect(left) {
@@ -239,6 +242,7 @@ impl Add<'_> {
     fn record(&self, ips: &[IpConfig]) -> Record {
         Record {
             complete: false,
+            era: boot::era().to_owned(),
             bridge: self.config.bridge.clone(),
             segment: 0,
             host_ifindex: self.pair.host,

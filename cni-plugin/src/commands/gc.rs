@@ -3,8 +3,8 @@
 use std::collections::HashSet;
 
 use crate::{
-    attachment::{self, Attachment},
-    cni::{AttachmentId, Call, CniError},
+    attachment::{self, Attachment, Claim, RecordError},
+    cni::{AttachmentId, Call, CniError, ErrorCode},
     datapath::Datapath,
     gateway,
     ipam::Ipam,
@@ -22,24 +22,31 @@ pub(super) fn run(call: &Call<'_>, valid: &[AttachmentId]) -> Result<(), CniErro
         .map(|id| (id.container_id.as_str(), id.ifname.as_str()))
         .collect();
     let mut errors = Vec::new();
-    match attachment::recorded(&call.config.name) {
-        Ok(recorded) => {
-            for (container_id, ifname) in &recorded {
-                if known.contains(&(container_id.as_str(), ifname.as_str())) {
-                    continue;
-                }
-                let attachment = Attachment {
-                    network: &call.config.name,
-                    container_id,
-                    ifname,
-                };
-                errors.extend(remove(&attachment));
-            }
+    let recorded = attachment::recorded(&call.config.name).unwrap_or_else(|error| {
+        errors.push(error.into());
+        Vec::new()
+    });
+    let mut busy = Vec::new();
+    for (container_id, ifname) in &recorded {
+        if known.contains(&(container_id.as_str(), ifname.as_str())) {
+            continue;
         }
-        Err(error) => errors.push(error.into()),
+        let attachment = Attachment {
+            network: &call.config.name,
+            container_id,
+            ifname,
+        };
+        match remove(&attachment, Attachment::try_claim_existing) {
+            Err(error) if error.code == ErrorCode::TryAgain => busy.push(attachment),
+            removed => errors.extend(removed.err()),
+        }
     }
     errors.extend(remove_strays(call, valid).err());
     errors.extend(Ipam::of(call).gc(call, valid).err());
+    // Whoever works on one of them may hang: nothing else is to wait for that.
+    for attachment in busy {
+        errors.extend(remove(&attachment, Attachment::claim_existing).err());
+    }
     collect(errors)
 }
 
@@ -68,13 +75,13 @@ fn remove_strays(call: &Call<'_>, valid: &[AttachmentId]) -> Result<(), CniError
 }
 
 /// Removes one attachment but for its addresses, which are given back together.
-fn remove(attachment: &Attachment<'_>) -> Option<CniError> {
-    let remove = || {
-        if let Some(claim) = attachment.claim_existing()? {
-            del::unplug(attachment, claim.record())?;
-            claim.remove()?;
-        }
-        Ok::<(), CniError>(())
-    };
-    remove().err()
+fn remove<'a>(
+    attachment: &Attachment<'a>,
+    claim: impl FnOnce(&Attachment<'a>) -> Result<Option<Claim>, RecordError>,
+) -> Result<(), CniError> {
+    if let Some(claim) = claim(attachment)? {
+        del::unplug(attachment, claim.record())?;
+        claim.remove()?;
+    }
+    Ok(())
 }

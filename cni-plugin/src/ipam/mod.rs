@@ -223,5 +223,8 @@ fn config_error(error: ConfigError) -> CniError {
 }
 
 fn store_error(error: StoreError) -> CniError {
-    CniError::new(ErrorCode::Internal, error.to_string())
+    match error {
+        StoreError::Lock(error) => error.into(),
+        error => CniError::new(ErrorCode::Internal, error.to_string()),
+    }
 }

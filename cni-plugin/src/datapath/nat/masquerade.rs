@@ -7,7 +7,7 @@ use bpf_bridge_common::layout::{Address, ExemptKey, Masqueraded, PodKey};
 use ipnet::IpNet;
 
 use super::{
-    super::{ANY, Error, Wire, entries, failed, get, is_missing, refilled, remove, set},
+    super::{ANY, Error, Wire, entries, failed, get, refilled, remove, removed, set},
     NOEXIST, Nat, is_taken, octets,
 };
 use crate::attachment::hash;
@@ -79,7 +79,7 @@ impl Nat<'_> {
     ) -> Result<(), Error> {
         // What is exempt is known before the pod is.
         for prefix in policy.prefixes() {
-            refilled(|| self.exempt.insert(&prefix, 1, ANY))
+            refilled("EXEMPT", || self.exempt.insert(&prefix, 1, ANY))
                 .map_err(|source| failed("writing", "EXEMPT", &policy.exempt, source))?;
         }
         let key = key(address, segment);
@@ -88,7 +88,9 @@ impl Nat<'_> {
             port,
             reserved: 0,
         };
-        let claimed = refilled(|| self.masqueraded.insert(Wire(key), Wire(entry), NOEXIST));
+        let claimed = refilled("MASQUERADED", || {
+            self.masqueraded.insert(Wire(key), Wire(entry), NOEXIST)
+        });
         match claimed {
             Err(error) if is_taken(&error) => {}
             Err(source) => return Err(failed("claiming", "MASQUERADED", &address, source)),
@@ -170,11 +172,8 @@ impl Nat<'_> {
             if used.contains(&key.policy) {
                 continue;
             }
-            match self.exempt.remove(&prefix) {
-                Ok(()) => {}
-                Err(error) if is_missing(&error) => {}
-                Err(source) => return Err(failed("removing", "EXEMPT", &key, source)),
-            }
+            removed("EXEMPT", || self.exempt.remove(&prefix))
+                .map_err(|source| failed("removing", "EXEMPT", &key, source))?;
         }
         Ok(())
     }

@@ -147,7 +147,7 @@ impl Nat<'_> {
 
     fn insert(&mut self, port: &NodePort, entry: Published) -> Result<(), Error> {
         loop {
-            let written = refilled(|| {
+            let written = refilled("PUBLISHED", || {
                 self.published
                     .insert(Wire(port.key()), Wire(entry), NOEXIST)
             });

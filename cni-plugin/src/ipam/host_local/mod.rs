@@ -42,8 +42,12 @@
 //! A lease that this program wrote is taken back when the system was booted since, or, if
 //! its range set has no other address left or its owner asks again, when its owner's host
 //! veth does not exist. A lease is never taken while the [`Lease`] value of its making is
-//! held, that is, before there is a host veth. What another program wrote is removed by its
-//! owner's DEL and by garbage collection only: whether that lives cannot be known here.
+//! held, that is, before there is a host veth.
+//!
+//! Whether the owner of what another program wrote lives cannot be known here, so it is
+//! removed by its owner's DEL and by garbage collection; and, if a range set has no other
+//! address left, when it was seen here in an earlier boot and names an interface (one that
+//! does not may be somebody's reservation by hand).
 
 mod config;
 mod directory;

@@ -2,15 +2,14 @@
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
-    fs::{self, File, TryLockError},
+    fs::{File, TryLockError},
     io,
     net::IpAddr,
-    os::unix::fs::FileExt as _,
     path::{Path, PathBuf},
 };
 
 use ipnet::IpNet;
-use nix::errno::Errno;
+use nix::{errno::Errno, fcntl::Flock};
 use thiserror::Error;
 
 use super::{
@@ -19,9 +18,10 @@ use super::{
     index::{Content, Entry, Name, Origin, is_container_id, is_ifname, lease_text, parse_lease},
     range::{Range, RangeSet},
 };
-
-/// Names the running system: another value after every boot (Linux 2.4 and later).
-const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+use crate::{
+    boot,
+    lock::{self, LockError, Mode},
+};
 
 /// The directory of all networks' indexes. No network is called so: their names begin
 /// with a letter or digit.
@@ -48,6 +48,9 @@ pub enum StoreError {
         /// What the system said.
         source: io::Error,
     },
+    /// The network's lock could not be taken.
+    #[error(transparent)]
+    Lock(#[from] LockError),
     /// The name cannot be a directory's.
     #[error(
         "network name {0:?} is not valid: it must begin with a letter or digit and have only letters, digits, '_', '.' and '-'"
@@ -225,7 +228,7 @@ impl Store {
     /// # Errors
     /// The name is not a network's, or a directory cannot be opened or made.
     pub fn open(data_dir: &Path, network: &str) -> Result<Self, StoreError> {
-        Self::open_in_boot(data_dir, network, boot_id())
+        Self::open_in_boot(data_dir, network, boot::id())
     }
 
     /// Opens the store of a network if it has one: for DEL, CHECK, GC and STATUS, which
@@ -247,9 +250,11 @@ impl Store {
         boot: String,
     ) -> Result<Self, StoreError> {
         check_network(network)?;
+        let leases = Directory::create(data_dir.join(network), 0o755)?;
+        let indexes = Directory::create(data_dir.join(INDEX), 0o700)?;
         Ok(Self {
-            network: Directory::create(data_dir.join(network), 0o755)?,
-            index: Directory::create(data_dir.join(INDEX).join(network), 0o700)?,
+            network: leases,
+            index: Directory::create(indexes.path().join(network), 0o700)?,
             boot,
         })
     }
@@ -405,15 +410,11 @@ impl Store {
     }
 
     fn lock(&self) -> Result<Session<'_>, StoreError> {
-        let lock = self.network.open_file(LOCK)?;
-        while let Err(error) = lock.lock() {
-            if error.kind() != io::ErrorKind::Interrupted {
-                return Err(self.network.error("locking", LOCK, error));
-            }
-        }
+        let file = self.network.open_file(LOCK)?;
+        let path = self.network.path().join(LOCK);
         Ok(Session {
             store: self,
-            _lock: lock,
+            _lock: lock::lock(file, Mode::Exclusive, &path)?,
         })
     }
 }
@@ -425,12 +426,6 @@ fn check_network(network: &str) -> Result<(), StoreError> {
     } else {
         Err(StoreError::Network(network.into()))
     }
-}
-
-fn boot_id() -> String {
-    let id = fs::read_to_string(BOOT_ID).unwrap_or_default();
-    // It is one word of the index.
-    id.split_whitespace().next().unwrap_or_default().into()
 }
 
 /// Whether the ADD that wrote this lease has not come to its host veth yet.
@@ -459,7 +454,7 @@ type Choice<'a> = (IpAddr, &'a Range);
 /// A store while it is locked.
 struct Session<'a> {
     store: &'a Store,
-    _lock: File,
+    _lock: Flock<File>,
 }
 
 impl Session<'_> {
@@ -496,10 +491,9 @@ impl Session<'_> {
         let _ = self.store.network.touch().and_then(|modified| {
             let index = &self.store.index;
             let state = modified.map_or_else(|| "-\n".into(), |modified| self.state(modified));
-            let file = index.open_file(STATE)?;
+            let file = index.open_own_file(STATE)?;
             // In place: torn, it fits nothing.
-            file.write_all_at(state.as_bytes(), 0)
-                .map_err(|error| index.error("writing", STATE, error))
+            index.write(STATE, &file, &state)
         });
     }
 
@@ -689,8 +683,11 @@ impl Session<'_> {
 
     /// Whether what owns these leases is gone, and they are ours to take.
     fn is_dead(&self, name: &Name, entry: &Entry, alive: Alive<'_>) -> Result<bool, StoreError> {
-        if entry.origin != Origin::Written {
-            return Ok(false);
+        let before = entry.before(&self.store.boot);
+        if entry.origin == Origin::Seen {
+            // No container outlives its boot. What names no interface may be somebody's
+            // reservation by hand, though.
+            return Ok(before && !name.ifname.is_empty());
         }
         // In this order: once the ADD is not under way any more, there is a veth.
         for &(address, _) in &entry.leases {
@@ -705,7 +702,7 @@ impl Session<'_> {
             container_id: &name.container_id,
             ifname: &name.ifname,
         };
-        Ok(entry.before(&self.store.boot) || !alive(owner))
+        Ok(before || !alive(owner))
     }
 
     /// Lets an owner pass that has no address of the configuration, or whose addresses are
@@ -723,7 +720,7 @@ impl Session<'_> {
             };
             let held = self.held(name, &entry)?;
             entry.leases.retain(|(address, _)| held.contains(address));
-            // It is the owner itself that comes again: of an earlier boot, even what
+            // It is the owner itself that comes again: of an earlier boot, whatever
             // another program wrote is over.
             if entry.before(&self.store.boot) || self.is_dead(name, &entry, alive)? {
                 self.free(name, &entry)?;
@@ -951,10 +948,9 @@ impl Session<'_> {
         let network = &self.store.network;
         let name = last_reserved_name(set);
         let text = address.to_string();
-        let file = network.open_file(&name)?;
+        let file = network.open_own_file(&name)?;
         // Not truncated first: file systems take that for a reason to write to the disk.
-        file.write_all_at(text.as_bytes(), 0)
-            .and_then(|()| file.set_len(text.len() as u64))
-            .map_err(|error| network.error("writing", &name, error))
+        network.write(&name, &file, &text)?;
+        network.cut(&name, &file, text.len())
     }
 }

@@ -569,6 +569,28 @@ fn a_boot_ends_what_was_written_before_it() {
 }
 
 #[test]
+fn what_another_program_left_before_the_boot_gives_way_when_nothing_is_left() {
+    let mut node = Node::new();
+    let config = subnet("10.1.0.0/29");
+    node.write("10.1.0.2", &text("stock"));
+    node.write("10.1.0.3", "printer");
+    node.add("a", &config).unwrap();
+    node.boot = "second-boot";
+    // Seen in this boot only: it may be of this boot.
+    node.write("10.1.0.4", &text("lives"));
+    let given = ["b", "c"].map(|id| node.add(id, &config).unwrap().remove(0));
+    assert_eq!(given, ["10.1.0.5/29", "10.1.0.6/29"]);
+    assert_eq!(node.read("10.1.0.2"), text("stock"));
+    node.store().check_free(&config, &alive).unwrap();
+    assert_eq!(node.add("d", &config).unwrap(), ["10.1.0.2/29"]);
+    let error = node.add("e", &config).unwrap_err();
+    assert!(error.contains("no IP addresses available"), "{error}");
+    let left: BTreeSet<_> = node.leases().into_values().collect();
+    let kept = ["lives", "b", "c", "d"].map(text);
+    assert_eq!(left, kept.into_iter().chain(["printer".into()]).collect());
+}
+
+#[test]
 fn without_a_boot_id_nothing_is_swept() {
     let mut node = Node::new();
     node.add("a", &dual()).unwrap();
@@ -1041,8 +1063,8 @@ fn run(ops: &[Op]) -> Result<(), TestCaseError> {
     };
     let ipam = || json!({"subnet": "10.1.0.0/28"});
     let pool: BTreeSet<u8> = (2..15).collect();
-    // Address to owner, and whether the store wrote it in this boot.
-    let mut model: BTreeMap<u8, (u8, bool)> = BTreeMap::new();
+    // Address to owner, and in which boot another program wrote it, if one did.
+    let mut model: BTreeMap<u8, (u8, Option<&str>)> = BTreeMap::new();
     let mut boots = 0;
     let address = |at: u8| format!("10.1.0.{at}");
     let last = |given: &[String]| -> u8 {
@@ -1061,28 +1083,36 @@ fn run(ops: &[Op]) -> Result<(), TestCaseError> {
                     Op::Request(_, at) => (requesting(ipam(), &address(at)), Some(at)),
                     _ => (subnet("10.1.0.0/28"), None),
                 };
+                // What another program wrote in an earlier boot makes way for its owner,
+                let boot = node.boot;
+                let stale = |held: &(u8, Option<&str>)| held.1.is_some_and(|seen| seen != boot);
+                let name = format!("c{id}");
+                if model.values().any(|held| held.0 == id && stale(held)) {
+                    model.retain(|_, held| held.0 != id);
+                }
                 let has = model.values().any(|held| held.0 == id);
+                // and for others, if they have no other.
+                if !has && wanted.is_none() && model.len() == pool.len() {
+                    model.retain(|_, held| !stale(held));
+                } else if !has && let Some(at) = wanted {
+                    model.retain(|other, held| *other != at || !stale(held));
+                }
                 let free = match wanted {
                     Some(at) => pool.contains(&at) && !model.contains_key(&at),
                     None => model.len() < pool.len(),
                 };
-                // A stock lease seen in an earlier boot makes way for its owner.
-                let stale = boots > 0 && model.values().any(|held| held.0 == id && !held.1);
-                match node.add(&format!("c{id}"), &conf) {
+                match node.add(&name, &conf) {
                     Ok(given) => {
                         let at = last(&given);
-                        prop_assert!(!has || stale, "{id} has an address already");
+                        prop_assert!(!has, "{id} has an address already");
                         prop_assert!(wanted.is_none_or(|wanted| wanted == at));
-                        model.retain(|_, held| held.0 != id);
-                        prop_assert!(pool.contains(&at) && !model.contains_key(&at), "{at}");
-                        model.insert(at, (id, true));
+                        prop_assert!(
+                            free && pool.contains(&at) && !model.contains_key(&at),
+                            "{at}"
+                        );
+                        model.insert(at, (id, None));
                     }
-                    Err(error) => {
-                        prop_assert!(has || !free, "{error}");
-                        if has && stale {
-                            model.retain(|at, _| node.path(&address(*at)).exists());
-                        }
-                    }
+                    Err(error) => prop_assert!(has || !free, "{error}"),
                 }
             }
             Op::Del(id) => {
@@ -1103,13 +1133,13 @@ fn run(ops: &[Op]) -> Result<(), TestCaseError> {
                 boots += 1;
                 node.boot = BOOTS[boots % 2];
                 node.del("nobody");
-                model.retain(|_, held| !held.1);
+                model.retain(|_, held| held.1.is_some());
             }
             Op::StockAdd(id, at) => {
                 // As the stock plugin would: not twice for an owner, not over a file.
                 if !model.contains_key(&at) && !model.values().any(|held| held.0 == id) {
                     node.write(&address(at), &text(&format!("c{id}")));
-                    model.insert(at, (id, false));
+                    model.insert(at, (id, Some(node.boot)));
                 }
             }
             Op::StockDel(id) => {
