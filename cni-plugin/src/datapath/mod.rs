@@ -39,7 +39,7 @@ use aya::{
 use aya_obj::generated::bpf_prog_type;
 use bpf_bridge_common::layout::{
     ABI, Endpoint, IpKey, MAX_MEMBERS, Mac, MacKey, Member, MemberKey, Neighbor, PORT_GATEWAY,
-    PORT_MASQUERADED, PORT_PUBLISHED, PORT_ROUTED, Port, PortStats, Segment,
+    PORT_MASQUERADED, PORT_PUBLISHED, PORT_ROUTED, Port, PortStats, SEGMENT_ROUTED, Segment,
 };
 use thiserror::Error;
 
@@ -512,12 +512,14 @@ impl Datapath {
             Segment {
                 members: 1,
                 gateway_port: gateway.ifindex,
+                flags: 0,
             },
             ANY,
         )
     }
 
-    /// Lets the responder answer for an address of the gateway.
+    /// Gives the gateway an address: pods' questions for it are answered, and no pod may
+    /// say that it is a router.
     ///
     /// # Errors
     ///
@@ -528,12 +530,13 @@ impl Datapath {
         address: IpAddr,
         mac: Mac,
     ) -> Result<(), Error> {
-        let port = self
-            .segment(segment)?
-            .ok_or(Error::NoSegment(segment))?
-            .gateway_port;
+        let mut entry = self.segment(segment)?.ok_or(Error::NoSegment(segment))?;
+        if entry.flags & SEGMENT_ROUTED == 0 {
+            entry.flags |= SEGMENT_ROUTED;
+            set(&mut self.segments, "SEGMENTS", segment, entry, EXIST)?;
+        }
         let neighbor = Neighbor {
-            port,
+            port: entry.gateway_port,
             flags: PORT_GATEWAY,
             mac,
             reserved: [0; 2],
@@ -541,7 +544,7 @@ impl Datapath {
         self.set_neighbor(segment, address, neighbor)
     }
 
-    /// The responder no longer answers for an address of the gateway.
+    /// The gateway no longer has an address.
     ///
     /// # Errors
     ///
