@@ -439,17 +439,20 @@ impl Datapath {
     /// A table cannot be written.
     pub fn create_segment(&mut self, gateway: &PortSpec<'_>) -> Result<(), Error> {
         let segment = gateway.segment;
-        self.set_port(gateway, PORT_GATEWAY | gateway.flags, 0)?;
-        set(
-            &mut self.segments,
-            "SEGMENTS",
-            segment,
-            Segment {
-                members: 1,
-                gateway_port: gateway.ifindex,
-            },
-            ANY,
-        )
+        let entry = Segment {
+            members: 1,
+            gateway_port: gateway.ifindex,
+        };
+        let created = self
+            .set_port(gateway, PORT_GATEWAY | gateway.flags, 0)
+            .and_then(|()| set(&mut self.segments, "SEGMENTS", segment, entry, ANY));
+        if created.is_err() {
+            // Nobody finds it by the segment. What cannot be removed a GC will.
+            let slot = MemberKey { segment, slot: 0 };
+            let _ = remove(&mut self.members, "MEMBERS", slot);
+            let _ = self.forget(gateway.ifindex, segment, gateway.mac, &[]);
+        }
+        created
     }
 
     /// Lets the responder answer for an address of the gateway.
@@ -630,8 +633,12 @@ impl Datapath {
         // A DEL that was killed in here left the last one in both places.
         let half_done = port.slot < last && own.is_some() && own == tail.map(|tail| tail.port);
         if port.slot > last || own != Some(ifindex) && !half_done {
-            // Never joined: the ADD died before it did.
-            return Ok(());
+            // Never joined: the ADD failed or died before it did.
+            return if port.slot > last && own == Some(ifindex) {
+                remove(&mut self.members, "MEMBERS", at(port.slot))
+            } else {
+                Ok(())
+            };
         }
         if port.slot != last
             && let Some(mover) = tail
