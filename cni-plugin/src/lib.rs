@@ -20,6 +20,7 @@
 //! | [`fault`] | where tests kill a call, or make it fail |
 //! | [`follow`] | `bpf-bridge log`: what the programs write to their log |
 //! | [`node`] | the node's settings: the limits of all tables |
+//! | [`upgrade`] | `bpf-bridge upgrade`: other programs for the pods that are attached |
 //! | [`lock`] | file locks |
 //! | [`boot`] | which boot and which network namespace this is |
 //! | [`mount`] | file systems that nobody else sees |
@@ -45,4 +46,5 @@ pub mod mount;
 pub mod netns;
 pub mod node;
 pub mod ports;
+pub mod upgrade;
 pub mod uplinks;

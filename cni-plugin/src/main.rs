@@ -14,7 +14,7 @@ use std::{
 
 #[cfg(feature = "faults")]
 use bpf_bridge::fault;
-use bpf_bridge::{cni::dispatch, commands::BpfBridge, follow};
+use bpf_bridge::{cni::dispatch, commands::BpfBridge, follow, upgrade};
 
 fn main() -> ExitCode {
     #[cfg(feature = "faults")]
@@ -53,9 +53,14 @@ fn operator(arguments: &[OsString]) -> ExitCode {
         [verb] if verb == "log" => {
             follow::run(&mut io::stdout()).map_err(|error| error.to_string())
         }
+        [verb] if verb == "upgrade" => {
+            upgrade::run(&mut io::stdout()).map_err(|error| error.to_string())
+        }
         _ => Err(format!(
-            "{arguments:?}: the only command is `log`, which shows what the eBPF programs of \
-             networks with a `logLevel` write; everything else is done through CNI_COMMAND"
+            "{arguments:?}: the commands are `log`, which shows what the eBPF programs of \
+             networks with a `logLevel` write, and `upgrade`, which takes this binary's \
+             programs into use on the ports of another one; everything else is done through \
+             CNI_COMMAND"
         )),
     };
     match done {

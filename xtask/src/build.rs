@@ -20,7 +20,10 @@ pub(crate) const BINARY_VARIABLE: &str = "BPF_BRIDGE_BIN";
 
 /// Plugins that only tests call: the feature of the package that makes each, and the
 /// variable that names it to them.
-pub(crate) const TEST_PLUGINS: [(&str, &str); 1] = [("faults", "BPF_BRIDGE_FAULTS_BIN")];
+pub(crate) const TEST_PLUGINS: [(&str, &str); 2] = [
+    ("faults", "BPF_BRIDGE_FAULTS_BIN"),
+    ("next-layout", "BPF_BRIDGE_NEXT_BIN"),
+];
 
 /// `cargo xtask build`.
 pub(crate) fn run() -> Result<()> {

@@ -10,16 +10,22 @@
 //! list that broadcasts go to has no holes.
 
 mod attach;
+mod bpf;
+mod carry;
+mod hooks;
 pub mod nat;
 mod object;
 mod pins;
+mod shape;
 #[cfg(test)]
 mod tests;
+mod upgrade;
 
 use std::{
     collections::{HashMap as StdHashMap, HashSet},
     io,
     net::IpAddr,
+    os::fd::AsFd as _,
     path::{Path, PathBuf},
     thread,
     time::Duration,
@@ -30,8 +36,9 @@ use aya::{
     programs::ProgramError,
     util::nr_cpus,
 };
+use aya_obj::generated::bpf_prog_type;
 use bpf_bridge_common::layout::{
-    Endpoint, IpKey, MAX_MEMBERS, Mac, MacKey, Member, MemberKey, Neighbor, PORT_GATEWAY,
+    ABI, Endpoint, IpKey, MAX_MEMBERS, Mac, MacKey, Member, MemberKey, Neighbor, PORT_GATEWAY,
     PORT_MASQUERADED, PORT_PUBLISHED, PORT_ROUTED, Port, PortStats, Segment,
 };
 use thiserror::Error;
@@ -47,14 +54,19 @@ use crate::{
 
 pub use crate::cni::config::LogLevel;
 
+use bpf::Of;
 use nat::Part;
 
 pub use attach::{FILTER_HANDLE, FILTER_PRIORITY};
+pub use carry::Carried;
+pub use hooks::Moved;
 pub use object::verify;
 pub use pins::{BPFFS, require_bpffs};
+pub use upgrade::{Report, upgrade};
 
-/// `BPF_ANY` and `BPF_EXIST` of `linux/bpf.h`.
+/// `BPF_ANY`, `BPF_NOEXIST` and `BPF_EXIST` of `linux/bpf.h`.
 const ANY: u64 = 0;
+const NOEXIST: u64 = 1;
 const EXIST: u64 = 2;
 /// How often, and after what pause, a write is tried again for which the kernel had
 /// no memory at hand.
@@ -77,15 +89,61 @@ pub enum Error {
     },
     /// A pinned object is not what this version pins there.
     #[error(
-        "the pin {path} is not the map that this version made ({detail}): remove {root} when no pod is attached"
+        "the pin {path} is {found}, where {right} would be right: it is not of this plugin's \
+         making, and not used. Remove it if it is nobody's; if it was put in the place of one \
+         of ours, remove {root} when no pod is attached"
     )]
     ForeignPin {
         /// The pin path.
         path: PathBuf,
-        /// What differs.
-        detail: String,
+        /// What is there.
+        found: String,
+        /// What would be right.
+        right: String,
         /// The directory of all pins.
         root: PathBuf,
+    },
+    /// A newer version has made the maps, of a layout that this one does not know.
+    #[error(
+        "the pods of this node are attached by a newer bpf-bridge, whose maps have layout \
+         {found}; this one knows layout {ABI} and cannot go back to it while pods are attached: \
+         install a bpf-bridge of layout {found} or later, or remove all pods from the node, and \
+         then {BPFFS}/bpf-bridge/v{found}"
+    )]
+    Newer {
+        /// The version of the layout.
+        found: u32,
+    },
+    /// What an older version has made could not be carried over.
+    #[error(
+        "carrying ports and flows over from the layout {from} to {to}: {source}; nothing was \
+         changed",
+        to = pins::Root::own().name()
+    )]
+    Carry {
+        /// The older layout.
+        from: String,
+        /// Why not.
+        source: Box<Self>,
+    },
+    /// The kernel does not tell of a program.
+    #[error("asking for the program of id {id}: {source}")]
+    Asking {
+        /// Its number.
+        id: u32,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A map of any layout could not be read or written.
+    #[error("reading or writing a map: {0}")]
+    Entries(#[from] io::Error),
+    /// An entry of an older layout has no place in this one.
+    #[error("the map {map}: {why}")]
+    Misfit {
+        /// The map.
+        map: String,
+        /// Why not.
+        why: String,
     },
     /// A lock could not be taken.
     #[error(transparent)]
@@ -230,6 +288,8 @@ pub struct Datapath {
     neighbors: Table<IpKey, Neighbor>,
     segments: Table<u32, Segment>,
     members: Table<MemberKey, Member>,
+    /// The kernel's number of `PORTS`: what uses that one is a program of ours.
+    ports_id: u32,
     _lock: Lock,
 }
 
@@ -289,8 +349,8 @@ impl Datapath {
     fn open_loaded(mode: Mode) -> Result<Option<Self>, Error> {
         // What a load that was killed has left is used by nobody yet, and the
         // next load completes it.
-        let is_loaded = || pins::map("PORTS").exists() && attach::is_loaded_at_any_level();
-        if !is_loaded() {
+        let is_loaded = || pins::map("PORTS").exists() && pins::Root::own().is_loaded();
+        if !is_loaded() && pins::other()?.is_none() {
             return Ok(None);
         }
         let lock = pins::lock(mode)?;
@@ -321,6 +381,10 @@ impl Datapath {
             neighbors: table("NEIGHBORS")?,
             segments: table("SEGMENTS")?,
             members: table("MEMBERS")?,
+            ports_id: bpf::map_id(&pins::map("PORTS")).map_err(|source| Error::Pin {
+                path: pins::map("PORTS"),
+                source,
+            })?,
             _lock: lock,
         })
     }
@@ -633,12 +697,11 @@ impl Datapath {
         // A DEL that was killed in here left the last one in both places.
         let half_done = port.slot < last && own.is_some() && own == tail.map(|tail| tail.port);
         if port.slot > last || own != Some(ifindex) && !half_done {
-            // Never joined: the ADD failed or died before it did.
-            return if port.slot > last && own == Some(ifindex) {
-                remove(&mut self.members, "MEMBERS", at(port.slot))
-            } else {
-                Ok(())
-            };
+            // Never joined: the ADD died before it did. Another may have its slot now.
+            if own == Some(ifindex) {
+                remove(&mut self.members, "MEMBERS", at(port.slot))?;
+            }
+            return Ok(());
         }
         if port.slot != last
             && let Some(mover) = tail
@@ -808,6 +871,8 @@ impl Datapath {
         let entry = Port {
             segment: port.segment,
             flags,
+            #[cfg(feature = "next-layout")]
+            next: 0,
             slot,
             mac: port.mac,
             reserved: [0; 2],
@@ -883,7 +948,7 @@ fn remove_unused_pins() -> Result<(), Error> {
         // Nothing stays attached to maps that nobody finds any more. What is in its way
         // goes with the rest.
         let _ = nat::unload();
-        pins::remove_all()
+        pins::Root::own().remove()
     }
 }
 
@@ -895,22 +960,34 @@ fn ip_key(segment: u32, address: IpAddr) -> IpKey {
 }
 
 fn pinned(name: &str) -> Result<Map, Error> {
-    pinned_at(&pins::map(name))
+    pinned_at(&pins::map(name), name)
 }
 
-fn pinned_at(path: &Path) -> Result<Map, Error> {
-    let open = MapData::from_pin(path).map_err(|error| Error::Pin {
+/// Opens a pinned map of this name. Callers compare its kind and its sizes.
+fn pinned_at(path: &Path, name: &str) -> Result<Map, Error> {
+    let error = |source| Error::Pin {
         path: path.to_owned(),
-        source: match error {
-            MapError::SyscallError(error) => error.io_error,
-            other => io::Error::other(other),
-        },
-    })?;
-    Map::from_map_data(open).map_err(|source| Error::ForeignPin {
+        source,
+    };
+    let foreign = |found: String| Error::ForeignPin {
         path: path.to_owned(),
-        detail: source.to_string(),
+        found,
+        right: format!("the map {name}"),
         root: pins::root(),
-    })
+    };
+    let (fd, kind) = bpf::open(path).map_err(error)?;
+    if kind != Of::Map {
+        return Err(foreign(kind.name().to_owned()));
+    }
+    let map = MapData::from_fd(fd).map_err(|source| error(io::Error::other(source)))?;
+    let info = map
+        .info()
+        .map_err(|source| error(io::Error::other(source)))?;
+    if info.name() != name.as_bytes() {
+        let there = String::from_utf8_lossy(info.name()).into_owned();
+        return Err(foreign(format!("a map of the name {there:?}")));
+    }
+    Map::from_map_data(map).map_err(|source| foreign(source.to_string()))
 }
 
 /// Opens a pinned table; its kind and the sizes of its keys and values are
@@ -922,9 +999,47 @@ fn table<K: bytemuck::Pod, V: bytemuck::Pod>(name: &str) -> Result<Table<K, V>, 
 fn foreign(name: &str, detail: &MapError) -> Error {
     Error::ForeignPin {
         path: pins::map(name),
-        detail: detail.to_string(),
+        found: format!("another map ({detail})"),
+        right: format!("the map {name}"),
         root: pins::root(),
     }
+}
+
+/// Opens a pinned program, if it is a program of this name and kind (`BPF_PROG_TYPE_*`),
+/// and uses the map `map` of ours.
+fn require_program(
+    path: &Path,
+    name: &str,
+    kind: bpf_prog_type,
+    map: Option<u32>,
+) -> Result<bpf::Program, Error> {
+    let error = |source| Error::Pin {
+        path: path.to_owned(),
+        source,
+    };
+    let foreign = |found: String| Error::ForeignPin {
+        path: path.to_owned(),
+        found,
+        right: format!("the program {name:?}"),
+        root: pins::root(),
+    };
+    let (fd, is) = bpf::open(path).map_err(error)?;
+    if is != Of::Program {
+        return Err(foreign(is.name().to_owned()));
+    }
+    let program = bpf::Program::of(fd.as_fd()).map_err(error)?;
+    if program.name != name || program.kind != kind as u32 {
+        return Err(foreign(format!(
+            "a program of the name {:?} and the kind {}",
+            program.name, program.kind
+        )));
+    }
+    if map.is_some_and(|map| !program.maps.contains(&map)) {
+        return Err(foreign(format!(
+            "a program of the name {name:?} for other maps than those beside it"
+        )));
+    }
+    Ok(program)
 }
 
 fn failed(
@@ -963,6 +1078,12 @@ fn is_full(error: &MapError) -> bool {
 /// How many entries the pinned table has room for.
 fn limit(map: &str) -> Result<u32, MapError> {
     Ok(MapData::from_pin(pins::map(map))?.info()?.max_entries())
+}
+
+/// Whether a write says that somebody else has made the entry.
+fn is_taken(error: &MapError) -> bool {
+    matches!(error, MapError::SyscallError(error)
+        if error.io_error.kind() == io::ErrorKind::AlreadyExists)
 }
 
 fn is_missing(error: &MapError) -> bool {

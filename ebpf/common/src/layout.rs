@@ -18,7 +18,7 @@
 //! | `FLOWS` | LRU hash | [`FlowKey`] | [`Flow`] |
 //! | `FRAGMENTS` | LRU hash | [`FragmentKey`] | [`Fragments`] |
 //! | `HELD` | LRU hash | [`HeldKey`] | [`Held`] |
-//! | `ADDRESSES` | hash | an [`Address`] of the node | one byte, 1 |
+//! | `ADDRESSES` | hash | an [`Address`] of the node | 1 ([`Present`]) |
 //! | `PEERS` | LRU hash | [`PeerKey`] | [`Socket`] |
 //! | `NODE` | array of one | 0 | [`Node`] |
 //! | `XDP_UPLINKS` | hash | ifindex | the device's [`Mac`] |
@@ -41,9 +41,21 @@ use bytemuck::{Pod, Zeroable};
 
 use crate::drops::DropReason;
 
-/// The version of everything in this module. It is part of the pin path, so that
-/// a plugin never reads a map of another layout.
+/// The version of everything by which programs of one build and another meet: the maps
+/// in this module, the slots of the program arrays, what a program leaves in the control
+/// buffer for the one that it calls, and the marks of packets. It is part of the pin path, so
+/// that a plugin never reads a map of another layout.
+///
+/// Programs of several builds are in use side by side while an upgrade lasts. So whoever
+/// changes any of these counts the version up; the plugin then carries over what maps of an
+/// older layout have. It goes by the names of the fields, as the maps' type information (BTF)
+/// has them: a field that gets another name is a new one, and begins as zero.
+#[cfg(not(feature = "next-layout"))]
 pub const ABI: u32 = 1;
+/// The layout that the tests upgrade to. It has its changes for their sake: fields that came,
+/// that went to another place, that became longer.
+#[cfg(feature = "next-layout")]
+pub const ABI: u32 = 2;
 
 /// An Ethernet address, in the order of the wire.
 pub type Mac = [u8; 6];
@@ -176,6 +188,9 @@ pub struct Port {
     pub segment: u32,
     /// `PORT_*` bits.
     pub flags: u32,
+    /// Not used.
+    #[cfg(feature = "next-layout")]
+    pub next: u32,
     /// The port's slot in `MEMBERS`. Only the plugin reads it.
     pub slot: u32,
     /// The MAC address that was assigned to what is behind the port.
@@ -199,7 +214,11 @@ pub struct PortStats {
     /// Neighbour requests (ARP and IPv6) that were answered in place.
     pub answered: u64,
     /// Drops by [`DropReason`].
+    #[cfg(not(feature = "next-layout"))]
     pub drops: [u64; DropReason::COUNT],
+    /// Drops by [`DropReason`].
+    #[cfg(feature = "next-layout")]
+    pub drops: [u64; DropReason::COUNT + 2],
 }
 
 /// A MAC address in a segment.
@@ -455,6 +474,9 @@ pub struct PublishedKey {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub struct Published {
+    /// The pod's segment.
+    #[cfg(feature = "next-layout")]
+    pub segment: u32,
     /// The pod's address.
     pub address: Address,
     /// The gateway's address of this family, unspecified if it has none: what
@@ -463,6 +485,7 @@ pub struct Published {
     /// The ifindex of the pod's host veth: the entry's owner.
     pub port: u32,
     /// The pod's segment.
+    #[cfg(not(feature = "next-layout"))]
     pub segment: u32,
     /// How many addresses the number is published on, each with an entry of its
     /// own; 0 if this entry is itself one of a pod.
@@ -477,15 +500,26 @@ pub struct Published {
     pub flags: u16,
 }
 
+/// That an address is in `ADDRESSES`.
+#[cfg(not(feature = "next-layout"))]
+pub type Present = u8;
+/// That an address is in `ADDRESSES`.
+#[cfg(feature = "next-layout")]
+pub type Present = u32;
+
 /// A flow as the pod sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
 #[repr(C)]
 pub struct FlowKey {
+    /// The ifindex of the pod's host veth: flows end with their pod.
+    #[cfg(feature = "next-layout")]
+    pub port: u32,
     /// The pod's address.
     pub pod: Address,
     /// The client's address.
     pub client: Address,
     /// The ifindex of the pod's host veth: flows end with their pod.
+    #[cfg(not(feature = "next-layout"))]
     pub port: u32,
     /// The pod's port.
     pub pod_port: u16,
@@ -504,6 +538,9 @@ pub struct Flow {
     /// When a request was last seen, in ns of `CLOCK_MONOTONIC`, or a reply that leaves the
     /// node by the host's stack; not every packet writes it ([`FLOW_REFRESH_NS`]).
     pub seen: u64,
+    /// Not used.
+    #[cfg(feature = "next-layout")]
+    pub next: u64,
     /// What the client addressed.
     pub original: Address,
     /// The client.

@@ -7,6 +7,7 @@
 use aya_ebpf::{
     bindings::{BPF_ANY, BPF_F_INVALIDATE_HASH, BPF_F_RECOMPUTE_CSUM},
     btf_maps::PerCpuArray,
+    check_bounds_signed,
     helpers::{
         bpf_clone_redirect, bpf_ktime_get_ns, bpf_skb_change_tail, bpf_skb_load_bytes,
         bpf_skb_store_bytes,
@@ -139,6 +140,13 @@ fn later(ctx: &TcContext, work: &mut Work, port: u32, hold: bool) -> Standing {
     }
 }
 
+/// Whether a frame of that length can wait. (What the compiler makes of a plain comparison
+/// tells the verifier of Linux 6.1 nothing about the length itself.)
+#[inline(always)]
+fn is_holdable(length: u32) -> bool {
+    check_bounds_signed(i64::from(length), 1, HELD_LEN as i64)
+}
+
 /// Lets the frame wait; says whether it could.
 #[inline(never)]
 fn keep(ctx: &TcContext, datagram: &FragmentKey, number: u16) -> bool {
@@ -146,7 +154,7 @@ fn keep(ctx: &TcContext, datagram: &FragmentKey, number: u16) -> bool {
         return false;
     };
     let length = ctx.len();
-    if length == 0 || length > HELD_LEN as u32 {
+    if !is_holdable(length) {
         return false;
     }
     let key = HeldKey {
@@ -185,7 +193,7 @@ fn release(ctx: &TcContext, datagram: &FragmentKey, held: u16, again: u32) {
             continue;
         };
         let length = frame.length;
-        if length == 0 || length > HELD_LEN as u32 {
+        if !is_holdable(length) {
             continue;
         }
         // SAFETY: the frame is at least as long as its length.

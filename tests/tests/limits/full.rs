@@ -216,9 +216,9 @@ fn exempt() -> Result<()> {
 fn uplinks() -> Result<()> {
     let node = node(&json!({"uplinks": 1}))?;
     let _outside = node.outside()?;
-    node.ip("link add more0 type dummy\n\
-         addr add 192.0.2.1/24 dev more0\n\
-         link set more0 up")?;
+    let other = node.machine()?;
+    node.connect("more0", &other, "eth0")?;
+    node.ip("addr add 192.0.2.1/24 dev more0")?;
     let network = network(&node, &json!({"ipMasq": true}));
     let pod = Candidate::new(&network, "a")?;
     let empty = Snapshot::take(&node)?;

@@ -124,9 +124,8 @@ impl Log for &Kept {
 
 #[test]
 fn the_log_tells_what_its_level_promises() {
-    let rows: [(LogLevel, &[Level]); 4] = [
+    let rows: [(LogLevel, &[Level]); 3] = [
         (LogLevel::Off, &[]),
-        (LogLevel::Info, &[]),
         (LogLevel::Debug, &[Level::Debug]),
         (LogLevel::Trace, &[Level::Debug, Level::Trace]),
     ];
