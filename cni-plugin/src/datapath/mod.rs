@@ -504,18 +504,21 @@ impl Datapath {
     /// A table cannot be written.
     pub fn create_segment(&mut self, gateway: &PortSpec<'_>) -> Result<(), Error> {
         let segment = gateway.segment;
-        self.set_port(gateway, PORT_GATEWAY | gateway.flags, 0)?;
-        set(
-            &mut self.segments,
-            "SEGMENTS",
-            segment,
-            Segment {
-                members: 1,
-                gateway_port: gateway.ifindex,
-                flags: 0,
-            },
-            ANY,
-        )
+        let entry = Segment {
+            members: 1,
+            gateway_port: gateway.ifindex,
+            flags: 0,
+        };
+        let created = self
+            .set_port(gateway, PORT_GATEWAY | gateway.flags, 0)
+            .and_then(|()| set(&mut self.segments, "SEGMENTS", segment, entry, ANY));
+        if created.is_err() {
+            // Nobody finds it by the segment. What cannot be removed a GC will.
+            let slot = MemberKey { segment, slot: 0 };
+            let _ = remove(&mut self.members, "MEMBERS", slot);
+            let _ = self.forget(gateway.ifindex, segment, gateway.mac, &[]);
+        }
+        created
     }
 
     /// Gives the gateway an address: pods' questions for it are answered, and no pod may

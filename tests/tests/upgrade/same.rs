@@ -14,7 +14,9 @@ fn under_load(xdp: bool) -> Result<()> {
     let stage = Stage::new(&node, &outside, xdp)?;
     let pods = [&stage.server, &stage.client];
     // What is lost without an upgrade is not the upgrade's fault.
-    stage.under_load(true, || Ok(std::thread::sleep(std::time::Duration::from_secs(1))))?;
+    stage.under_load(true, || {
+        Ok(std::thread::sleep(std::time::Duration::from_secs(1)))
+    })?;
     stage.under_load(true, || {
         for number in 1..=3 {
             let before = hooks(&node, &pods)?;
