@@ -255,11 +255,19 @@ impl Store {
         boot: String,
     ) -> Result<Self, StoreError> {
         check_network(network)?;
-        let leases = Directory::create(data_dir.join(network), 0o755)?;
-        let indexes = Directory::create(data_dir.join(INDEX), 0o700)?;
+        let path = data_dir.join(INDEX).join(network);
+        // First, so that whoever finds leases of ours need not make it, on a full disk.
+        let index = match Directory::open(path.clone())? {
+            Some(index) => index,
+            None => {
+                Directory::create(data_dir.to_owned(), 0o755)?;
+                Directory::create(data_dir.join(INDEX), 0o700)?;
+                Directory::create(path, 0o700)?
+            }
+        };
         Ok(Self {
-            network: leases,
-            index: Directory::create(indexes.path().join(network), 0o700)?,
+            network: Directory::create(data_dir.join(network), 0o755)?,
+            index,
             boot,
         })
     }
