@@ -17,7 +17,10 @@
 //! | [`masquerade`] | what pods send out of the node leaves with the node's address |
 //! | [`uplinks`] | the node's addresses, and its devices toward others |
 //! | [`datapath`] | the eBPF programs and their maps, from the plugin's side |
+//! | [`fault`] | where tests kill a call, or make it fail |
 //! | [`follow`] | `bpf-bridge log`: what the programs write to their log |
+//! | [`node`] | the node's settings: the limits of all tables |
+//! | [`upgrade`] | `bpf-bridge upgrade`: other programs for the pods that are attached |
 //! | [`lock`] | file locks |
 //! | [`boot`] | which boot and which network namespace this is |
 //! | [`mount`] | file systems that nobody else sees |
@@ -31,6 +34,7 @@ pub mod boot;
 pub mod cni;
 pub mod commands;
 pub mod datapath;
+pub mod fault;
 pub mod follow;
 pub mod gateway;
 pub mod ipam;
@@ -40,5 +44,7 @@ pub mod mac;
 pub mod masquerade;
 pub mod mount;
 pub mod netns;
+pub mod node;
 pub mod ports;
+pub mod upgrade;
 pub mod uplinks;

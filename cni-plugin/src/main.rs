@@ -12,9 +12,18 @@ use std::{
     process::ExitCode,
 };
 
-use bpf_bridge::{cni::dispatch, commands::BpfBridge, follow};
+#[cfg(feature = "faults")]
+use bpf_bridge::fault;
+use bpf_bridge::{cni::dispatch, commands::BpfBridge, follow, upgrade};
 
 fn main() -> ExitCode {
+    #[cfg(feature = "faults")]
+    if let Ok(plan) = env::var(fault::VARIABLE)
+        && let Err(error) = fault::arm(&plan)
+    {
+        let _ = writeln!(io::stderr(), "{error}");
+        return ExitCode::FAILURE;
+    }
     // No runtime passes arguments: they are an operator's.
     let arguments: Vec<_> = env::args_os().skip(1).collect();
     if !arguments.is_empty() {
@@ -44,9 +53,14 @@ fn operator(arguments: &[OsString]) -> ExitCode {
         [verb] if verb == "log" => {
             follow::run(&mut io::stdout()).map_err(|error| error.to_string())
         }
+        [verb] if verb == "upgrade" => {
+            upgrade::run(&mut io::stdout()).map_err(|error| error.to_string())
+        }
         _ => Err(format!(
-            "{arguments:?}: the only command is `log`, which shows what the eBPF programs of \
-             networks with a `logLevel` write; everything else is done through CNI_COMMAND"
+            "{arguments:?}: the commands are `log`, which shows what the eBPF programs of \
+             networks with a `logLevel` write, and `upgrade`, which takes this binary's \
+             programs into use on the ports of another one; everything else is done through \
+             CNI_COMMAND"
         )),
     };
     match done {

@@ -37,7 +37,7 @@ pub use ip::{Packet, internet_checksum};
 pub use namespace::{Namespace, Offload, Process, wait_for};
 pub use node::{Far, Node, Outside, Sandbox};
 pub use packet::{Captured, Frame, MacAddr, PacketSocket};
-pub use plugin::{Attachment, Call, CniError, Network, Reply, Verb, plugin_binary};
+pub use plugin::{Attachment, Call, CniError, Network, Reply, Verb, faults_binary, plugin_binary};
 pub use pod::Pod;
 pub use raw::RawSocket;
 pub use snapshot::Snapshot;

@@ -10,13 +10,20 @@ use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use serde_json::Value;
 
 use crate::{
-    process::{cargo, line},
+    process::{cargo, line, target_directory},
     setup,
 };
 
 /// Tells which plugin binary to call: tests read it, and commands take the binary
 /// that it names instead of building one.
 pub(crate) const BINARY_VARIABLE: &str = "BPF_BRIDGE_BIN";
+
+/// Plugins that only tests call: the feature of the package that makes each, and the
+/// variable that names it to them.
+pub(crate) const TEST_PLUGINS: [(&str, &str); 2] = [
+    ("faults", "BPF_BRIDGE_FAULTS_BIN"),
+    ("next-layout", "BPF_BRIDGE_NEXT_BIN"),
+];
 
 /// `cargo xtask build`.
 pub(crate) fn run() -> Result<()> {
@@ -43,17 +50,36 @@ fn build() -> Result<PathBuf> {
     let host = host()?;
     let mut cargo = cargo();
     cargo
-        .args([
-            "build",
-            "--release",
-            "--package=bpf-bridge",
-            "--bin=bpf-bridge",
-        ])
+        .args(["build", "--release"])
         // With an explicit target the flags below are for the plugin and not for
         // proc macros, which must be dynamic.
         .arg(format!("--target={host}"))
+        .env("CARGO_ENCODED_RUSTFLAGS", static_flags());
+    let binary = executable(cargo)?;
+    ensure_static(&binary)?;
+    Ok(binary)
+}
+
+/// Builds a plugin with a feature that is for tests, which need not be fast nor static;
+/// returns the path of a copy, as the next build takes the place of this one.
+pub(crate) fn test_plugin(feature: &str) -> Result<PathBuf> {
+    setup::build()?;
+    let mut cargo = cargo();
+    cargo.arg("build").arg(format!("--features={feature}"));
+    let built = executable(cargo)?;
+    let directory = target_directory().join(feature);
+    let binary = directory.join("bpf-bridge");
+    fs::create_dir_all(&directory)
+        .and_then(|()| fs::copy(&built, &binary))
+        .with_context(|| format!("copying {} to {}", built.display(), binary.display()))?;
+    Ok(binary)
+}
+
+/// Has cargo build the plugin, and returns the path of the binary.
+fn executable(mut cargo: Command) -> Result<PathBuf> {
+    cargo
+        .args(["--package=bpf-bridge", "--bin=bpf-bridge"])
         .arg("--message-format=json-render-diagnostics")
-        .env("CARGO_ENCODED_RUSTFLAGS", static_flags())
         .stdin(Stdio::null())
         .stderr(Stdio::inherit());
     let output = cargo
@@ -65,13 +91,11 @@ fn build() -> Result<PathBuf> {
         line(&cargo),
         output.status
     );
-    let binary = String::from_utf8_lossy(&output.stdout)
+    String::from_utf8_lossy(&output.stdout)
         .lines()
         .filter_map(|message| serde_json::from_str::<Value>(message).ok())
         .find_map(|message| message.get("executable")?.as_str().map(PathBuf::from))
-        .ok_or_else(|| anyhow!("{} told no executable", line(&cargo)))?;
-    ensure_static(&binary)?;
-    Ok(binary)
+        .ok_or_else(|| anyhow!("{} told no executable", line(&cargo)))
 }
 
 /// The flags that the user asked for, if any, and the one for a static binary,
@@ -89,7 +113,7 @@ fn static_flags() -> String {
 }
 
 /// The target triple of this machine.
-fn host() -> Result<String> {
+pub(crate) fn host() -> Result<String> {
     let rustc = Command::new(env::var_os("RUSTC").unwrap_or_else(|| "rustc".into()))
         .arg("-vV")
         .output()

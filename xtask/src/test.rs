@@ -5,7 +5,7 @@ use std::env;
 use anyhow::{Context as _, Result};
 
 use crate::{
-    build::{self, BINARY_VARIABLE},
+    build::{self, BINARY_VARIABLE, TEST_PLUGINS},
     process::{cargo, run},
     setup::{self, Purpose},
 };
@@ -19,7 +19,11 @@ pub(crate) fn run_all(arguments: &[String]) -> Result<()> {
     setup::programs(Purpose::Test)?;
     let binary = build::plugin()?;
     let xtask = env::current_exe().context("looking for this program")?;
-    run(cargo()
+    let mut tests = cargo();
+    for (feature, variable) in TEST_PLUGINS {
+        tests.env(variable, build::test_plugin(feature)?);
+    }
+    run(tests
         .args(["test", "--workspace", "--exclude=bpf-bridge-ebpf"])
         .args(["--no-fail-fast", "--"])
         .args(arguments)

@@ -8,6 +8,8 @@ use std::{
 
 use serde_json::{Value, json};
 
+use crate::fault;
+
 use super::{
     config::{self, NetworkConfig},
     env::{CniArgs, Command, Invocation, Verb},
@@ -258,6 +260,7 @@ fn serve<R: Read, O: Write, E: Write>(
                     Err(undoing) => error.with_details(format!("undoing it: {undoing}")),
                 });
             }
+            fault::point("answer");
             if let Err(error) = plugin.added() {
                 io.note(format_args!("warning: {error}"));
             }

@@ -7,7 +7,7 @@
 use crate::{
     attachment::{Attachment, Claim, Record},
     cni::{Call, CniError},
-    datapath::Datapath,
+    datapath::{self, Datapath},
     gateway,
     ipam::Ipam,
     link::{Link, LinkError, Netlink},
@@ -66,7 +66,7 @@ pub(super) fn unplug(attachment: &Attachment<'_>, record: Option<&Record>) -> Re
         (Some(record), _) => {
             // The locks in the order in which an ADD takes them.
             let _lock = gateway::lock(&record.bridge)?;
-            let mut datapath = Datapath::open()?;
+            let mut datapath = known(Datapath::open())?;
             if let Some(datapath) = &mut datapath {
                 ports::withdraw(datapath, record)?;
             }
@@ -82,10 +82,27 @@ pub(super) fn unplug(attachment: &Attachment<'_>, record: Option<&Record>) -> Re
             }
         }
         // The record was lost: the tables alone tell which segment it was in.
-        (None, Some(link)) => match Datapath::open_alone()? {
+        (None, Some(link)) => match known(Datapath::open_alone())? {
             Some(mut datapath) => Ok(datapath.remove_dead_port(link.index)?),
             None => Ok(()),
         },
+    }
+}
+
+/// The datapath, unless a newer version's maps are in use. What they have of an attachment
+/// is beyond this one; that version's GC removes it, or whoever removes the pins when
+/// the last pod is gone, which only DELs that succeed can bring about.
+#[expect(
+    clippy::print_stderr,
+    reason = "stderr is where a plugin's warnings go; stdout is the answer"
+)]
+fn known(opened: Result<Option<Datapath>, datapath::Error>) -> Result<Option<Datapath>, CniError> {
+    match opened {
+        Err(newer @ datapath::Error::Newer { .. }) => {
+            eprintln!("bpf-bridge: warning: entries of the attachment are left: {newer}");
+            Ok(None)
+        }
+        opened => Ok(opened?),
     }
 }
 

@@ -110,6 +110,10 @@ fn open() -> Result<Datapath, CniError> {
             "pods are attached, but the maps that were pinned for them below {} are gone",
             datapath::BPFFS
         ))),
+        // Attached pods are served by what the newer version has made.
+        Err(error @ datapath::Error::Newer { .. }) => {
+            Err(CniError::new(ErrorCode::NotAvailable, error.to_string()))
+        }
         Err(error) => Err(degraded(error.to_string())),
     }
 }

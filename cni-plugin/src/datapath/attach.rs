@@ -10,12 +10,13 @@
 use std::os::fd::AsFd as _;
 
 use aya::programs::SchedClassifier;
+use aya_obj::generated::bpf_prog_type;
 
-use super::{Datapath, Error, LogLevel, pins};
+use super::{Datapath, Error, LogLevel, bpf, pins};
 use crate::link::{Hook, Netlink};
 
 /// The program of every port.
-const PROGRAM: &str = "port";
+pub(super) const PROGRAM: &str = pins::LAST;
 /// The filter's priority. Others may run before it (lower) or after it (higher);
 /// a fixed one, so that it can be found again.
 pub const FILTER_PRIORITY: u16 = 100;
@@ -27,11 +28,6 @@ pub(super) fn is_loaded(level: LogLevel) -> bool {
     pins::variant(level).join(PROGRAM).exists()
 }
 
-/// Whether a load ever came to its end, for whatever level.
-pub(super) fn is_loaded_at_any_level() -> bool {
-    LogLevel::ALL.into_iter().any(is_loaded)
-}
-
 impl Datapath {
     /// Attaches the program to the ingress of the device `index` of `host`.
     ///
@@ -40,7 +36,7 @@ impl Datapath {
     /// [`Error::Program`] if it is not pinned, [`Error::Attach`] if the kernel
     /// refused.
     pub fn attach(&self, level: LogLevel, host: &Netlink, index: u32) -> Result<(), Error> {
-        let program = open_program(level)?;
+        let program = self.open_program(level)?;
         let fd = program
             .fd()
             .map_err(|source| Error::program(PROGRAM, source))?;
@@ -62,14 +58,32 @@ impl Datapath {
     ///
     /// The programs for `level` are not pinned.
     pub fn program_id(&self, level: LogLevel) -> Result<u32, Error> {
-        open_program(level)?
-            .info()
-            .map(|info| info.id())
+        self.require_program(level).map(|program| program.id)
+    }
+
+    /// Whether the program of this id is one of ours, for `level`: perhaps of another
+    /// build than the pinned one, as [`upgrade`](super::upgrade()) leaves them when it is
+    /// killed.
+    pub fn is_own_program(&self, level: LogLevel, id: u32) -> bool {
+        let calls = bpf::map_id(&pins::variant(level).join("PROGRAMS"));
+        match (bpf::Program::by_id(id), calls) {
+            (Ok(program), Ok(calls)) => program.name == PROGRAM && program.maps.contains(&calls),
+            _ => false,
+        }
+    }
+
+    fn open_program(&self, level: LogLevel) -> Result<SchedClassifier, Error> {
+        self.require_program(level)?;
+        SchedClassifier::from_pin(pins::variant(level).join(PROGRAM))
             .map_err(|source| Error::program(PROGRAM, source))
     }
-}
 
-fn open_program(level: LogLevel) -> Result<SchedClassifier, Error> {
-    SchedClassifier::from_pin(pins::variant(level).join(PROGRAM))
-        .map_err(|source| Error::program(PROGRAM, source))
+    fn require_program(&self, level: LogLevel) -> Result<bpf::Program, Error> {
+        super::require_program(
+            &pins::variant(level).join(PROGRAM),
+            PROGRAM,
+            bpf_prog_type::BPF_PROG_TYPE_SCHED_CLS,
+            Some(self.ports_id),
+        )
+    }
 }

@@ -10,16 +10,22 @@
 //! list that broadcasts go to has no holes.
 
 mod attach;
+mod bpf;
+mod carry;
+mod hooks;
 pub mod nat;
 mod object;
 mod pins;
+mod shape;
 #[cfg(test)]
 mod tests;
+mod upgrade;
 
 use std::{
     collections::{HashMap as StdHashMap, HashSet},
     io,
     net::IpAddr,
+    os::fd::AsFd as _,
     path::{Path, PathBuf},
     thread,
     time::Duration,
@@ -30,29 +36,37 @@ use aya::{
     programs::ProgramError,
     util::nr_cpus,
 };
+use aya_obj::generated::bpf_prog_type;
 use bpf_bridge_common::layout::{
-    Endpoint, IpKey, MAX_MEMBERS, Mac, MacKey, Member, MemberKey, Neighbor, PORT_GATEWAY,
-    PORT_MASQUERADED, PORT_PUBLISHED, PORT_ROUTED, Port, PortStats, Segment,
+    ABI, Endpoint, IpKey, MAX_MEMBERS, Mac, MacKey, Member, MemberKey, Neighbor, PORT_GATEWAY,
+    PORT_MASQUERADED, PORT_PUBLISHED, PORT_ROUTED, Port, PortStats, SEGMENT_ROUTED, Segment,
 };
 use thiserror::Error;
 
 use crate::{
+    fault::{self, Kind},
     link::LinkError,
     lock::{Lock, LockError, Mode},
     mac::MacAddr,
     mount::MountError,
+    node::{self, NodeError},
 };
 
 pub use crate::cni::config::LogLevel;
 
+use bpf::Of;
 use nat::Part;
 
 pub use attach::{FILTER_HANDLE, FILTER_PRIORITY};
+pub use carry::Carried;
+pub use hooks::Moved;
 pub use object::verify;
 pub use pins::{BPFFS, require_bpffs};
+pub use upgrade::{Report, upgrade};
 
-/// `BPF_ANY` and `BPF_EXIST` of `linux/bpf.h`.
+/// `BPF_ANY`, `BPF_NOEXIST` and `BPF_EXIST` of `linux/bpf.h`.
 const ANY: u64 = 0;
+const NOEXIST: u64 = 1;
 const EXIST: u64 = 2;
 /// How often, and after what pause, a write is tried again for which the kernel had
 /// no memory at hand.
@@ -75,15 +89,62 @@ pub enum Error {
     },
     /// A pinned object is not what this version pins there.
     #[error(
-        "the pin {path} is not the map that this version made ({detail}): remove {root} when no pod is attached"
+        "the pin {path} is {found}, where {right} would be right: it is not of this plugin's \
+         making, and not used. Remove it if it is nobody's; if it was put in the place of one \
+         of ours, remove {root} when no pod is attached"
     )]
     ForeignPin {
         /// The pin path.
         path: PathBuf,
-        /// What differs.
-        detail: String,
+        /// What is there.
+        found: String,
+        /// What would be right.
+        right: String,
         /// The directory of all pins.
         root: PathBuf,
+    },
+    /// A newer version has made the maps, of a layout that this one does not know.
+    #[error(
+        "the pods of this node are attached by a newer bpf-bridge, whose maps have layout \
+         {found}; this one knows layout {ABI} and cannot go back to it while pods are attached: \
+         install a bpf-bridge of layout {found} or later, or remove all pods from the node, and \
+         then {BPFFS}/bpf-bridge/v{found}"
+    )]
+    Newer {
+        /// The version of the layout.
+        found: u32,
+    },
+    /// What an older version has made could not be carried over.
+    #[error(
+        "carrying ports and flows over from the layout {from} to {to}: {source}; {state}",
+        to = pins::Root::own().name()
+    )]
+    Carry {
+        /// The older layout.
+        from: String,
+        /// Why not.
+        source: Box<Self>,
+        /// What holds now.
+        state: &'static str,
+    },
+    /// The kernel does not tell of a program.
+    #[error("asking for the program of id {id}: {source}")]
+    Asking {
+        /// Its number.
+        id: u32,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A map of any layout could not be read or written.
+    #[error("reading or writing a map: {0}")]
+    Entries(#[from] io::Error),
+    /// An entry of an older layout has no place in this one.
+    #[error("the map {map}: {why}")]
+    Misfit {
+        /// The map.
+        map: String,
+        /// Why not.
+        why: String,
     },
     /// A lock could not be taken.
     #[error(transparent)]
@@ -114,6 +175,23 @@ pub enum Error {
         /// What the kernel said.
         source: Box<MapError>,
     },
+    /// A table has no room.
+    #[error("{action} {map}[{key}]: the table has {limit} entries, which is its limit: {remedy}")]
+    Full {
+        /// What was being done.
+        action: &'static str,
+        /// The table.
+        map: &'static str,
+        /// The key, readable.
+        key: String,
+        /// How many entries it can have.
+        limit: u32,
+        /// What can be done about it.
+        remedy: String,
+    },
+    /// The node's settings cannot be used.
+    #[error(transparent)]
+    Node(#[from] NodeError),
     /// An address that is to be assigned is somebody's already.
     #[error("the address {address} is assigned already, to the port with ifindex {port}")]
     Assigned {
@@ -211,6 +289,8 @@ pub struct Datapath {
     neighbors: Table<IpKey, Neighbor>,
     segments: Table<u32, Segment>,
     members: Table<MemberKey, Member>,
+    /// The kernel's number of `PORTS`: what uses that one is a program of ours.
+    ports_id: u32,
     _lock: Lock,
 }
 
@@ -270,8 +350,8 @@ impl Datapath {
     fn open_loaded(mode: Mode) -> Result<Option<Self>, Error> {
         // What a load that was killed has left is used by nobody yet, and the
         // next load completes it.
-        let is_loaded = || pins::map("PORTS").exists() && attach::is_loaded_at_any_level();
-        if !is_loaded() {
+        let is_loaded = || pins::map("PORTS").exists() && pins::Root::own().is_loaded();
+        if !is_loaded() && pins::other()?.is_none() {
             return Ok(None);
         }
         let lock = pins::lock(mode)?;
@@ -302,6 +382,10 @@ impl Datapath {
             neighbors: table("NEIGHBORS")?,
             segments: table("SEGMENTS")?,
             members: table("MEMBERS")?,
+            ports_id: bpf::map_id(&pins::map("PORTS")).map_err(|source| Error::Pin {
+                path: pins::map("PORTS"),
+                source,
+            })?,
             _lock: lock,
         })
     }
@@ -420,20 +504,25 @@ impl Datapath {
     /// A table cannot be written.
     pub fn create_segment(&mut self, gateway: &PortSpec<'_>) -> Result<(), Error> {
         let segment = gateway.segment;
-        self.set_port(gateway, PORT_GATEWAY | gateway.flags, 0)?;
-        set(
-            &mut self.segments,
-            "SEGMENTS",
-            segment,
-            Segment {
-                members: 1,
-                gateway_port: gateway.ifindex,
-            },
-            ANY,
-        )
+        let entry = Segment {
+            members: 1,
+            gateway_port: gateway.ifindex,
+            flags: 0,
+        };
+        let created = self
+            .set_port(gateway, PORT_GATEWAY | gateway.flags, 0)
+            .and_then(|()| set(&mut self.segments, "SEGMENTS", segment, entry, ANY));
+        if created.is_err() {
+            // Nobody finds it by the segment. What cannot be removed a GC will.
+            let slot = MemberKey { segment, slot: 0 };
+            let _ = remove(&mut self.members, "MEMBERS", slot);
+            let _ = self.forget(gateway.ifindex, segment, gateway.mac, &[]);
+        }
+        created
     }
 
-    /// Lets the responder answer for an address of the gateway.
+    /// Gives the gateway an address: pods' questions for it are answered, and no pod may
+    /// say that it is a router.
     ///
     /// # Errors
     ///
@@ -444,12 +533,13 @@ impl Datapath {
         address: IpAddr,
         mac: Mac,
     ) -> Result<(), Error> {
-        let port = self
-            .segment(segment)?
-            .ok_or(Error::NoSegment(segment))?
-            .gateway_port;
+        let mut entry = self.segment(segment)?.ok_or(Error::NoSegment(segment))?;
+        if entry.flags & SEGMENT_ROUTED == 0 {
+            entry.flags |= SEGMENT_ROUTED;
+            set(&mut self.segments, "SEGMENTS", segment, entry, EXIST)?;
+        }
         let neighbor = Neighbor {
-            port,
+            port: entry.gateway_port,
             flags: PORT_GATEWAY,
             mac,
             reserved: [0; 2],
@@ -457,7 +547,7 @@ impl Datapath {
         self.set_neighbor(segment, address, neighbor)
     }
 
-    /// The responder no longer answers for an address of the gateway.
+    /// The gateway no longer has an address.
     ///
     /// # Errors
     ///
@@ -472,23 +562,19 @@ impl Datapath {
         Ok(())
     }
 
-    /// Removes a segment of which only the gateway port is left.
+    /// Removes a segment of which only the gateway port is left, or as much of it as was
+    /// made: `gateway` is as for [`Self::create_segment`], with the addresses that the
+    /// responder answers for.
     ///
     /// # Errors
     ///
     /// A table cannot be read or written.
-    pub fn remove_segment(
-        &mut self,
-        segment: u32,
-        mac: Mac,
-        addresses: &[IpAddr],
-    ) -> Result<(), Error> {
-        let Some(entry) = self.segment(segment)? else {
-            return Ok(());
-        };
-        remove(&mut self.segments, "SEGMENTS", segment)?;
-        self.forget(entry.gateway_port, segment, mac, addresses)?;
-        remove(&mut self.members, "MEMBERS", MemberKey { segment, slot: 0 })
+    pub fn remove_segment(&mut self, gateway: &PortSpec<'_>) -> Result<(), Error> {
+        let segment = gateway.segment;
+        let key = MemberKey { segment, slot: 0 };
+        remove(&mut self.members, "MEMBERS", key)?;
+        self.forget(gateway.ifindex, segment, gateway.mac, gateway.addresses)?;
+        remove(&mut self.segments, "SEGMENTS", segment)
     }
 
     /// Adds a port to its segment.
@@ -611,7 +697,10 @@ impl Datapath {
         // A DEL that was killed in here left the last one in both places.
         let half_done = port.slot < last && own.is_some() && own == tail.map(|tail| tail.port);
         if port.slot > last || own != Some(ifindex) && !half_done {
-            // Never joined: the ADD died before it did.
+            // Never joined: the ADD died before it did. Another may have its slot now.
+            if own == Some(ifindex) {
+                remove(&mut self.members, "MEMBERS", at(port.slot))?;
+            }
             return Ok(());
         }
         if port.slot != last
@@ -773,7 +862,7 @@ impl Datapath {
                 MapError::IoError(source),
             )
         })?;
-        refilled(|| {
+        refilled("STATS", || {
             PerCpuValues::try_from(vec![Wire(PortStats::default()); cpus])
                 .map_err(MapError::IoError)
                 .and_then(|zero| self.stats.insert(port.ifindex, zero, ANY))
@@ -782,6 +871,8 @@ impl Datapath {
         let entry = Port {
             segment: port.segment,
             flags,
+            #[cfg(feature = "next-layout")]
+            next: 0,
             slot,
             mac: port.mac,
             reserved: [0; 2],
@@ -842,11 +933,8 @@ impl Datapath {
     }
 
     fn forget_stats(&mut self, ifindex: u32) -> Result<(), Error> {
-        match self.stats.remove(&ifindex) {
-            Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
-            Err(error) if is_missing(&error) => Ok(()),
-            Err(source) => Err(failed("removing", "STATS", &ifindex, source)),
-        }
+        removed("STATS", || self.stats.remove(&ifindex))
+            .map_err(|source| failed("removing", "STATS", &ifindex, source))
     }
 }
 
@@ -860,7 +948,7 @@ fn remove_unused_pins() -> Result<(), Error> {
         // Nothing stays attached to maps that nobody finds any more. What is in its way
         // goes with the rest.
         let _ = nat::unload();
-        pins::remove_all()
+        pins::Root::own().remove()
     }
 }
 
@@ -872,22 +960,34 @@ fn ip_key(segment: u32, address: IpAddr) -> IpKey {
 }
 
 fn pinned(name: &str) -> Result<Map, Error> {
-    pinned_at(&pins::map(name))
+    pinned_at(&pins::map(name), name)
 }
 
-fn pinned_at(path: &Path) -> Result<Map, Error> {
-    let open = MapData::from_pin(path).map_err(|error| Error::Pin {
+/// Opens a pinned map of this name. Callers compare its kind and its sizes.
+fn pinned_at(path: &Path, name: &str) -> Result<Map, Error> {
+    let error = |source| Error::Pin {
         path: path.to_owned(),
-        source: match error {
-            MapError::SyscallError(error) => error.io_error,
-            other => io::Error::other(other),
-        },
-    })?;
-    Map::from_map_data(open).map_err(|source| Error::ForeignPin {
+        source,
+    };
+    let foreign = |found: String| Error::ForeignPin {
         path: path.to_owned(),
-        detail: source.to_string(),
+        found,
+        right: format!("the map {name}"),
         root: pins::root(),
-    })
+    };
+    let (fd, kind) = bpf::open(path).map_err(error)?;
+    if kind != Of::Map {
+        return Err(foreign(kind.name().to_owned()));
+    }
+    let map = MapData::from_fd(fd).map_err(|source| error(io::Error::other(source)))?;
+    let info = map
+        .info()
+        .map_err(|source| error(io::Error::other(source)))?;
+    if info.name() != name.as_bytes() {
+        let there = String::from_utf8_lossy(info.name()).into_owned();
+        return Err(foreign(format!("a map of the name {there:?}")));
+    }
+    Map::from_map_data(map).map_err(|source| foreign(source.to_string()))
 }
 
 /// Opens a pinned table; its kind and the sizes of its keys and values are
@@ -899,9 +999,47 @@ fn table<K: bytemuck::Pod, V: bytemuck::Pod>(name: &str) -> Result<Table<K, V>, 
 fn foreign(name: &str, detail: &MapError) -> Error {
     Error::ForeignPin {
         path: pins::map(name),
-        detail: detail.to_string(),
+        found: format!("another map ({detail})"),
+        right: format!("the map {name}"),
         root: pins::root(),
     }
+}
+
+/// Opens a pinned program, if it is a program of this name and kind (`BPF_PROG_TYPE_*`),
+/// and uses the map `map` of ours.
+fn require_program(
+    path: &Path,
+    name: &str,
+    kind: bpf_prog_type,
+    map: Option<u32>,
+) -> Result<bpf::Program, Error> {
+    let error = |source| Error::Pin {
+        path: path.to_owned(),
+        source,
+    };
+    let foreign = |found: String| Error::ForeignPin {
+        path: path.to_owned(),
+        found,
+        right: format!("the program {name:?}"),
+        root: pins::root(),
+    };
+    let (fd, is) = bpf::open(path).map_err(error)?;
+    if is != Of::Program {
+        return Err(foreign(is.name().to_owned()));
+    }
+    let program = bpf::Program::of(fd.as_fd()).map_err(error)?;
+    if program.name != name || program.kind != kind as u32 {
+        return Err(foreign(format!(
+            "a program of the name {:?} and the kind {}",
+            program.name, program.kind
+        )));
+    }
+    if map.is_some_and(|map| !program.maps.contains(&map)) {
+        return Err(foreign(format!(
+            "a program of the name {name:?} for other maps than those beside it"
+        )));
+    }
+    Ok(program)
 }
 
 fn failed(
@@ -910,12 +1048,42 @@ fn failed(
     key: &dyn std::fmt::Debug,
     source: MapError,
 ) -> Error {
+    let key = format!("{key:02x?}");
+    if is_full(&source)
+        && let Some(remedy) = node::remedy(map)
+        && let Ok(limit) = limit(map)
+    {
+        return Error::Full {
+            action,
+            map,
+            key,
+            limit,
+            remedy,
+        };
+    }
     Error::Map {
         action,
         map,
-        key: format!("{key:02x?}"),
+        key,
         source: Box::new(source),
     }
+}
+
+/// Whether a table had no room for an entry: tries say that in another way than hashes.
+fn is_full(error: &MapError) -> bool {
+    matches!(error, MapError::SyscallError(error)
+        if matches!(error.io_error.kind(), io::ErrorKind::ArgumentListTooLong | io::ErrorKind::StorageFull))
+}
+
+/// How many entries the pinned table has room for.
+fn limit(map: &str) -> Result<u32, MapError> {
+    Ok(MapData::from_pin(pins::map(map))?.info()?.max_entries())
+}
+
+/// Whether a write says that somebody else has made the entry.
+fn is_taken(error: &MapError) -> bool {
+    matches!(error, MapError::SyscallError(error)
+        if error.io_error.kind() == io::ErrorKind::AlreadyExists)
 }
 
 fn is_missing(error: &MapError) -> bool {
@@ -950,10 +1118,19 @@ fn entries<K: bytemuck::Pod, V: bytemuck::Pod>(
         .map_err(|source| failed("listing", name, &"", source))
 }
 
+/// Changes a map by one request.
+fn change<T>(map: &str, request: impl FnOnce() -> Result<T, MapError>) -> Result<T, MapError> {
+    fault::request(Kind::Bpf, map).map_err(MapError::IoError)?;
+    let done = request()?;
+    fault::point(format_args!("change of {map}"));
+    Ok(done)
+}
+
 /// Writes to a map whose entries are made on demand. The kernel takes their memory
 /// from a small store that it refills in the background (`bpf_mem_alloc`), so that
 /// many writes at once may find it empty for a moment.
-fn refilled(mut write: impl FnMut() -> Result<(), MapError>) -> Result<(), MapError> {
+fn refilled(map: &str, mut write: impl FnMut() -> Result<(), MapError>) -> Result<(), MapError> {
+    let mut write = || change(map, &mut write);
     for _ in 0..REFILLS {
         match write() {
             Err(MapError::SyscallError(error))
@@ -974,7 +1151,7 @@ fn set<K: bytemuck::Pod + std::fmt::Debug, V: bytemuck::Pod>(
     value: V,
     flags: u64,
 ) -> Result<(), Error> {
-    refilled(|| table.insert(Wire(key), Wire(value), flags))
+    refilled(name, || table.insert(Wire(key), Wire(value), flags))
         .map_err(|source| failed("writing", name, &key, source))
 }
 
@@ -983,9 +1160,14 @@ fn remove<K: bytemuck::Pod + std::fmt::Debug, V: bytemuck::Pod>(
     name: &'static str,
     key: K,
 ) -> Result<(), Error> {
-    match table.remove(&Wire(key)) {
-        Ok(()) => Ok(()),
+    removed(name, || table.remove(&Wire(key)))
+        .map_err(|source| failed("removing", name, &key, source))
+}
+
+/// Removes from a map; that nothing was there is no error.
+fn removed(map: &str, remove: impl FnOnce() -> Result<(), MapError>) -> Result<(), MapError> {
+    match change(map, remove) {
         Err(error) if is_missing(&error) => Ok(()),
-        Err(source) => Err(failed("removing", name, &key, source)),
+        removed => removed,
     }
 }

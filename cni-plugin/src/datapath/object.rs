@@ -1,15 +1,29 @@
 //! The embedded object: read, verified by the kernel and pinned, once a boot.
 
+use std::{
+    collections::HashMap,
+    io,
+    os::fd::{AsFd as _, BorrowedFd},
+    path::Path,
+};
+
 use aya::{
-    EbpfLoader,
+    Ebpf, EbpfError, EbpfLoader,
     maps::{MapData, MapError, PerCpuHashMap, PerCpuValues, ProgramArray},
     programs::SchedClassifier,
     util::nr_cpus,
 };
-use bpf_bridge_common::layout::{PROGRAM_FLOOD, PROGRAM_RESPONDER, PortStats};
+use aya_obj::{Object, maps::BtfMapDef};
+use bpf_bridge_common::layout::{PROGRAM_FLOOD, PROGRAM_GUARD, PROGRAM_RESPONDER, PortStats};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use super::{Error, LogLevel, Wire, failed, nat, pins};
+use super::{
+    Error, LogLevel, Wire,
+    bpf::{self, AnyMap, Of},
+    change, failed, nat, pins,
+    shape::{Btf, Shape},
+};
+use crate::node::Limits;
 
 /// The programs, compiled by the build script.
 pub(super) static OBJECT: &[u8] =
@@ -19,22 +33,26 @@ pub(super) static OBJECT: &[u8] =
 pub(super) static NAT: &[u8] =
     aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/bpf-bridge-nat"));
 
+/// The map by which the programs write their log.
+pub(super) const LOG: &str = "AYA_LOGS";
 /// The maps that all log levels share.
-const SHARED: [&str; 8] = [
+pub(super) const SHARED: [&str; 9] = [
     "PORTS",
     "STATS",
     "ENDPOINTS",
     "NEIGHBORS",
     "LEARNED",
+    "LEARNED_PLACES",
     "SEGMENTS",
     "MEMBERS",
-    "AYA_LOGS",
+    LOG,
 ];
 
 /// The programs, and the slots under which others call them.
-pub(super) const PROGRAMS: [(&str, Option<u32>); 3] = [
+pub(super) const PROGRAMS: [(&str, Option<u32>); 4] = [
     ("flood", Some(PROGRAM_FLOOD)),
     ("responder", Some(PROGRAM_RESPONDER)),
+    ("guard", Some(PROGRAM_GUARD)),
     // The last one: its pin says that all is there.
     ("port", None),
 ];
@@ -46,7 +64,7 @@ pub(super) const PROGRAMS: [(&str, Option<u32>); 3] = [
 ///
 /// [`Error::Load`] or [`Error::Program`], with what the kernel refused.
 pub fn verify() -> Result<(), Error> {
-    let mut ebpf = loader()
+    let mut ebpf = loader(&Limits::read()?)
         .override_global("AYA_LOG_LEVEL", &LogLevel::Off.number(), false)
         .load(OBJECT)?;
     for (name, _) in PROGRAMS {
@@ -55,12 +73,26 @@ pub fn verify() -> Result<(), Error> {
     Ok(())
 }
 
+/// A loader that makes tables as large as `limits` has them. Those that are pinned
+/// already stay as they are.
+pub(super) fn loader<'a>(limits: &'a Limits) -> EbpfLoader<'a> {
+    let mut loader = bare_loader();
+    for (map, entries) in limits.maps() {
+        loader.map_max_entries(map, entries);
+    }
+    for (name, value) in limits.globals() {
+        // Each object has its own.
+        loader.override_global(name, value, false);
+    }
+    loader
+}
+
 /// A loader that has not read the type information of the whole kernel.
 ///
 /// The programs need none of it, but aya 0.14 reads it when a loader is made,
 /// before it can be told not to: memory and time for nothing. While no file can be
 /// opened it goes on without. No other thread runs that could want to.
-pub(super) fn loader<'a>() -> EbpfLoader<'a> {
+fn bare_loader<'a>() -> EbpfLoader<'a> {
     let limit = Resource::RLIMIT_NOFILE;
     let Ok((soft, hard)) = getrlimit(limit) else {
         return EbpfLoader::new();
@@ -75,53 +107,192 @@ pub(super) fn loader<'a>() -> EbpfLoader<'a> {
 /// Loads the programs for `level` and pins everything. The lock of the pins is
 /// held alone.
 pub(super) fn load(level: LogLevel) -> Result<(), Error> {
-    pins::create_directories(level)?;
-    let variant = pins::variant(level);
-    let number = level.number();
-    let mut loader = loader();
-    loader.override_global("AYA_LOG_LEVEL", &number, false);
-    for name in SHARED {
-        loader.map_pin_path(name, pins::map(name));
+    Switch::load(level)?.install()
+}
+
+/// The programs of one log level: verified, but not yet in use.
+pub(super) struct Switch {
+    level: LogLevel,
+    ebpf: Ebpf,
+    calls: ProgramArray<MapData>,
+}
+
+impl Switch {
+    /// Lets the kernel verify them. The maps are made and pinned, or found.
+    pub(super) fn load(level: LogLevel) -> Result<Self, Error> {
+        let limits = Limits::read()?;
+        pins::create_directories(level)?;
+        let calls = pins::variant(level).join("PROGRAMS");
+        let number = level.number();
+        let mut loader = loader(&limits);
+        loader.override_global("AYA_LOG_LEVEL", &number, false);
+        for name in SHARED {
+            loader.map_pin_path(name, pins::map(name));
+        }
+        loader.map_pin_path("PROGRAMS", &calls);
+        // The loader takes what is pinned, whatever it is.
+        let expected = expected(OBJECT)?;
+        for name in SHARED {
+            require_own(&pins::map(name), &expected[name])?;
+        }
+        require_own(&calls, &expected["PROGRAMS"])?;
+        let mut ebpf = loader.load(OBJECT)?;
+        count_strangers()?;
+        let calls = match ebpf.take_map("PROGRAMS").map(ProgramArray::try_from) {
+            Some(Ok(calls)) => calls,
+            Some(Err(source)) => return Err(failed("opening", "PROGRAMS", &"", source)),
+            None => {
+                return Err(failed(
+                    "opening",
+                    "PROGRAMS",
+                    &"",
+                    MapError::ElementNotFound,
+                ));
+            }
+        };
+        for (name, _) in PROGRAMS {
+            load_program(&mut ebpf, name)?;
+        }
+        Ok(Self { level, ebpf, calls })
     }
-    loader.map_pin_path("PROGRAMS", variant.join("PROGRAMS"));
-    let mut ebpf = loader.load(OBJECT)?;
-    count_strangers()?;
-    let mut calls = match ebpf.take_map("PROGRAMS").map(ProgramArray::try_from) {
-        Some(Ok(calls)) => calls,
-        Some(Err(source)) => return Err(failed("opening", "PROGRAMS", &"", source)),
-        None => {
-            return Err(failed(
-                "opening",
-                "PROGRAMS",
-                &"",
-                MapError::ElementNotFound,
-            ));
+
+    /// Whether these are the programs that are pinned.
+    pub(super) fn is_pinned(&mut self) -> Result<bool, Error> {
+        let variant = pins::variant(self.level);
+        for (name, _) in PROGRAMS {
+            let program = classifier(&mut self.ebpf, name)?;
+            if !is_same(name, program, &variant.join(name))? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Takes them into use, in place of those that are.
+    pub(super) fn install(mut self) -> Result<(), Error> {
+        nat::fill_slots(self.level)?;
+        for (name, slot) in PROGRAMS {
+            let program = classifier(&mut self.ebpf, name)?;
+            if let Some(slot) = slot {
+                let fd = program
+                    .fd()
+                    .map_err(|source| Error::program(name, source))?;
+                change("PROGRAMS", || self.calls.set(slot, fd, 0))
+                    .map_err(|source| failed("writing", "PROGRAMS", &slot, source))?;
+            }
+            pins::replace(&pins::variant(self.level).join(name), |path| {
+                program.pin(path)
+            })?;
+        }
+        Ok(())
+    }
+}
+
+/// Whether a pinned program is this one: its instructions, and its constants.
+pub(super) fn is_same(name: &str, own: &SchedClassifier, pin: &Path) -> Result<bool, Error> {
+    let own = own.fd().map_err(|source| Error::program(name, source))?;
+    same(own.as_fd(), pin).map_err(|source| Error::Pin {
+        path: pin.to_owned(),
+        source,
+    })
+}
+
+/// As [`is_same`], of a program of any kind.
+pub(super) fn same(own: BorrowedFd<'_>, pin: &Path) -> io::Result<bool> {
+    let pinned = match bpf::open(pin) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        opened => opened?.0,
+    };
+    are_same(&bpf::Program::of(own)?, &bpf::Program::of(pinned.as_fd())?)
+}
+
+/// Whether two programs have the same instructions and constants.
+pub(super) fn are_same(one: &bpf::Program, other: &bpf::Program) -> io::Result<bool> {
+    Ok(one.tag == other.tag && constants(one)? == constants(other)?)
+}
+
+/// What a program has in its map of constants (`.rodata`).
+fn constants(program: &bpf::Program) -> io::Result<Option<Vec<u8>>> {
+    for &id in &program.maps {
+        let map = AnyMap::by_id(id)?;
+        if map.shape.name.starts_with(".rodata") {
+            return map.get(&0_u32.to_ne_bytes());
+        }
+    }
+    Ok(None)
+}
+
+/// What the maps of an object are like, by their names.
+pub(super) fn expected(object: &[u8]) -> Result<HashMap<String, Shape>, Error> {
+    let object = Object::parse(object).map_err(|source| Error::from(EbpfError::from(source)))?;
+    let bytes = object
+        .btf
+        .as_ref()
+        .map_or_else(Vec::new, |btf| btf.to_bytes());
+    let btf = Btf::parse(&bytes);
+    let shape = |name: &str, map: &aya_obj::Map| {
+        let described = |of: fn(&BtfMapDef) -> u32| match map {
+            aya_obj::Map::Btf(map) => btf.as_ref()?.describe(of(&map.def)),
+            aya_obj::Map::Legacy(_) => None,
+        };
+        Shape {
+            name: name.chars().take(NAME).collect(),
+            kind: map.map_type(),
+            key_size: map.key_size(),
+            value_size: map.value_size(),
+            max_entries: map.max_entries(),
+            flags: map.map_flags(),
+            key: described(|def| def.btf_key_type_id),
+            value: described(|def| def.btf_value_type_id),
         }
     };
-    nat::fill_slots(level)?;
-    for (name, slot) in PROGRAMS {
-        let program = load_program(&mut ebpf, name)?;
-        if let Some(slot) = slot {
-            let fd = program
-                .fd()
-                .map_err(|source| Error::program(name, source))?;
-            calls
-                .set(slot, fd, 0)
-                .map_err(|source| failed("writing", "PROGRAMS", &slot, source))?;
-        }
-        let path = variant.join(name);
-        // What a load that was killed has left.
-        let _ = std::fs::remove_file(&path);
-        program.pin(&path).map_err(|source| Error::Pin {
-            path,
-            source: std::io::Error::other(source),
-        })?;
+    Ok(object
+        .maps
+        .iter()
+        .map(|(name, map)| (name.clone(), shape(name, map)))
+        .collect())
+}
+
+/// How much of a name the kernel keeps (`BPF_OBJ_NAME_LEN` with its NUL).
+const NAME: usize = 15;
+
+/// Refuses a pin that is of something else than such a map. None at all is right.
+pub(super) fn require_own(path: &Path, expected: &Shape) -> Result<(), Error> {
+    let Some(map) = open_map(path, &expected.name)? else {
+        return Ok(());
+    };
+    match map.shape.differs_from(expected) {
+        None => Ok(()),
+        Some((found, right)) => Err(Error::ForeignPin {
+            path: path.to_owned(),
+            found,
+            right,
+            root: pins::root(),
+        }),
     }
-    Ok(())
+}
+
+/// Opens a pinned map, of whatever shape.
+pub(super) fn open_map(path: &Path, name: &str) -> Result<Option<AnyMap>, Error> {
+    let error = |source| Error::Pin {
+        path: path.to_owned(),
+        source,
+    };
+    match bpf::open(path) {
+        Err(source) if source.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(error(source)),
+        Ok((fd, Of::Map)) => AnyMap::of(fd).map(Some).map_err(error),
+        Ok((_, kind)) => Err(Error::ForeignPin {
+            path: path.to_owned(),
+            found: kind.name().to_owned(),
+            right: format!("the map {name}"),
+            root: pins::root(),
+        }),
+    }
 }
 
 pub(super) fn load_program<'a>(
-    ebpf: &'a mut aya::Ebpf,
+    ebpf: &'a mut Ebpf,
     name: &str,
 ) -> Result<&'a mut SchedClassifier, Error> {
     let program = classifier(ebpf, name)?;
@@ -133,7 +304,7 @@ pub(super) fn load_program<'a>(
 
 /// A program of tc hooks, loaded or not.
 pub(super) fn classifier<'a>(
-    ebpf: &'a mut aya::Ebpf,
+    ebpf: &'a mut Ebpf,
     name: &str,
 ) -> Result<&'a mut SchedClassifier, Error> {
     ebpf.program_mut(name)
@@ -155,6 +326,12 @@ fn count_strangers() -> Result<(), Error> {
             PerCpuValues::try_from(vec![Wire(PortStats::default()); cpus])
                 .map_err(MapError::IoError)
         })
-        .and_then(|zero| stats.insert(0, zero, super::ANY))
+        // What was counted since the boot stays.
+        .and_then(
+            |zero| match change("STATS", || stats.insert(0, zero, super::NOEXIST)) {
+                Err(error) if super::is_taken(&error) => Ok(()),
+                written => written,
+            },
+        )
         .map_err(|source| failed("writing", "STATS", &0, source))
 }

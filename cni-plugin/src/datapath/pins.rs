@@ -10,7 +10,9 @@
 //! /sys/fs/bpf/bpf-bridge/v1/links/xdp-2 …     and where XDP is
 //! ```
 //!
-//! The version in the path is [`ABI`]: a plugin never sees maps of another layout.
+//! The version in the path is [`ABI`]: a plugin never sees maps of another layout, but to
+//! carry them over ([`carry`]). While it does so, `v2/unfinished` says that nobody uses the
+//! new ones yet; `v1-old` are maps that are replaced by larger or smaller ones.
 
 use std::{
     fs::{self, DirBuilder},
@@ -22,8 +24,11 @@ use std::{
 use bpf_bridge_common::layout::ABI;
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
-use super::{Error, LogLevel};
-use crate::lock::{Lock, Mode};
+use super::{Error, LogLevel, carry};
+use crate::{
+    fault::{self, Kind},
+    lock::{Lock, Mode},
+};
 
 /// Where bpffs is expected to be mounted.
 pub const BPFFS: &str = "/sys/fs/bpf";
@@ -32,57 +37,254 @@ pub const BPFFS: &str = "/sys/fs/bpf";
 /// removes them.
 const LOCK: &str = "/run/bpf-bridge/datapath.lock";
 
+/// What is there while a layout is being made from an older one: nothing of it is in use yet.
+const UNFINISHED: &str = "unfinished";
+/// What the directory of the pins is renamed to while the maps are made anew.
+const OLD: &str = "old";
+/// The pin that says that the programs of a log level are there: it comes last.
+pub(super) const LAST: &str = "port";
+
+/// The directory of all pins of one layout.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Root {
+    path: PathBuf,
+}
+
+impl Root {
+    /// That of this version.
+    pub(super) fn own() -> Self {
+        Self {
+            path: top().join(format!("v{ABI}")),
+        }
+    }
+
+    /// Where this version's own pins are while the maps are made anew.
+    fn old() -> Self {
+        Self {
+            path: top().join(format!("v{ABI}-{OLD}")),
+        }
+    }
+
+    /// What it is called among the others.
+    pub(super) fn name(&self) -> String {
+        self.path
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned()
+    }
+
+    /// The pin path of a shared map.
+    pub(super) fn map(&self, name: &str) -> PathBuf {
+        self.path.join("maps").join(name)
+    }
+
+    /// The directory of the programs that were loaded for `level`.
+    pub(super) fn variant(&self, level: LogLevel) -> PathBuf {
+        self.path.join(level.name())
+    }
+
+    /// The pin path of a program that translates.
+    pub(super) fn nat(&self, name: &str) -> PathBuf {
+        self.path.join("nat").join(name)
+    }
+
+    /// The pin path of a link.
+    pub(super) fn link(&self, name: &str) -> PathBuf {
+        self.path.join("links").join(name)
+    }
+
+    /// The ifindex of every device that has a pinned link of this kind.
+    pub(super) fn devices(&self, kind: &str) -> Vec<u32> {
+        let Ok(entries) = fs::read_dir(self.path.join("links")) else {
+            return Vec::new();
+        };
+        entries
+            .filter_map(|entry| {
+                entry
+                    .ok()?
+                    .file_name()
+                    .to_str()?
+                    .strip_prefix(kind)?
+                    .parse()
+                    .ok()
+            })
+            .collect()
+    }
+
+    /// The log levels whose programs are there.
+    pub(super) fn levels(&self) -> impl Iterator<Item = LogLevel> + '_ {
+        LogLevel::ALL
+            .into_iter()
+            .filter(|level| self.variant(*level).join(LAST).exists())
+    }
+
+    /// Whether a load ever came to its end.
+    pub(super) fn is_loaded(&self) -> bool {
+        self.levels().next().is_some()
+    }
+
+    /// Whether it is in use: not one that is being made.
+    pub(super) fn is_complete(&self) -> bool {
+        self.is_loaded() && !self.path.join(UNFINISHED).exists()
+    }
+
+    /// Creates the directories of a layout that is to be made from an older one.
+    pub(super) fn begin(&self) -> Result<(), Error> {
+        create(&[self.path.join(UNFINISHED)])
+    }
+
+    /// From now on it is in use.
+    pub(super) fn complete(&self) -> Result<(), Error> {
+        remove(&self.path.join(UNFINISHED))
+    }
+
+    /// Removes every pin.
+    pub(super) fn remove(&self) -> Result<(), Error> {
+        // The pins that say that all is there go first, in case this is killed.
+        for level in LogLevel::ALL {
+            remove(&self.variant(level).join(LAST))?;
+        }
+        remove(&self.path)
+    }
+}
+
+/// Where the layouts are.
+fn top() -> PathBuf {
+    Path::new(BPFFS).join("bpf-bridge")
+}
+
+/// What is pinned beside this version's own.
+pub(super) enum Other {
+    /// An older layout, the newest of them if there are several.
+    Older(Root),
+    /// One that a newer version made and uses.
+    Newer(u32),
+}
+
+/// The layout that is pinned besides this version's own, if one is.
+pub(super) fn other() -> Result<Option<Other>, Error> {
+    let path = top();
+    let entries = match fs::read_dir(&path) {
+        Ok(entries) => entries,
+        Err(source) if source.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(source) => return Err(Error::Pin { path, source }),
+    };
+    let mut older = None;
+    for entry in entries {
+        let entry = entry.map_err(|source| Error::Pin {
+            path: path.clone(),
+            source,
+        })?;
+        let root = Root { path: entry.path() };
+        if root == Root::old() {
+            return Ok(Some(Other::Older(root)));
+        }
+        let version = root
+            .name()
+            .strip_prefix('v')
+            .and_then(|number| number.parse().ok());
+        match version {
+            Some(version) if version > ABI && root.is_complete() => {
+                return Ok(Some(Other::Newer(version)));
+            }
+            Some(version) if version < ABI => older = older.max(Some(version)),
+            _ => {}
+        }
+    }
+    Ok(older.map(|version: u32| {
+        Other::Older(Root {
+            path: path.join(format!("v{version}")),
+        })
+    }))
+}
+
 /// The root of this version's pins.
 pub(super) fn root() -> PathBuf {
-    Path::new(BPFFS).join("bpf-bridge").join(format!("v{ABI}"))
+    Root::own().path
 }
 
 /// The pin path of a shared map.
 pub(super) fn map(name: &str) -> PathBuf {
-    root().join("maps").join(name)
+    Root::own().map(name)
 }
 
 /// The directory of the programs that were loaded for `level`.
 pub(super) fn variant(level: LogLevel) -> PathBuf {
-    root().join(level.name())
+    Root::own().variant(level)
 }
 
 /// The pin path of a program that translates.
 pub(super) fn nat(name: &str) -> PathBuf {
-    root().join("nat").join(name)
+    Root::own().nat(name)
 }
 
 /// Where the links of programs that translate are.
 pub(super) fn links() -> PathBuf {
-    root().join("links")
+    Root::own().link("")
 }
 
 /// The pin path of a link.
 pub(super) fn link(name: &str) -> PathBuf {
-    links().join(name)
+    Root::own().link(name)
 }
 
 /// The ifindex of every device that has a pinned link of this kind.
 pub(super) fn devices(kind: &str) -> Vec<u32> {
-    let Ok(entries) = fs::read_dir(links()) else {
-        return Vec::new();
-    };
-    entries
-        .filter_map(|entry| {
-            entry
-                .ok()?
-                .file_name()
-                .to_str()?
-                .strip_prefix(kind)?
-                .parse()
-                .ok()
+    Root::own().devices(kind)
+}
+
+/// Pins with `pin`, in place of what is at `path`: whoever looks finds one or the other.
+pub(super) fn replace<E>(path: &Path, pin: impl FnOnce(&Path) -> Result<(), E>) -> Result<(), Error>
+where
+    E: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    Successor::new(path, pin)?.take_over()
+}
+
+/// A pin beside the one whose place it is to take.
+pub(super) struct Successor {
+    at: PathBuf,
+    path: PathBuf,
+}
+
+impl Successor {
+    /// Pins with `by`.
+    pub(super) fn new<E>(
+        path: &Path,
+        by: impl FnOnce(&Path) -> Result<(), E>,
+    ) -> Result<Self, Error>
+    where
+        E: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
+        // bpffs refuses names with dots in them.
+        let mut at = path.as_os_str().to_owned();
+        at.push("-new");
+        let at = PathBuf::from(at);
+        // What a call that was killed has left.
+        remove(&at)?;
+        pin(&at, by)?;
+        Ok(Self {
+            at,
+            path: path.to_owned(),
         })
-        .collect()
+    }
+
+    /// Takes the place.
+    pub(super) fn take_over(self) -> Result<(), Error> {
+        let Self { at, path } = self;
+        fs::rename(at, &path).map_err(|source| Error::Pin {
+            path: path.clone(),
+            source,
+        })?;
+        fault::point(format_args!("replace {}", path.display()));
+        Ok(())
+    }
 }
 
 /// Creates the directories for the programs that translate.
 pub(super) fn create_nat() -> Result<(), Error> {
-    create([nat(""), links()])
+    create(&[nat(""), links()])
 }
 
 /// Refuses to go on without bpffs.
@@ -95,36 +297,87 @@ pub fn require_bpffs() -> Result<(), Error> {
     if mounted { Ok(()) } else { Err(Error::NoBpffs) }
 }
 
-/// Creates the directories for the pins of `level`.
-pub(super) fn create_directories(level: LogLevel) -> Result<(), Error> {
-    create([root().join("maps"), variant(level)])
+/// Creates the directory for the maps.
+pub(super) fn create_maps() -> Result<(), Error> {
+    create(&[map("")])
 }
 
-fn create(paths: [PathBuf; 2]) -> Result<(), Error> {
+/// Creates the directories for the pins of `level`.
+pub(super) fn create_directories(level: LogLevel) -> Result<(), Error> {
+    create(&[map(""), variant(level)])
+}
+
+fn create(paths: &[PathBuf]) -> Result<(), Error> {
     for path in paths {
         DirBuilder::new()
             .recursive(true)
             .mode(0o700)
-            .create(&path)
-            .map_err(|source| Error::Pin { path, source })?;
+            .create(path)
+            .map_err(|source| Error::Pin {
+                path: path.clone(),
+                source,
+            })?;
     }
     Ok(())
 }
 
-/// Removes every pin of this version.
-pub(super) fn remove_all() -> Result<(), Error> {
-    let path = root();
-    // The pins that say that all is there go first, in case this is killed.
-    for level in LogLevel::ALL {
-        let _ = fs::remove_file(variant(level).join("port"));
-    }
-    match fs::remove_dir_all(&path) {
-        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(Error::Pin { path, source }),
-        _ => Ok(()),
+/// Pins a program or a link, by `pin`.
+pub(super) fn pin<E>(path: &Path, pin: impl FnOnce(&Path) -> Result<(), E>) -> Result<(), Error>
+where
+    E: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    let at = path.display();
+    fault::request(Kind::Bpf, format_args!("pin {at}"))
+        .and_then(|()| pin(path).map_err(io::Error::other))
+        .map_err(|source| Error::Pin {
+            path: path.to_owned(),
+            source,
+        })?;
+    fault::point(format_args!("pin {at}"));
+    Ok(())
+}
+
+/// Removes a pin, or a directory of pins; that there is none is no error.
+pub(super) fn remove(path: &Path) -> Result<(), Error> {
+    remove_below(path).map_err(|source| Error::Pin {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+fn remove_below(path: &Path) -> io::Result<()> {
+    let removed = if path.is_dir() {
+        for entry in fs::read_dir(path)? {
+            remove_below(&entry?.path())?;
+        }
+        fs::remove_dir(path)
+    } else {
+        fault::request(Kind::Bpf, format_args!("remove {}", path.display()))?;
+        fs::remove_file(path)
+    };
+    match removed {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+        Ok(()) => {
+            fault::point(format_args!("remove {}", path.display()));
+            Ok(())
+        }
     }
 }
 
-/// Takes the lock of the pins.
+/// Takes the lock of the pins, when they are of this version's layout: an older one is
+/// carried over first.
 pub(super) fn lock(mode: Mode) -> Result<Lock, Error> {
+    loop {
+        carry::settle()?;
+        let lock = lock_any(mode)?;
+        if other()?.is_none() {
+            return Ok(lock);
+        }
+    }
+}
+
+/// Takes the lock of the pins, of whatever layout they are.
+pub(super) fn lock_any(mode: Mode) -> Result<Lock, Error> {
     Ok(Lock::take(Path::new(LOCK), mode)?)
 }

@@ -19,7 +19,10 @@ use rtnetlink::{
 };
 use thiserror::Error;
 
-use crate::cni::Protocol;
+use crate::{
+    cni::Protocol,
+    fault::{self, Kind},
+};
 
 /// `INET_DIAG_NOCOOKIE` of the kernel's `include/uapi/linux/inet_diag.h`.
 const NO_COOKIE: [u8; 8] = [0xff; 8];
@@ -164,7 +167,10 @@ impl SockDiag {
                 request.socket_id = socket.socket_id;
                 let message = SockDiagDestroy::new(SockDiagMessage::InetRequest(request));
                 match self.exchange(NetlinkMessage::from(message), NLM_F_ACK) {
-                    Ok(_) => destroyed += 1,
+                    Ok(_) => {
+                        fault::point("destroy socket");
+                        destroyed += 1;
+                    }
                     Err(error) => match error.raw_os_error() {
                         // It went by itself.
                         Some(libc::ENOENT) => {}
@@ -198,6 +204,7 @@ impl SockDiag {
         mut message: NetlinkMessage<T>,
         flags: u16,
     ) -> io::Result<Vec<InetResponseHeader>> {
+        fault::request(Kind::Netlink, "sock_diag")?;
         message.header.flags = NLM_F_REQUEST | flags;
         message.finalize();
         let mut bytes = vec![0; message.buffer_len()];

@@ -7,7 +7,7 @@ use netlink_packet_route::{
     RouteNetlinkMessage,
     tc::{TcAttribute, TcBpfFlags, TcFilterBpf, TcFilterBpfOption, TcHandle, TcMessage, TcOption},
 };
-use rtnetlink::packet_core::{NLM_F_CREATE, NLM_F_EXCL};
+use rtnetlink::packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 
 use super::{LinkError, Netlink};
 
@@ -79,6 +79,36 @@ impl Netlink {
         program: BorrowedFd<'_>,
         name: &str,
     ) -> Result<(), LinkError> {
+        let flags = NLM_F_CREATE | NLM_F_EXCL;
+        self.set_bpf(index, (hook, pref, handle), program, name, flags)
+    }
+
+    /// Puts a BPF program in the place of one that [`Self::add_bpf`] has put there: each
+    /// packet meets the one or the other (`cls_bpf_change`).
+    ///
+    /// # Errors
+    ///
+    /// [`LinkError::Refused`], with `ENOENT` if there is none.
+    pub fn replace_bpf(
+        &self,
+        index: u32,
+        hook: Hook,
+        pref: u16,
+        handle: u32,
+        program: BorrowedFd<'_>,
+        name: &str,
+    ) -> Result<(), LinkError> {
+        self.set_bpf(index, (hook, pref, handle), program, name, NLM_F_REPLACE)
+    }
+
+    fn set_bpf(
+        &self,
+        index: u32,
+        (hook, pref, handle): (Hook, u16, u32),
+        program: BorrowedFd<'_>,
+        name: &str,
+        flags: u16,
+    ) -> Result<(), LinkError> {
         let mut message = tc_message(index);
         message.header.parent = hook.parent();
         message.header.handle = handle.into();
@@ -96,7 +126,7 @@ impl Netlink {
         ];
         self.request(
             RouteNetlinkMessage::NewTrafficFilter(message),
-            NLM_F_CREATE | NLM_F_EXCL,
+            flags,
             || {
                 format!(
                     "attach the classifier {name:?} to {}",
@@ -281,6 +311,20 @@ mod tests {
         assert_eq!(found(PREF, HANDLE + 1), None, "another handle");
         assert_eq!(found(PREF + 1, HANDLE), None, "another priority");
         assert_eq!(at(Hook::Egress, PREF, HANDLE), Some(id_of(&other)));
+        netlink
+            .replace_bpf(index, Hook::Ingress, PREF, HANDLE, other.as_fd(), "other")
+            .unwrap();
+        assert_eq!(found(PREF, HANDLE), Some(id_of(&other)), "replaced");
+        netlink
+            .replace_bpf(
+                index,
+                Hook::Ingress,
+                PREF,
+                HANDLE + 1,
+                other.as_fd(),
+                "none",
+            )
+            .unwrap_err();
         netlink
             .delete_bpf(index, Hook::Ingress, PREF, HANDLE)
             .unwrap();

@@ -17,7 +17,10 @@ use rtnetlink::{
 use thiserror::Error;
 use tokio::runtime::{Builder, Runtime};
 
-use crate::netns::{Netns, NetnsError};
+use crate::{
+    fault,
+    netns::{Netns, NetnsError},
+};
 
 /// How often a dump that the kernel calls inconsistent is asked for again.
 const DUMP_ATTEMPTS: usize = 16;
@@ -193,11 +196,18 @@ impl Netlink {
         flags: u16,
         operation: &impl Fn() -> String,
     ) -> Result<Answer, LinkError> {
+        let kind = Kind(message.message_type());
+        fault::request(fault::Kind::Netlink, kind).map_err(|source| LinkError::Refused {
+            operation: operation(),
+            source,
+            detail: String::new(),
+        })?;
         let mut request = NetlinkMessage::from(message);
         request.header.flags = flags;
         // The operation is put into words only here, outside the runtime:
         // wording it may take a request of its own.
-        self.runtime
+        let answer = self
+            .runtime
             .block_on(answer(self.handle.clone(), request))
             .map_err(|failure| match failure {
                 Failure::Refused { source, detail } => LinkError::Refused {
@@ -209,7 +219,11 @@ impl Netlink {
                     operation: operation(),
                     problem: "the rtnetlink connection broke off",
                 },
-            })
+            })?;
+        if kind.is_change() {
+            fault::point(kind);
+        }
+        Ok(answer)
     }
 
     /// How a device is called in an error: by its name, while it has one.
@@ -217,6 +231,31 @@ impl Netlink {
         match self.link_by_index(index) {
             Ok(Some(link)) => format!("interface {}", link.name),
             Ok(None) | Err(_) => format!("interface number {index}"),
+        }
+    }
+}
+
+/// What is asked for: an `RTM_*` of `linux/rtnetlink.h`.
+#[derive(Clone, Copy)]
+struct Kind(u16);
+
+impl Kind {
+    /// Of each four, the third only asks.
+    const fn is_change(self) -> bool {
+        self.0 % 4 != 2
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let verb = ["new", "delete", "get", "set"][usize::from(self.0 % 4)];
+        match self.0 / 4 {
+            4 => write!(f, "{verb} link"),
+            5 => write!(f, "{verb} address"),
+            6 => write!(f, "{verb} route"),
+            9 => write!(f, "{verb} qdisc"),
+            11 => write!(f, "{verb} filter"),
+            _ => write!(f, "netlink message {}", self.0),
         }
     }
 }

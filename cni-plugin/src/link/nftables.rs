@@ -24,6 +24,8 @@ use rtnetlink::{
 };
 use thiserror::Error;
 
+use crate::fault::{self, Kind};
+
 /// The table, of the family `inet`.
 pub const TABLE: &str = "bpf-bridge";
 /// `NF_IP_PRI_NAT_SRC` of `linux/netfilter_ipv4.h`: where sources are translated.
@@ -324,7 +326,9 @@ fn change(messages: Vec<(NfTablesMessage, u16)>) -> io::Result<()> {
         write(&mut message, &mut bytes);
     }
     write(&mut message(none, ControlMessage::BatchEnd, 0), &mut bytes);
-    exchange(&bytes).map(drop)
+    exchange(&bytes)?;
+    fault::point("change of netfilter");
+    Ok(())
 }
 
 fn ask(query: NfTablesMessage, flags: u16) -> io::Result<Vec<NfTablesMessage>> {
@@ -337,6 +341,7 @@ fn ask(query: NfTablesMessage, flags: u16) -> io::Result<Vec<NfTablesMessage>> {
 /// Sends a request, and reads all of the answer. What the kernel refuses of a batch it
 /// tells before it acknowledges the last.
 fn exchange(request: &[u8]) -> io::Result<Vec<NfTablesMessage>> {
+    fault::request(Kind::Netlink, "netfilter")?;
     let socket = connect()?;
     socket.send(request, 0)?;
     let mut found = Vec::new();

@@ -7,6 +7,8 @@ use std::{
 
 use nix::libc;
 
+use crate::fault::{self, Kind};
+
 /// `SIOCETHTOOL` of `linux/sockios.h`; the libc crate lacks it for musl.
 const SIOCETHTOOL: libc::Ioctl = 0x8946;
 /// `ETHTOOL_SGRO` of `linux/ethtool.h`.
@@ -26,6 +28,7 @@ struct EthtoolValue {
 ///
 /// What the kernel said: no such device, or it cannot do this.
 pub fn enable_gro(device: &str) -> io::Result<()> {
+    fault::request(Kind::Netlink, "GRO by ethtool")?;
     // Any socket does: it only says which namespace is meant.
     let socket = UnixDatagram::unbound()?;
     let mut value = EthtoolValue {
@@ -43,7 +46,10 @@ pub fn enable_gro(device: &str) -> io::Result<()> {
     // SAFETY: the request points to the structure that its command takes, and both
     // outlive the call.
     match unsafe { libc::ioctl(socket.as_raw_fd(), SIOCETHTOOL, &raw mut request) } {
-        0 => Ok(()),
+        0 => {
+            fault::point("GRO by ethtool");
+            Ok(())
+        }
         _ => Err(io::Error::last_os_error()),
     }
 }

@@ -15,7 +15,10 @@ use std::{
 use rustix::fs::{CWD, OFlags, openat};
 use thiserror::Error;
 
-use crate::mount;
+use crate::{
+    fault::{self, Kind},
+    mount,
+};
 
 const ROOT: &str = "/proc/sys/net";
 
@@ -174,11 +177,14 @@ impl Sysctl {
             Some(found) if found == i64::from(value) => return Ok(Outcome::Unchanged),
             Some(_) => {}
         }
-        let written = self
-            .open(OFlags::WRONLY)
+        let written = fault::request(Kind::File, self)
+            .and_then(|()| self.open(OFlags::WRONLY))
             .and_then(|mut file| file.write_all(value.to_string().as_bytes()));
         match written {
-            Ok(()) => Ok(Outcome::Changed),
+            Ok(()) => {
+                fault::point(self);
+                Ok(Outcome::Changed)
+            }
             // The device went away in between.
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Outcome::Missing),
             Err(source) => Err(SysctlError::Write {

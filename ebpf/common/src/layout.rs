@@ -11,6 +11,7 @@
 //! | `ENDPOINTS` | hash | [`MacKey`] | [`Endpoint`] |
 //! | `NEIGHBORS` | hash | [`IpKey`] | [`Neighbor`] |
 //! | `LEARNED` | LRU hash | [`MacKey`] | [`Learned`] |
+//! | `LEARNED_PLACES` | LRU hash | [`PlaceKey`] | [`LearnedPlace`] |
 //! | `SEGMENTS` | hash | segment | [`Segment`] |
 //! | `MEMBERS` | hash | [`MemberKey`] | [`Member`] |
 //! | `PROGRAMS` | program array | `PROGRAM_*` | the programs that others call |
@@ -18,7 +19,8 @@
 //! | `FLOWS` | LRU hash | [`FlowKey`] | [`Flow`] |
 //! | `FRAGMENTS` | LRU hash | [`FragmentKey`] | [`Fragments`] |
 //! | `HELD` | LRU hash | [`HeldKey`] | [`Held`] |
-//! | `ADDRESSES` | hash | an [`Address`] of the node | one byte, 1 |
+//! | `PLACES` | LRU hash | [`PlaceKey`] | [`Place`] |
+//! | `ADDRESSES` | hash | an [`Address`] of the node | 1 ([`Present`]) |
 //! | `PEERS` | LRU hash | [`PeerKey`] | [`Socket`] |
 //! | `NODE` | array of one | 0 | [`Node`] |
 //! | `XDP_UPLINKS` | hash | ifindex | the device's [`Mac`] |
@@ -41,9 +43,21 @@ use bytemuck::{Pod, Zeroable};
 
 use crate::drops::DropReason;
 
-/// The version of everything in this module. It is part of the pin path, so that
-/// a plugin never reads a map of another layout.
+/// The version of everything by which programs of one build and another meet: the maps
+/// in this module, the slots of the program arrays, what a program leaves in the control
+/// buffer for the one that it calls, and the marks of packets. It is part of the pin path, so
+/// that a plugin never reads a map of another layout.
+///
+/// Programs of several builds are in use side by side while an upgrade lasts. So whoever
+/// changes any of these counts the version up; the plugin then carries over what maps of an
+/// older layout have. It goes by the names of the fields, as the maps' type information (BTF)
+/// has them: a field that gets another name is a new one, and begins as zero.
+#[cfg(not(feature = "next-layout"))]
 pub const ABI: u32 = 1;
+/// The layout that the tests upgrade to. It has its changes for their sake: fields that came,
+/// that went to another place, that became longer.
+#[cfg(feature = "next-layout")]
+pub const ABI: u32 = 2;
 
 /// An Ethernet address, in the order of the wire.
 pub type Mac = [u8; 6];
@@ -62,8 +76,9 @@ pub const MAX_SEGMENTS: u32 = 1024;
 /// again for the next ones.
 pub const FLOOD_BATCH: u32 = 256;
 /// How many ports a segment can have: the kernel allows 33 tail calls in a row
-/// (`MAX_TAIL_CALL_CNT`), of which one may go to the responder.
-pub const MAX_MEMBERS: u32 = 32 * FLOOD_BATCH;
+/// (`MAX_TAIL_CALL_CNT`), of which two go to the guard and the
+/// responder.
+pub const MAX_MEMBERS: u32 = 31 * FLOOD_BATCH;
 /// How many ports can be published, each once for every address that it is
 /// published on.
 pub const MAX_PUBLISHED: u32 = 65_536;
@@ -95,6 +110,14 @@ pub const MAX_XDP_UPLINKS: u32 = 256;
 /// How many sockets of the node can talk to published ports without a connection,
 /// or ask for their peer's name.
 pub const MAX_PEERS: u32 = 32_768;
+/// One of so many parts of a table is what one pod can have of it, unless the node's
+/// settings say otherwise.
+pub const POD_SHARE: u32 = 4;
+/// How many places can be taken of all shares together; more evict the oldest.
+pub const MAX_PLACES: u32 = MAX_FLOWS + MAX_FRAGMENTS + MAX_HELD_TOTAL;
+/// How long ago something must have been used to give its place to another, in ns, unless
+/// all are used. (A flow that only hears is written half as often as it may be silent.)
+pub const SPARED_NS: u64 = MASQUERADE_IDLE_NS / 2;
 /// How old a flow may be before it is written again, and before it is asked again
 /// whether what the client addresses is the node's, in ns.
 pub const FLOW_REFRESH_NS: u64 = 500_000_000;
@@ -131,8 +154,10 @@ pub const PROGRAM_FROM_POD: u32 = 2;
 pub const PROGRAM_FROM_HOST: u32 = 3;
 /// The slot of the program for what pods send each other past the host.
 pub const PROGRAM_BETWEEN: u32 = 4;
+/// The slot of the program that looks at what pods say of addresses.
+pub const PROGRAM_GUARD: u32 = 5;
 /// How many slots there are.
-pub const PROGRAM_COUNT: u32 = 5;
+pub const PROGRAM_COUNT: u32 = 6;
 
 /// The slot of `NEXT` of the program that sends masqueraded flows past the host's stack.
 pub const NEXT_FORWARD: u32 = 0;
@@ -143,7 +168,8 @@ pub const NEXT_COUNT: u32 = 1;
 pub const PORT_GATEWAY: u32 = 1 << 0;
 /// `hairpinMode`: what came from the port may go back to it.
 pub const PORT_HAIRPIN: u32 = 1 << 1;
-/// `macspoofchk`: only the assigned address may be a source.
+/// `macspoofchk`: only the assigned MAC address may be a source, and no IP address of
+/// another port.
 pub const PORT_MACSPOOFCHK: u32 = 1 << 2;
 /// `portIsolation`: no traffic with other isolated ports.
 pub const PORT_ISOLATED: u32 = 1 << 3;
@@ -176,6 +202,9 @@ pub struct Port {
     pub segment: u32,
     /// `PORT_*` bits.
     pub flags: u32,
+    /// Not used.
+    #[cfg(feature = "next-layout")]
+    pub next: u32,
     /// The port's slot in `MEMBERS`. Only the plugin reads it.
     pub slot: u32,
     /// The MAC address that was assigned to what is behind the port.
@@ -199,7 +228,11 @@ pub struct PortStats {
     /// Neighbour requests (ARP and IPv6) that were answered in place.
     pub answered: u64,
     /// Drops by [`DropReason`].
+    #[cfg(not(feature = "next-layout"))]
     pub drops: [u64; DropReason::COUNT],
+    /// Drops by [`DropReason`].
+    #[cfg(feature = "next-layout")]
+    pub drops: [u64; DropReason::COUNT + 2],
 }
 
 /// A MAC address in a segment.
@@ -410,7 +443,12 @@ pub struct Segment {
     pub members: u32,
     /// The ifindex of the gateway port (the far end of the gateway device).
     pub gateway_port: u32,
+    /// `SEGMENT_*` bits.
+    pub flags: u32,
 }
+
+/// The node is the segment's router (`isGateway`), and no pod is.
+pub const SEGMENT_ROUTED: u32 = 1 << 0;
 
 /// A slot in the list of a segment's ports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
@@ -455,6 +493,9 @@ pub struct PublishedKey {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub struct Published {
+    /// The pod's segment.
+    #[cfg(feature = "next-layout")]
+    pub segment: u32,
     /// The pod's address.
     pub address: Address,
     /// The gateway's address of this family, unspecified if it has none: what
@@ -463,6 +504,7 @@ pub struct Published {
     /// The ifindex of the pod's host veth: the entry's owner.
     pub port: u32,
     /// The pod's segment.
+    #[cfg(not(feature = "next-layout"))]
     pub segment: u32,
     /// How many addresses the number is published on, each with an entry of its
     /// own; 0 if this entry is itself one of a pod.
@@ -477,15 +519,26 @@ pub struct Published {
     pub flags: u16,
 }
 
+/// That an address is in `ADDRESSES`.
+#[cfg(not(feature = "next-layout"))]
+pub type Present = u8;
+/// That an address is in `ADDRESSES`.
+#[cfg(feature = "next-layout")]
+pub type Present = u32;
+
 /// A flow as the pod sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
 #[repr(C)]
 pub struct FlowKey {
+    /// The ifindex of the pod's host veth: flows end with their pod.
+    #[cfg(feature = "next-layout")]
+    pub port: u32,
     /// The pod's address.
     pub pod: Address,
     /// The client's address.
     pub client: Address,
     /// The ifindex of the pod's host veth: flows end with their pod.
+    #[cfg(not(feature = "next-layout"))]
     pub port: u32,
     /// The pod's port.
     pub pod_port: u16,
@@ -504,6 +557,9 @@ pub struct Flow {
     /// When a request was last seen, in ns of `CLOCK_MONOTONIC`, or a reply that leaves the
     /// node by the host's stack; not every packet writes it ([`FLOW_REFRESH_NS`]).
     pub seen: u64,
+    /// Not used.
+    #[cfg(feature = "next-layout")]
+    pub next: u64,
     /// What the client addressed.
     pub original: Address,
     /// The client.
@@ -669,6 +725,48 @@ pub struct Held {
     pub length: u32,
     /// The frame, and what was there before.
     pub frame: [u8; HELD_LEN],
+}
+
+/// A place in the share that an owner has of a table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
+#[repr(C)]
+pub struct PlaceKey {
+    /// The ifindex of a pod's host veth; of a gateway device for what netfilter translates;
+    /// 0 for what comes from outside, and for the node itself.
+    pub owner: u32,
+    /// Which table: `PLACES_*`.
+    pub table: u32,
+    /// The place's number, or [`PLACE_HAND`].
+    pub number: u32,
+}
+
+/// The number of the entry that says, in its first word, which place was taken last.
+pub const PLACE_HAND: u32 = u32::MAX;
+/// Of `FLOWS`, and what belongs to them of `REPLIES`.
+pub const PLACES_FLOWS: u32 = 0;
+/// Of `REPLIES`, without a flow of a pod.
+pub const PLACES_REPLIES: u32 = 1;
+/// Of `FRAGMENTS`.
+pub const PLACES_FRAGMENTS: u32 = 2;
+/// Of `HELD`.
+pub const PLACES_HELD: u32 = 3;
+/// Of `LEARNED`, in a map of their own.
+pub const PLACES_LEARNED: u32 = 4;
+
+/// What has a place: the key of an entry of its table, from the first word on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Place {
+    /// The key's words.
+    pub entry: [u32; 12],
+}
+
+/// What has a place of `LEARNED`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct LearnedPlace {
+    /// The key's words.
+    pub entry: [u32; 3],
 }
 
 /// What the first fragment said.

@@ -60,6 +60,8 @@ pub(crate) fn remember(asked: &Socket, port: u16) {
     };
     let flow = Flow {
         seen: 0,
+        #[cfg(feature = "next-layout")]
+        next: 0,
         original: Address::UNSPECIFIED,
         client: asked.address,
         original_port: port,

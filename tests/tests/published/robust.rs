@@ -588,7 +588,7 @@ fn programs_that_are_loaded_later_serve_what_was_published_before() -> Result<()
     let mut config = Network::dual_stack(&node);
     config["name"] = json!("loud");
     config["bridge"] = json!("cni1");
-    config["logLevel"] = json!("info");
+    config["logLevel"] = json!("debug");
     config["ipam"]["ranges"] = json!([[{"subnet": "10.88.0.0/16"}], [{"subnet": "fd88::/64"}]]);
     let loud = Network::from_list(&node, conflist(config));
     // Once without ports of its own, once with.

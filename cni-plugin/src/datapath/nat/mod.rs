@@ -17,7 +17,7 @@ pub mod uplinks;
 pub mod xdp;
 
 use std::{
-    fs, io,
+    io,
     net::{IpAddr, Ipv6Addr},
     os::fd::AsFd as _,
     path::Path,
@@ -25,23 +25,31 @@ use std::{
 };
 
 use aya::{
-    Ebpf, EbpfLoader,
+    Ebpf,
     maps::{Array, LpmTrie, MapData, MapError, ProgramArray},
-    programs::{CgroupAttachMode, CgroupSockAddr, ProgramError, SchedClassifier, links::FdLink},
+    programs::{
+        CgroupAttachMode, CgroupSockAddr, ProgramError, SchedClassifier,
+        links::{FdLink, LinkType},
+    },
 };
+use aya_obj::generated::bpf_prog_type;
 use bpf_bridge_common::layout::{
     Address, ExemptKey, IpKey, Mac, Masqueraded, NEXT_FORWARD, Neighbor, Node, PORT_DIRECT,
-    PORT_GATEWAY, PROGRAM_BETWEEN, PROGRAM_FROM_HOST, PROGRAM_FROM_POD, PodKey, Port, Published,
-    PublishedKey, Uplink,
+    PORT_GATEWAY, PROGRAM_BETWEEN, PROGRAM_FROM_HOST, PROGRAM_FROM_POD, PodKey, Port, Present,
+    Published, PublishedKey, Uplink,
 };
 
 use super::{
-    Datapath, Error, LogLevel, Table, Wire, entries, failed, foreign, is_missing, object, pinned,
-    pins, table,
+    Datapath, Error, LogLevel, NOEXIST, Table, Wire, change, entries, failed, foreign, hooks,
+    is_taken, object, pinned,
+    pins::{self, Root, Successor},
+    removed, table,
 };
 use crate::{
+    fault,
     lock::{Lock, Mode},
     mount, netns,
+    node::Limits,
 };
 
 pub use self::{
@@ -50,8 +58,6 @@ pub use self::{
     xdp::XdpRun,
 };
 
-/// `BPF_NOEXIST` of `linux/bpf.h`.
-const NOEXIST: u64 = 1;
 /// The lock under which ports are claimed and uplinks are found.
 const LOCK: &str = "/run/bpf-bridge/publish.lock";
 
@@ -86,12 +92,15 @@ const SOCKETS: [&str; 8] = [
 ];
 /// The program that `from_pod` goes on with.
 const FORWARD: &str = "forward";
+/// The table by which it finds that one.
+const NEXT: &str = "NEXT";
 /// The maps that are found again by later calls.
-const MAPS: [&str; 14] = [
+pub(super) const MAPS: [&str; 14] = [
     "PUBLISHED",
     "FLOWS",
     "FRAGMENTS",
     "HELD",
+    "PLACES",
     "ADDRESSES",
     "PEERS",
     "NODE",
@@ -101,14 +110,13 @@ const MAPS: [&str; 14] = [
     "REPLIES",
     "UPLINKS",
     "USED",
-    "NEXT",
 ];
 /// Those of the first object that this one uses.
 const SHARED: [&str; 5] = ["PORTS", "STATS", "NEIGHBORS", "ENDPOINTS", "SEGMENTS"];
 
 impl Part {
     /// Every part, in the order in which they are loaded.
-    const ALL: [Self; 5] = [
+    pub(super) const ALL: [Self; 5] = [
         Self::Host,
         Self::Outside,
         Self::Pods,
@@ -140,11 +148,16 @@ impl Part {
 
     /// Whether it is loaded.
     pub(super) fn is_loaded(self) -> bool {
+        self.is_loaded_in(&Root::own())
+    }
+
+    /// Whether it is loaded in another layout.
+    pub(super) fn is_loaded_in(self, root: &Root) -> bool {
         let pin = match self.classifiers().last() {
-            Some((name, _)) => pins::nat(name),
-            None => pins::link(SOCKETS[SOCKETS.len() - 1]),
+            Some((name, _)) => root.nat(name),
+            None => root.link(SOCKETS[SOCKETS.len() - 1]),
         };
-        pin.exists() && (self == Self::Host || Self::Host.is_loaded())
+        pin.exists() && (self == Self::Host || Self::Host.is_loaded_in(root))
     }
 }
 
@@ -164,7 +177,7 @@ pub fn parts(has_gateway: bool, masquerades: bool, publishes: bool, direct: bool
 
 /// Loads what is missing of these parts. The lock of the pins is held alone.
 pub(super) fn load(parts: &[Part]) -> Result<(), Error> {
-    let missing: Vec<Part> = Part::ALL
+    let mut missing: Vec<Part> = Part::ALL
         .into_iter()
         .filter(|part| parts.contains(part) && !part.is_loaded())
         .collect();
@@ -175,46 +188,186 @@ pub(super) fn load(parts: &[Part]) -> Result<(), Error> {
         // What a call that was killed has left may be of maps that are gone.
         Part::ALL.into_iter().try_for_each(unload_part)?;
     }
-    pins::create_nat()?;
-    let mut ebpf = loader().load(object::NAT)?;
-    if missing.contains(&Part::Host) {
-        name_node()?;
-    }
-    verify(&mut ebpf, &missing)?;
-    // The first one says that there is anything at all, so it comes last.
-    for &part in missing.iter().rev() {
-        unload_part(part)?;
-        if part == Part::Sockets {
-            attach_sockets(&mut ebpf)?;
-        }
-        for &(name, slot) in part.classifiers() {
-            let program = object::classifier(&mut ebpf, name)?;
-            if let Some(slot) = slot {
-                for level in LogLevel::ALL {
-                    if let Some(mut calls) = calls(level)? {
-                        fill(&mut calls, slot, name, program)?;
-                    }
-                }
-            }
-            if name == FORWARD {
-                let mut next =
-                    Calls::try_from(pinned("NEXT")?).map_err(|source| foreign("NEXT", &source))?;
-                fill(&mut next, NEXT_FORWARD, name, program)?;
-            }
-            pin_program(name, program)?;
+    // The second of them goes on with what the first has found out, in memory that only
+    // programs of one load share.
+    for (part, other) in [(Part::Pods, Part::Forward), (Part::Forward, Part::Pods)] {
+        if missing.contains(&part) && !missing.contains(&other) && other.is_loaded() {
+            missing.push(other);
         }
     }
-    Ok(())
+    Translators::load(&missing, &[])?.install(None)
 }
 
-/// Lets the kernel verify the classifiers of these parts, all at once: that is most of
-/// what loading takes, and each is another CPU's work.
-fn verify(ebpf: &mut Ebpf, parts: &[Part]) -> Result<(), Error> {
-    let names: Vec<&str> = parts
-        .iter()
-        .flat_map(|part| part.classifiers())
-        .map(|(name, _)| *name)
-        .collect();
+/// The programs of some parts: verified, but not yet in use.
+pub(super) struct Translators {
+    ebpf: Ebpf,
+    parts: Vec<Part>,
+    /// Those that belong to no part: of tunnels, and XDP's.
+    others: Vec<&'static str>,
+}
+
+/// The programs that belong to no part, as they are loaded with the first device that needs
+/// them.
+const OTHERS: [&str; 3] = ["uplink_l3", "egress_l3", xdp::PROGRAM];
+
+impl Translators {
+    /// Lets the kernel verify the programs of these parts, and of no part `others`. The maps
+    /// are made and pinned, or found.
+    pub(super) fn load(parts: &[Part], others: &[&'static str]) -> Result<Self, Error> {
+        let limits = Limits::read()?;
+        pins::create_nat()?;
+        let mut loaded = Self {
+            ebpf: load_object(&limits)?,
+            parts: Part::ALL
+                .into_iter()
+                .filter(|part| parts.contains(part))
+                .collect(),
+            others: others.to_vec(),
+        };
+        if parts.contains(&Part::Host) {
+            name_node()?;
+        }
+        let classifiers = loaded.classifiers();
+        verify(&mut loaded.ebpf, &classifiers)?;
+        if parts.contains(&Part::Sockets) {
+            for name in SOCKETS {
+                sockets(&mut loaded.ebpf, name)?
+                    .load()
+                    .map_err(|source| Error::program(name, source))?;
+            }
+        }
+        if others.contains(&xdp::PROGRAM) {
+            xdp::program(&mut loaded.ebpf)?
+                .load()
+                .map_err(|source| Error::program(xdp::PROGRAM, source))?;
+        }
+        Ok(loaded)
+    }
+
+    /// All that a layout has in use, and `but` not.
+    pub(super) fn load_as_in(root: &Root, but: Option<Part>) -> Result<Option<Self>, Error> {
+        let parts: Vec<Part> = Part::ALL
+            .into_iter()
+            .filter(|part| part.is_loaded_in(root) && Some(*part) != but)
+            .collect();
+        if parts.is_empty() {
+            return Ok(None);
+        }
+        let others: Vec<&str> = OTHERS
+            .into_iter()
+            .filter(|name| root.nat(name).exists())
+            .collect();
+        Self::load(&parts, &others).map(Some)
+    }
+
+    fn classifiers(&self) -> Vec<&'static str> {
+        let own = self.parts.iter().flat_map(|part| part.classifiers());
+        let others = self.others.iter().filter(|name| **name != xdp::PROGRAM);
+        own.map(|(name, _)| *name).chain(others.copied()).collect()
+    }
+
+    /// Whether these are the programs that are pinned.
+    pub(super) fn is_pinned(&mut self) -> Result<bool, Error> {
+        for name in self.classifiers() {
+            let program = object::classifier(&mut self.ebpf, name)?;
+            if !object::is_same(name, program, &pins::nat(name))? {
+                return Ok(false);
+            }
+        }
+        if self.parts.contains(&Part::Sockets) {
+            for name in SOCKETS {
+                let program = sockets(&mut self.ebpf, name)?;
+                let fd = program
+                    .fd()
+                    .map_err(|source| Error::program(name, source))?;
+                if !hooks::runs(&pins::link(name), fd.as_fd())? {
+                    return Ok(false);
+                }
+            }
+        }
+        if self.others.contains(&xdp::PROGRAM) {
+            let program = xdp::program(&mut self.ebpf)?;
+            let path = pins::nat(xdp::PROGRAM);
+            let same = program
+                .fd()
+                .map_err(|source| Error::program(xdp::PROGRAM, source))
+                .map(|fd| object::same(fd.as_fd(), &path))?;
+            return same.map_err(|source| Error::Pin { path, source });
+        }
+        Ok(true)
+    }
+
+    /// Takes them into use, in place of those that are; the hooks of sockets may still be
+    /// those of the layout `old`.
+    pub(super) fn install(mut self, old: Option<&Root>) -> Result<(), Error> {
+        // The table empties itself when nobody has it pinned or open any more, so both stay
+        // until everything that looks into the former one is gone.
+        let mut next = None;
+        if self.parts.contains(&Part::Pods) {
+            let map = self
+                .ebpf
+                .take_map(NEXT)
+                .ok_or_else(|| failed("opening", NEXT, &"", MapError::ElementNotFound))?;
+            next = Some(Successor::new(&pins::map(NEXT), |path| map.pin(path))?);
+            let mut calls = Calls::try_from(map).map_err(|source| foreign(NEXT, &source))?;
+            if self.parts.contains(&Part::Forward) {
+                let program = object::classifier(&mut self.ebpf, FORWARD)?;
+                fill(&mut calls, NEXT_FORWARD, FORWARD, program)?;
+            }
+        }
+        // The first one says that there is anything at all, so it comes last.
+        for part in self.parts.iter().rev() {
+            if *part == Part::Sockets {
+                attach_sockets(&mut self.ebpf, old)?;
+            }
+            for &(name, slot) in part.classifiers() {
+                let program = object::classifier(&mut self.ebpf, name)?;
+                if let Some(slot) = slot {
+                    for level in LogLevel::ALL {
+                        if let Some(mut calls) = calls(level)? {
+                            fill(&mut calls, slot, name, program)?;
+                        }
+                    }
+                }
+                pin_program(name, program)?;
+            }
+        }
+        for &name in &self.others {
+            if name == xdp::PROGRAM {
+                let program = xdp::program(&mut self.ebpf)?;
+                pins::replace(&pins::nat(name), |path| program.pin(path))?;
+            } else {
+                pin_program(name, object::classifier(&mut self.ebpf, name)?)?;
+            }
+        }
+        next.map_or(Ok(()), Successor::take_over)
+    }
+}
+
+/// Makes or finds the maps, and reads the programs; none is verified yet.
+fn load_object(limits: &Limits) -> Result<Ebpf, Error> {
+    // The loader takes what is pinned, whatever it is.
+    let expected = object::expected(object::NAT)?;
+    for name in MAPS.into_iter().chain(SHARED) {
+        object::require_own(&pins::map(name), &expected[name])?;
+    }
+    let mut loader = object::loader(limits);
+    for name in MAPS.into_iter().chain(SHARED) {
+        loader.map_pin_path(name, pins::map(name));
+    }
+    Ok(loader.load(object::NAT)?)
+}
+
+fn sockets<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut CgroupSockAddr, Error> {
+    ebpf.program_mut(name)
+        .ok_or(ProgramError::NotLoaded)
+        .and_then(TryInto::try_into)
+        .map_err(|source| Error::program(name, source))
+}
+
+/// Lets the kernel verify these classifiers, all at once: that is most of what loading
+/// takes, and each is another CPU's work.
+fn verify(ebpf: &mut Ebpf, names: &[&str]) -> Result<(), Error> {
     thread::scope(|scope| {
         let threads: Vec<_> = ebpf
             .programs_mut()
@@ -250,23 +403,25 @@ fn name_node() -> Result<(), Error> {
         .unwrap_or(0);
     let mut node: Array<_, Wire<Node>> =
         Array::try_from(pinned("NODE")?).map_err(|source| foreign("NODE", &source))?;
-    node.set(0, Wire(Node { netns }), 0)
+    change("NODE", || node.set(0, Wire(Node { netns }), 0))
         .map_err(|source| failed("writing", "NODE", &0, source))
 }
 
-fn attach_sockets(ebpf: &mut Ebpf) -> Result<(), Error> {
+/// Hooks into the calls of sockets, or gives the hooks that are there these programs.
+fn attach_sockets(ebpf: &mut Ebpf, old: Option<&Root>) -> Result<(), Error> {
     let root = mount::cgroup_root()?;
     for name in SOCKETS {
         let error = |source| Error::program(name, source);
-        let program: &mut CgroupSockAddr = ebpf
-            .program_mut(name)
-            .ok_or(ProgramError::NotLoaded)
-            .and_then(TryInto::try_into)
-            .map_err(error)?;
-        program.load().map_err(error)?;
+        let program = sockets(ebpf, name)?;
+        let fd = program.fd().map_err(error)?;
+        if hooks::hand_over(name, old, LinkType::Cgroup, &[name], fd.as_fd())? {
+            continue;
+        }
+        pins::remove(&pins::link(name))?;
         let id = program
             .attach(root.as_fd(), CgroupAttachMode::Single)
             .map_err(error)?;
+        fault::point(format_args!("attach {name}"));
         let link = program.take_link(id).map_err(error)?;
         pin_link(FdLink::try_from(link), &pins::link(name))?;
     }
@@ -274,13 +429,7 @@ fn attach_sockets(ebpf: &mut Ebpf) -> Result<(), Error> {
 }
 
 fn pin_program(name: &str, program: &mut SchedClassifier) -> Result<(), Error> {
-    let path = pins::nat(name);
-    // What a load that was killed has left.
-    let _ = fs::remove_file(&path);
-    program.pin(&path).map_err(|source| Error::Pin {
-        path,
-        source: io::Error::other(source),
-    })
+    pins::replace(&pins::nat(name), |path| program.pin(path))
 }
 
 type Calls = ProgramArray<MapData>;
@@ -302,31 +451,18 @@ pub(super) fn fill_slots(level: LogLevel) -> Result<(), Error> {
     Ok(())
 }
 
-/// A loader that makes or finds the maps where they are pinned.
-fn loader<'a>() -> EbpfLoader<'a> {
-    let mut loader = object::loader();
-    for name in MAPS.into_iter().chain(SHARED) {
-        loader.map_pin_path(name, pins::map(name));
-    }
-    loader
-}
-
 fn fill(calls: &mut Calls, slot: u32, name: &str, program: &SchedClassifier) -> Result<(), Error> {
     let fd = program
         .fd()
         .map_err(|source| Error::program(name, source))?;
-    calls
-        .set(slot, fd, 0)
+    change("PROGRAMS", || calls.set(slot, fd, 0))
         .map_err(|source| failed("writing", "PROGRAMS", &slot, source))
 }
 
 fn clear_slots(calls: &mut Calls, part: Part) -> Result<(), Error> {
     for (_, slot) in part.slots() {
-        match calls.clear_index(&slot) {
-            Ok(()) => {}
-            Err(error) if is_missing(&error) => {}
-            Err(source) => return Err(failed("clearing", "PROGRAMS", &slot, source)),
-        }
+        removed("PROGRAMS", || calls.clear_index(&slot))
+            .map_err(|source| failed("clearing", "PROGRAMS", &slot, source))?;
     }
     Ok(())
 }
@@ -335,7 +471,7 @@ fn clear_slots(calls: &mut Calls, part: Part) -> Result<(), Error> {
 fn unload_part(part: Part) -> Result<(), Error> {
     // The pin that says that all is there goes first, in case this is killed.
     for (name, _) in part.classifiers().iter().rev() {
-        remove_pins(&pins::nat(name))?;
+        pins::remove(&pins::nat(name))?;
     }
     for level in LogLevel::ALL {
         if let Some(mut calls) = calls(level)? {
@@ -347,7 +483,7 @@ fn unload_part(part: Part) -> Result<(), Error> {
         Part::Outside => uplinks::detach_all(),
         Part::Sockets => {
             for name in SOCKETS.iter().rev() {
-                remove_pins(&pins::link(name))?;
+                pins::remove(&pins::link(name))?;
             }
             // XDP serves published ports only.
             xdp::detach_all()
@@ -360,27 +496,12 @@ pub(super) fn unload() -> Result<(), Error> {
     for part in Part::ALL {
         unload_part(part)?;
     }
-    let paths = MAPS.map(pins::map);
-    for path in [pins::nat(""), pins::links()].iter().chain(&paths) {
-        remove_pins(path)?;
+    pins::remove(&pins::nat(""))?;
+    pins::remove(&pins::links())?;
+    for name in MAPS.into_iter().chain([NEXT]) {
+        pins::remove(&pins::map(name))?;
     }
     Ok(())
-}
-
-/// Removes one pin, or a directory of pins.
-fn remove_pins(path: &Path) -> Result<(), Error> {
-    let removed = if path.is_dir() {
-        fs::remove_dir_all(path)
-    } else {
-        fs::remove_file(path)
-    };
-    match removed {
-        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(Error::Pin {
-            path: path.to_owned(),
-            source,
-        }),
-        _ => Ok(()),
-    }
 }
 
 /// Takes away what nobody needs any more. It looks at every port, so it is for GC. The
@@ -421,34 +542,31 @@ fn calls(level: LogLevel) -> Result<Option<Calls>, Error> {
     if !path.exists() {
         return Ok(None);
     }
-    Calls::try_from(super::pinned_at(&path)?)
+    Calls::try_from(super::pinned_at(&path, "PROGRAMS")?)
         .map(Some)
         .map_err(|source| foreign("PROGRAMS", &source))
 }
 
 fn open_classifier(name: &str) -> Result<SchedClassifier, Error> {
-    SchedClassifier::from_pin(pins::nat(name)).map_err(|source| Error::program(name, source))
+    let path = pins::nat(name);
+    id(&path, name)?;
+    SchedClassifier::from_pin(path).map_err(|source| Error::program(name, source))
 }
 
-/// The kernel's id of a pinned classifier.
-fn id(pin: &Path) -> Result<u32, Error> {
-    SchedClassifier::from_pin(pin)
-        .and_then(|program| program.info().map(|info| info.id()))
-        .map_err(|source| Error::program(&pin.display().to_string(), source))
+/// The kernel's id of a pinned classifier of this name.
+fn id(pin: &Path, name: &str) -> Result<u32, Error> {
+    let kind = bpf_prog_type::BPF_PROG_TYPE_SCHED_CLS;
+    super::require_program(pin, name, kind, None).map(|program| program.id)
 }
 
 fn pin_link(
     link: Result<FdLink, aya::programs::links::LinkError>,
     path: &Path,
 ) -> Result<(), Error> {
-    let error = |source: io::Error| Error::Pin {
-        path: path.to_owned(),
-        source,
-    };
-    let link = link.map_err(|source| error(io::Error::other(source)))?;
-    link.pin(path)
-        .map_err(|source| error(io::Error::other(source)))?;
-    Ok(())
+    pins::pin(path, |path| {
+        let link = link.map_err(io::Error::other)?;
+        link.pin(path).map(drop).map_err(io::Error::other)
+    })
 }
 
 /// What translates, for one call that changes it.
@@ -457,7 +575,7 @@ pub struct Nat<'d> {
     published: Table<PublishedKey, Published>,
     masqueraded: Table<PodKey, Masqueraded>,
     exempt: LpmTrie<MapData, Wire<ExemptKey>, u8>,
-    addresses: Table<Address, u8>,
+    addresses: Table<Address, Present>,
     uplinks: Table<u32, Uplink>,
     xdp_uplinks: Table<u32, Mac>,
     _lock: Lock,
@@ -519,12 +637,6 @@ impl Nat<'_> {
         self.withdraw_all(owner)?;
         self.unmasquerade_all(owner)
     }
-}
-
-/// Whether a write says that somebody else has made the entry.
-fn is_taken(error: &MapError) -> bool {
-    matches!(error, MapError::SyscallError(error)
-        if error.io_error.kind() == io::ErrorKind::AlreadyExists)
 }
 
 /// An address as the maps have it.

@@ -6,22 +6,30 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    fs, io,
     net::IpAddr,
     os::fd::AsFd as _,
     path::PathBuf,
 };
 
-use aya::programs::{LinkOrder, SchedClassifier, TcAttachType, links::FdLink, tc::TcAttachOptions};
-use bpf_bridge_common::layout::{Address, Uplink};
+use aya::programs::{
+    LinkOrder, SchedClassifier, TcAttachType,
+    links::{FdLink, LinkType},
+    tc::TcAttachOptions,
+};
+use bpf_bridge_common::layout::{Address, Present, Uplink};
 
 use super::{
     super::{
-        ANY, Error, FILTER_HANDLE, FILTER_PRIORITY, entries, object, pins, remove, set, table,
+        ANY, Error, FILTER_HANDLE, FILTER_PRIORITY, entries, hooks,
+        pins::{self, Root},
+        remove, set, table,
     },
-    Nat, id, loader, octets, open_classifier, pin_link, pin_program, remove_pins, xdp,
+    Nat, Translators, id, octets, open_classifier, pin_link, xdp,
 };
-use crate::link::{self, Hook, Link, Netlink};
+use crate::{
+    fault,
+    link::{self, Hook, Link, Netlink},
+};
 
 /// The programs of devices with Ethernet headers.
 const fn program(hook: Hook) -> &'static str {
@@ -167,7 +175,7 @@ impl Nat<'_> {
             for kind in [link_kind(hook), filter_kind(hook)] {
                 for device in pins::devices(kind) {
                     if !exists(device)? {
-                        let _ = fs::remove_file(pins::link(&format!("{kind}{device}")));
+                        let _ = pins::remove(&pins::link(&format!("{kind}{device}")));
                     }
                 }
             }
@@ -180,7 +188,7 @@ impl Nat<'_> {
         for (device, _) in entries(&self.xdp_uplinks, "XDP_UPLINKS")? {
             if !exists(device)? {
                 remove(&mut self.xdp_uplinks, "XDP_UPLINKS", device)?;
-                let _ = fs::remove_file(xdp::pin(device));
+                let _ = pins::remove(&xdp::pin(device));
             }
         }
         Ok(())
@@ -218,36 +226,37 @@ const LOOPBACK: u32 = 1;
 fn attach(host: &Netlink, device: &Link, hook: Hook) -> Result<(), Error> {
     let name = program_for(hook, device);
     if !pins::nat(name).exists() {
-        let mut ebpf = loader().load(object::NAT)?;
-        pin_program(name, object::load_program(&mut ebpf, name)?)?;
+        Translators::load(&[], &[name])?.install(None)?;
     }
     let mut program = open_classifier(name)?;
+    // An upgrade that was killed has left the program of another build there.
+    if hand_over(hook, device.index, None, &program)? {
+        return Ok(());
+    }
     // That of a link that somebody has detached.
-    remove_pins(&link_pin(hook, device.index))?;
+    pins::remove(&link_pin(hook, device.index))?;
     let attached = program.attach_with_options(
         &device.name,
         tcx_hook(hook),
         TcAttachOptions::TcxOrder(LinkOrder::default()),
     );
     if let Ok(id) = attached {
+        fault::point(format_args!("attach {name}"));
         let link = program
             .take_link(id)
             .map_err(|source| Error::program(name, source))?;
         return pin_link(FdLink::try_from(link), &link_pin(hook, device.index));
     }
     // No tcx before 6.6.
+    if replace_filter(host, hook, device.index, None, &mut program)? {
+        return Ok(());
+    }
+    // Unlike a link it does not go with its pin, which tells where to look.
+    let mut pinned = open_classifier(name)?;
+    pins::replace(&filter_pin(hook, device.index), |path| pinned.pin(path))?;
     let fd = program
         .fd()
         .map_err(|source| Error::program(name, source))?;
-    // Unlike a link it does not go with its pin, which tells where to look.
-    let path = filter_pin(hook, device.index);
-    remove_pins(&path)?;
-    open_classifier(name)?
-        .pin(&path)
-        .map_err(|source| Error::Pin {
-            path,
-            source: io::Error::other(source),
-        })?;
     // Others may have made one.
     let _ = host.add_clsact(device.index);
     host.add_bpf(
@@ -261,6 +270,86 @@ fn attach(host: &Netlink, device: &Link, hook: Hook) -> Result<(), Error> {
     Ok(())
 }
 
+/// Gives the link of a device, of this layout or of `old`, the program. `false` if it has
+/// none.
+fn hand_over(
+    hook: Hook,
+    device: u32,
+    old: Option<&Root>,
+    program: &SchedClassifier,
+) -> Result<bool, Error> {
+    let fd = program
+        .fd()
+        .map_err(|source| Error::program(self::program(hook), source))?;
+    hooks::hand_over(
+        &format!("{}{device}", link_kind(hook)),
+        old,
+        LinkType::Tcx,
+        &[self::program(hook), tunnel_program(hook)],
+        fd.as_fd(),
+    )
+}
+
+/// The same for a filter.
+fn replace_filter(
+    host: &Netlink,
+    hook: Hook,
+    device: u32,
+    old: Option<&Root>,
+    program: &mut SchedClassifier,
+) -> Result<bool, Error> {
+    let own = filter_pin(hook, device);
+    let name = format!("{}{device}", filter_kind(hook));
+    let known = own.exists() || old.is_some_and(|old| old.link(&name).exists());
+    let Some(carried) = filter(host, device, hook)?.filter(|_| known) else {
+        return Ok(false);
+    };
+    let ours = [self::program(hook), tunnel_program(hook)];
+    let Some(is) = hooks::program_name(carried)?.filter(|is| ours.contains(&is.as_str())) else {
+        return Ok(false);
+    };
+    let fd = program
+        .fd()
+        .and_then(|fd| Ok(fd.try_clone()?))
+        .map_err(|source| Error::program(&is, source))?;
+    pins::replace(&own, |path| program.pin(path))?;
+    host.replace_bpf(
+        device,
+        hook,
+        FILTER_PRIORITY,
+        FILTER_HANDLE,
+        fd.as_fd(),
+        &is,
+    )?;
+    Ok(true)
+}
+
+/// Gives every device that is served the programs that are pinned, between two packets; `old`
+/// has links of a former layout. Returns how many hooks there are.
+pub(in super::super) fn hand_over_all(host: &Netlink, old: Option<&Root>) -> Result<usize, Error> {
+    let mut done = 0;
+    for hook in Hook::ALL {
+        for device in hooks::devices(link_kind(hook), old) {
+            let name = format!("{}{device}", link_kind(hook));
+            if let Some(is) = hooks::linked_program(&name, old)?
+                && hand_over(hook, device, old, &open_classifier(&is)?)?
+            {
+                done += 1;
+            }
+        }
+        for device in hooks::devices(filter_kind(hook), old) {
+            if let Some(carried) = filter(host, device, hook)?
+                && let Some(is) = hooks::program_name(carried)?
+                && pins::nat(&is).exists()
+                && replace_filter(host, hook, device, old, &mut open_classifier(&is)?)?
+            {
+                done += 1;
+            }
+        }
+    }
+    Ok(done)
+}
+
 const fn tcx_hook(hook: Hook) -> TcAttachType {
     match hook {
         Hook::Ingress => TcAttachType::Ingress,
@@ -271,11 +360,12 @@ const fn tcx_hook(hook: Hook) -> TcAttachType {
 /// Whether the device carries the program. A pin does not say so: the link may have
 /// been detached from its device, which it outlives.
 fn is_attached(host: &Netlink, device: &Link, hook: Hook) -> Result<bool, Error> {
-    let pin = pins::nat(program_for(hook, device));
+    let name = program_for(hook, device);
+    let pin = pins::nat(name);
     if !pin.exists() {
         return Ok(false);
     }
-    let own = id(&pin)?;
+    let own = id(&pin, name)?;
     if link_pin(hook, device.index).exists()
         && let Ok((_, carried)) = SchedClassifier::query_tcx(&device.name, tcx_hook(hook))
         && carried.iter().any(|program| program.id() == own)
@@ -293,20 +383,21 @@ fn filter(host: &Netlink, device: u32, hook: Hook) -> Result<Option<u32>, Error>
 /// Detaches the programs from all devices, and forgets these.
 pub(super) fn detach_all() -> Result<(), Error> {
     forget_all::<u32, Uplink>("UPLINKS")?;
-    forget_all::<Address, u8>("ADDRESSES")?;
+    forget_all::<Address, Present>("ADDRESSES")?;
     for hook in Hook::ALL {
         for device in pins::devices(filter_kind(hook)) {
             let host = Netlink::host()?;
             let pin = filter_pin(hook, device);
-            if filter(&host, device, hook)? == Some(id(&pin)?) {
+            let carried = filter(&host, device, hook)?;
+            if carried.is_some() && carried == hooks::pinned_program(&pin)? {
                 host.delete_bpf(device, hook, FILTER_PRIORITY, FILTER_HANDLE)?;
             }
-            remove_pins(&pin)?;
+            pins::remove(&pin)?;
         }
         for device in pins::devices(link_kind(hook)) {
-            remove_pins(&link_pin(hook, device))?;
+            pins::remove(&link_pin(hook, device))?;
         }
-        remove_pins(&pins::nat(tunnel_program(hook)))?;
+        pins::remove(&pins::nat(tunnel_program(hook)))?;
     }
     Ok(())
 }

@@ -3,22 +3,32 @@
 //! Its program is loaded when the first of them is, so that nobody else needs a kernel
 //! that has what it uses (5.18).
 
-use std::{io, path::PathBuf};
+use std::{io, os::fd::AsFd as _, path::PathBuf};
 
-use aya::programs::{ProgramError, Xdp, XdpMode, links::FdLink};
-use aya_obj::programs::XdpAttachType;
+use aya::{
+    Ebpf,
+    programs::{
+        ProgramError, Xdp, XdpMode,
+        links::{FdLink, LinkType},
+    },
+};
+use aya_obj::{generated::bpf_prog_type, programs::XdpAttachType};
 
 use super::{
-    super::{ANY, Error, object, pins, set},
-    Nat, loader, pin_link, remove_pins,
+    super::{
+        ANY, Error, hooks,
+        pins::{self, Root},
+        require_program, set,
+    },
+    Nat, Translators, pin_link,
 };
-use crate::link::Link;
+use crate::{fault, link::Link};
 
 /// What the names of links begin with; the ifindex follows.
 pub(super) const KIND: &str = "xdp-";
 
 /// The program, and its pin.
-const PROGRAM: &str = "xdp";
+pub(super) const PROGRAM: &str = "xdp";
 
 /// How XDP runs on a device.
 #[derive(Debug)]
@@ -48,7 +58,7 @@ impl Nat<'_> {
         let entry = (device.index, mac.octets());
         set(&mut self.xdp_uplinks, "XDP_UPLINKS", entry.0, entry.1, ANY)?;
         match device.xdp {
-            Some(there) if there.program == id(&program)? => {
+            Some(there) if there.program == id(&program)? || hand_over(device, &program)? => {
                 return Ok(match there.generic {
                     false => XdpRun::Native,
                     true => XdpRun::Generic { because: None },
@@ -75,6 +85,7 @@ impl Nat<'_> {
 
 fn attach(program: &mut Xdp, device: &Link, mode: XdpMode) -> Result<(), ProgramError> {
     let link = program.attach_to_if_index(device.index, mode)?;
+    fault::point("attach xdp");
     let link = FdLink::try_from(program.take_link(link)?);
     pin_link(link, &pin(device.index))
         .map_err(|error| ProgramError::IOError(io::Error::other(error)))
@@ -88,31 +99,57 @@ pub(super) fn pin(device: u32) -> PathBuf {
 /// Detaches the program from all devices, and takes it away.
 pub(super) fn detach_all() -> Result<(), Error> {
     for device in pins::devices(KIND) {
-        remove_pins(&pin(device))?;
+        pins::remove(&pin(device))?;
     }
-    remove_pins(&pins::nat(PROGRAM))
+    pins::remove(&pins::nat(PROGRAM))
+}
+
+/// Gives every device that has XDP the program that is pinned; `old` has links of a former
+/// layout.
+pub(in super::super) fn hand_over_all(old: Option<&Root>) -> Result<usize, Error> {
+    let devices = hooks::devices(KIND, old);
+    if devices.is_empty() {
+        return Ok(0);
+    }
+    let program = open()?;
+    let fd = program.fd().map_err(failed)?;
+    let mut done = 0;
+    for device in devices {
+        let name = format!("{KIND}{device}");
+        if hooks::hand_over(&name, old, LinkType::Xdp, &[PROGRAM], fd.as_fd())? {
+            done += 1;
+        }
+    }
+    Ok(done)
+}
+
+/// Whether the device has a link of ours, which has this program now: an upgrade that was
+/// killed left the one before.
+fn hand_over(device: &Link, program: &Xdp) -> Result<bool, Error> {
+    let fd = program.fd().map_err(failed)?;
+    let name = format!("{KIND}{}", device.index);
+    hooks::hand_over(&name, None, LinkType::Xdp, &[PROGRAM], fd.as_fd())
 }
 
 fn open() -> Result<Xdp, Error> {
-    Xdp::from_pin(pins::nat(PROGRAM), XdpAttachType::Interface).map_err(failed)
+    let path = pins::nat(PROGRAM);
+    require_program(&path, PROGRAM, bpf_prog_type::BPF_PROG_TYPE_XDP, None)?;
+    Xdp::from_pin(path, XdpAttachType::Interface).map_err(failed)
 }
 
 fn open_or_load() -> Result<Xdp, Error> {
-    let path = pins::nat(PROGRAM);
-    if !path.exists() {
-        let mut ebpf = loader().load(object::NAT)?;
-        let program: &mut Xdp = ebpf
-            .program_mut(PROGRAM)
-            .ok_or(ProgramError::NotLoaded)
-            .and_then(TryInto::try_into)
-            .map_err(failed)?;
-        program.load().map_err(failed)?;
-        program.pin(&path).map_err(|source| Error::Pin {
-            path: path.clone(),
-            source: io::Error::other(source),
-        })?;
+    if !pins::nat(PROGRAM).exists() {
+        Translators::load(&[], &[PROGRAM])?.install(None)?;
     }
     open()
+}
+
+/// The program as it is loaded.
+pub(super) fn program(ebpf: &mut Ebpf) -> Result<&mut Xdp, Error> {
+    ebpf.program_mut(PROGRAM)
+        .ok_or(ProgramError::NotLoaded)
+        .and_then(TryInto::try_into)
+        .map_err(failed)
 }
 
 fn id(program: &Xdp) -> Result<u32, Error> {

@@ -417,6 +417,7 @@ fn load(level: LogLevel) -> Loaded {
     let mut stats = PerCpuHashMap::try_from(ebpf.take_map("STATS").unwrap()).unwrap();
     stats.insert(0, zero(), ANY).unwrap();
     let datapath = Datapath {
+        ports_id: 0,
         ports: table(&mut ebpf, "PORTS").unwrap(),
         stats,
         endpoints: table(&mut ebpf, "ENDPOINTS").unwrap(),

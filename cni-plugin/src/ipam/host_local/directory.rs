@@ -9,7 +9,7 @@ use std::{
     io::{self, Read as _},
     os::{
         fd::{AsFd as _, AsRawFd as _, OwnedFd},
-        unix::fs::{DirBuilderExt as _, MetadataExt as _},
+        unix::fs::{DirBuilderExt as _, FileExt as _, MetadataExt as _},
     },
     path::{Path, PathBuf},
 };
@@ -26,6 +26,7 @@ use nix::{
 };
 
 use super::store::StoreError;
+use crate::fault::{self, Kind};
 
 /// Of a file that is read whole, no more than this is read, in bytes. A lease is a
 /// container id and an interface name.
@@ -82,10 +83,11 @@ impl Draft {
 }
 
 impl Directory {
-    /// Opens the directory; none if it does not exist.
+    /// Opens the directory; none if it does not exist. A symbolic link is none: only
+    /// what is above it may be reached by one.
     pub(super) fn open(path: PathBuf) -> Result<Option<Self>, StoreError> {
         step();
-        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         match openat(AT_FDCWD, &path, flags, Mode::empty()) {
             Ok(fd) => Ok(Some(Self { fd, path })),
             Err(Errno::ENOENT) => Ok(None),
@@ -98,8 +100,11 @@ impl Directory {
         if let Some(directory) = Self::open(path.clone())? {
             return Ok(directory);
         }
-        let built = DirBuilder::new().recursive(true).mode(mode).create(&path);
+        step();
+        let built = fault::request(Kind::File, path.display())
+            .and_then(|()| DirBuilder::new().recursive(true).mode(mode).create(&path));
         built.map_err(|error| StoreError::io("creating the directory", path.clone(), error))?;
+        fault::point(format_args!("create {}", path.display()));
         let gone = || StoreError::io("opening the directory", path.clone(), Errno::ENOENT);
         Self::open(path.clone())?.ok_or_else(gone)
     }
@@ -121,9 +126,46 @@ impl Directory {
     pub(super) fn open_file(&self, name: &str) -> Result<File, StoreError> {
         mutation(self, name)?;
         let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        openat(&self.fd, name, flags, Mode::S_IRUSR | Mode::S_IWUSR)
+        let file = openat(&self.fd, name, flags, Mode::S_IRUSR | Mode::S_IWUSR)
             .map(File::from)
-            .map_err(|errno| self.error("opening", name, errno))
+            .map_err(|errno| self.error("opening", name, errno))?;
+        self.changed("open", name);
+        Ok(file)
+    }
+
+    /// The same of a file that is written to: whatever else has the name makes way for
+    /// it. A file with further names is not this directory's alone.
+    pub(super) fn open_own_file(&self, name: &str) -> Result<File, StoreError> {
+        let file = self.open_file(name)?;
+        let failed = |error| self.error("looking at", name, error);
+        let metadata = file.metadata().map_err(failed)?;
+        if metadata.is_file() && metadata.nlink() == 1 {
+            return Ok(file);
+        }
+        self.unlink(name)?;
+        self.open_file(name)
+    }
+
+    /// Writes to the beginning of a file that was opened under this name.
+    pub(super) fn write(&self, name: &str, file: &File, text: &str) -> Result<(), StoreError> {
+        mutation(self, name)?;
+        file.write_all_at(text.as_bytes(), 0)
+            .map_err(|error| self.error("writing", name, error))?;
+        self.changed("write", name);
+        Ok(())
+    }
+
+    /// Ends it after so many bytes.
+    pub(super) fn cut(&self, name: &str, file: &File, length: usize) -> Result<(), StoreError> {
+        mutation(self, name)?;
+        file.set_len(length as u64)
+            .map_err(|error| self.error("cutting", name, error))?;
+        self.changed("cut", name);
+        Ok(())
+    }
+
+    fn changed(&self, action: &str, name: &str) {
+        fault::point(format_args!("{action} {}", self.path.join(name).display()));
     }
 
     /// Opens what is there for reading; none if there is nothing, [`Errno::ELOOP`] for a
@@ -189,6 +231,7 @@ impl Directory {
         let file = openat(&self.fd, DRAFT, flags, Mode::S_IRUSR | Mode::S_IWUSR)
             .map(File::from)
             .map_err(|errno| self.error("creating", DRAFT, errno))?;
+        self.changed("create", DRAFT);
         self.fill(Draft { file, named: true }, content)
     }
 
@@ -213,7 +256,9 @@ impl Directory {
             let path = format!("/proc/self/fd/{}", draft.file.as_raw_fd());
             linkat(AT_FDCWD, &*path, &self.fd, name, AtFlags::AT_SYMLINK_FOLLOW)
         };
-        linked.map_err(|errno| self.error("creating", name, errno))
+        linked.map_err(|errno| self.error("creating", name, errno))?;
+        self.changed("publish", name);
+        Ok(())
     }
 
     /// Takes away the name that a draft has where it cannot be without one.
@@ -228,7 +273,11 @@ impl Directory {
     pub(super) fn unlink(&self, name: &str) -> Result<(), StoreError> {
         mutation(self, name)?;
         match unlinkat(&self.fd, name, UnlinkatFlags::NoRemoveDir) {
-            Ok(()) | Err(Errno::ENOENT) => Ok(()),
+            Ok(()) => {
+                self.changed("remove", name);
+                Ok(())
+            }
+            Err(Errno::ENOENT) => Ok(()),
             Err(errno) => Err(self.error("removing", name, errno)),
         }
     }
@@ -249,16 +298,22 @@ impl Directory {
         const NEW: &str = "new";
         mutation(self, name)?;
         match symlinkat(text, &self.fd, name) {
-            Ok(()) => return Ok(()),
+            Ok(()) => {
+                self.changed("link", name);
+                return Ok(());
+            }
             Err(Errno::EEXIST) => {}
             Err(errno) => return Err(self.error("creating", name, errno)),
         }
         self.unlink(NEW)?;
         mutation(self, NEW)?;
         symlinkat(text, &self.fd, NEW).map_err(|errno| self.error("creating", NEW, errno))?;
+        self.changed("link", NEW);
         mutation(self, name)?;
         renameat(&self.fd, NEW, &self.fd, name)
-            .map_err(|errno| self.error("replacing", name, errno))
+            .map_err(|errno| self.error("replacing", name, errno))?;
+        self.changed("replace", name);
+        Ok(())
     }
 
     /// Puts what was done to the entries on the disk.
@@ -283,6 +338,7 @@ impl Directory {
         let failed = |errno| StoreError::io("touching", self.path.clone(), errno);
         let now = clock_gettime(ClockId::CLOCK_REALTIME).map_err(failed)?;
         futimens(&self.fd, &TimeSpec::UTIME_OMIT, &now).map_err(failed)?;
+        self.changed("touch", "");
         let set = Stamp(now.tv_sec(), now.tv_nsec());
         Ok((self.modified()? == set).then_some(set))
     }
@@ -300,8 +356,10 @@ pub(super) fn read_all(file: &File) -> io::Result<Vec<u8>> {
 fn step() {}
 
 #[cfg(not(test))]
-fn mutation(_: &Directory, _: &str) -> Result<(), StoreError> {
-    Ok(())
+fn mutation(directory: &Directory, name: &str) -> Result<(), StoreError> {
+    let path = directory.path.join(name);
+    fault::request(Kind::File, path.display())
+        .map_err(|error| StoreError::io("changing", path, error))
 }
 
 #[cfg(test)]

@@ -5,7 +5,6 @@ use std::{
     fs::{File, TryLockError},
     io,
     net::IpAddr,
-    os::unix::fs::FileExt as _,
     path::{Path, PathBuf},
 };
 
@@ -251,9 +250,11 @@ impl Store {
         boot: String,
     ) -> Result<Self, StoreError> {
         check_network(network)?;
+        let leases = Directory::create(data_dir.join(network), 0o755)?;
+        let indexes = Directory::create(data_dir.join(INDEX), 0o700)?;
         Ok(Self {
-            network: Directory::create(data_dir.join(network), 0o755)?,
-            index: Directory::create(data_dir.join(INDEX).join(network), 0o700)?,
+            network: leases,
+            index: Directory::create(indexes.path().join(network), 0o700)?,
             boot,
         })
     }
@@ -490,10 +491,9 @@ impl Session<'_> {
         let _ = self.store.network.touch().and_then(|modified| {
             let index = &self.store.index;
             let state = modified.map_or_else(|| "-\n".into(), |modified| self.state(modified));
-            let file = index.open_file(STATE)?;
+            let file = index.open_own_file(STATE)?;
             // In place: torn, it fits nothing.
-            file.write_all_at(state.as_bytes(), 0)
-                .map_err(|error| index.error("writing", STATE, error))
+            index.write(STATE, &file, &state)
         });
     }
 
@@ -948,10 +948,9 @@ impl Session<'_> {
         let network = &self.store.network;
         let name = last_reserved_name(set);
         let text = address.to_string();
-        let file = network.open_file(&name)?;
+        let file = network.open_own_file(&name)?;
         // Not truncated first: file systems take that for a reason to write to the disk.
-        file.write_all_at(text.as_bytes(), 0)
-            .and_then(|()| file.set_len(text.len() as u64))
-            .map_err(|error| network.error("writing", &name, error))
+        network.write(&name, &file, &text)?;
+        network.cut(&name, &file, text.len())
     }
 }
