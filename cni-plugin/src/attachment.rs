@@ -10,7 +10,7 @@
 //! `era` that its numbers are not of this world ([`boot::era`]), and counts for nothing.
 
 use std::{
-    fs::{self, File},
+    fs,
     io::{self, Read as _},
     net::IpAddr,
     os::unix::fs::FileExt as _,
@@ -26,7 +26,7 @@ use crate::{
     cni::names::check_ifname,
     datapath::{LogLevel, nat::NodePort},
     fault::{self, Kind},
-    lock::{Lock, LockError, Mode},
+    lock::{self, Lock, LockError, Mode},
     mac::MacAddr,
 };
 
@@ -102,7 +102,8 @@ impl<'a> Attachment<'a> {
         alias
     }
 
-    fn path(&self) -> PathBuf {
+    /// Where its record is.
+    pub fn path(&self) -> PathBuf {
         directory(self.network).join(format!("{}:{}", self.container_id, self.ifname))
     }
 
@@ -142,10 +143,10 @@ impl<'a> Attachment<'a> {
     /// The record, without waiting for who works on the attachment.
     pub fn peek(&self) -> Option<Record> {
         let mut text = String::new();
-        File::open(self.path())
+        lock::peek(&self.path())
             .and_then(|file| file.take(RECORD_MAX).read_to_string(&mut text))
             .ok()?;
-        parse(&text)
+        Record::parse(&text)
     }
 }
 
@@ -233,16 +234,6 @@ pub fn is_alias_in(network: &str, alias: &str) -> bool {
         .is_some_and(|alias| alias.starts_with(' '))
 }
 
-/// Reads a record; `None` if the text is none, as an ADD that was killed may leave
-/// it, or one that no ADD has written since the node came up.
-fn parse(text: &str) -> Option<Record> {
-    serde_json::from_str(text)
-        .ok()
-        .filter(|record: &Record| record.era == boot::era())
-        // The name becomes part of a path.
-        .filter(|record: &Record| check_ifname(&record.bridge).is_ok())
-}
-
 fn directory(network: &str) -> PathBuf {
     Path::new(ROOT).join(network)
 }
@@ -291,6 +282,18 @@ pub enum Masquerade {
 }
 
 impl Record {
+    /// Reads a record; `None` if the text is none, as an ADD that was killed may leave
+    /// it, or one that no ADD has written since the node came up.
+    pub fn parse(text: &str) -> Option<Self> {
+        // What stands behind it is the end of a longer one, and was about to be cut off.
+        let first = serde_json::Deserializer::from_str(text).into_iter().next();
+        first?
+            .ok()
+            .filter(|record: &Self| record.era == boot::era())
+            // The name becomes part of a path.
+            .filter(|record: &Self| check_ifname(&record.bridge).is_ok())
+    }
+
     /// What it needs of the node's uplinks.
     pub fn outside(&self) -> Outside {
         Outside {
@@ -324,7 +327,7 @@ impl Claim {
             path,
             // A torn record is one of an ADD that was killed: what it made is
             // found by name.
-            record: parse(&text),
+            record: Record::parse(&text),
         })
     }
 
@@ -340,12 +343,17 @@ impl Claim {
     /// The file cannot be written.
     pub fn write(&mut self, record: &Record) -> Result<(), RecordError> {
         let write = || -> io::Result<()> {
-            let text = serde_json::to_vec(record)?;
+            let mut text = serde_json::to_string(record)?;
+            if record.complete {
+                // As long as before, so that nothing but these letters is another: then
+                // no part of it without the rest is wrong.
+                text = text.replacen("true", "true ", 1);
+            }
             let file = self.lock.file();
             fault::request(Kind::File, "write the record")?;
             // One write, then the cut: a reader sees the old, the new, or what
             // is no JSON.
-            file.write_all_at(&text, 0)?;
+            file.write_all_at(text.as_bytes(), 0)?;
             fault::point("write the record");
             file.set_len(text.len() as u64)?;
             fault::point("cut the record");
@@ -398,8 +406,8 @@ mod tests {
                 "mac":[2,0,0,0,0,1],"addresses":["10.0.0.2"],"logLevel":"off"}}"#
             )
         };
-        let record = parse(&text(boot::era())).unwrap();
-        assert_eq!(parse(&text("another boot 1")), None);
+        let record = Record::parse(&text(boot::era())).unwrap();
+        assert_eq!(Record::parse(&text("another boot 1")), None);
         assert_eq!(record.masquerade, None);
         assert_eq!(record.outside(), Outside::default());
         let record = Record {
@@ -407,8 +415,11 @@ mod tests {
             ..record
         };
         let text = serde_json::to_string(&record).unwrap();
-        assert_eq!(parse(&text), Some(record.clone()));
+        assert_eq!(Record::parse(&text), Some(record.clone()));
         assert!(record.outside().is_needed() && !record.outside().publishes);
+        // Written over a longer one.
+        assert_eq!(Record::parse(&format!("{text}0.0.2\"]}}")), Some(record));
+        assert_eq!(Record::parse(&text[..text.len() - 1]), None);
     }
 
     fn attachment<'a>(container_id: &'a str, ifname: &'a str) -> Attachment<'a> {

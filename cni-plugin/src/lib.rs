@@ -19,6 +19,7 @@
 //! | [`datapath`] | the eBPF programs and their maps, from the plugin's side |
 //! | [`fault`] | where tests kill a call, or make it fail |
 //! | [`follow`] | `bpf-bridge log`: what the programs write to their log |
+//! | [`node`] | the node's settings: the limits of all tables |
 //! | [`upgrade`] | `bpf-bridge upgrade`: other programs for the pods that are attached |
 //! | [`lock`] | file locks |
 //! | [`boot`] | which boot and which network namespace this is |
@@ -43,6 +44,7 @@ pub mod mac;
 pub mod masquerade;
 pub mod mount;
 pub mod netns;
+pub mod node;
 pub mod ports;
 pub mod upgrade;
 pub mod uplinks;

@@ -116,6 +116,33 @@ pub struct Lock {
     path: PathBuf,
 }
 
+/// How a file that others could have put there is opened: no symbolic link is followed,
+/// and nobody need be at the other end of a pipe.
+const NO_SURPRISE: i32 = OFlag::O_NOFOLLOW.union(OFlag::O_NONBLOCK).bits();
+
+/// Whether the directory of `path`, which is named after a network, is a symbolic link.
+fn leads_elsewhere(path: &Path) -> bool {
+    path.parent()
+        .and_then(|directory| fs::symlink_metadata(directory).ok())
+        .is_some_and(|directory| directory.is_symlink())
+}
+
+/// Opens the plain file at `path`, which [`Lock`] made, for reading without its lock.
+///
+/// # Errors
+///
+/// What the kernel said, or that it is something else.
+pub fn peek(path: &Path) -> io::Result<File> {
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(NO_SURPRISE)
+        .open(path)?;
+    if leads_elsewhere(path) || !file.metadata()?.is_file() {
+        return Err(Errno::ELOOP.into());
+    }
+    Ok(file)
+}
+
 impl Lock {
     /// Takes the lock at `path`, making the file and its directories if needed.
     ///
@@ -192,12 +219,15 @@ impl Lock {
                     .create(directory)
                     .map_err(error)?;
             }
+            if leads_elsewhere(path) {
+                return Err(error(Errno::ELOOP.into()));
+            }
             let file = match OpenOptions::new()
                 .read(true)
                 .write(true)
                 .create(create)
                 .mode(0o600)
-                .custom_flags(OFlag::O_NOFOLLOW.bits())
+                .custom_flags(NO_SURPRISE)
                 .open(path)
             {
                 Ok(file) => file,
@@ -208,6 +238,12 @@ impl Lock {
             // The one before may have removed the file: then this is a lock on
             // nothing.
             let own = file.metadata().map_err(error)?;
+            if !own.is_file() || own.nlink() > 1 {
+                return Err(error(io::Error::new(
+                    io::ErrorKind::InvalidInput,
+                    "not a plain file with one name",
+                )));
+            }
             match fs::symlink_metadata(path) {
                 Ok(there) if (there.dev(), there.ino()) == (own.dev(), own.ino()) => {
                     fault::point(format_args!("lock {}", path.display()));
@@ -373,6 +409,24 @@ mod tests {
         thread::sleep(Duration::from_millis(20));
         drop(held);
         waiting.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn what_is_not_a_file_of_its_own_is_refused_at_once() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        fs::create_dir(at("real")).unwrap();
+        fs::write(at("other"), "kept").unwrap();
+        nix::unistd::mkfifo(&at("pipe"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        fs::hard_link(at("other"), at("hard")).unwrap();
+        std::os::unix::fs::symlink(at("real"), at("network")).unwrap();
+        for name in ["pipe", "hard", "network/lock", "real"] {
+            let began = Instant::now();
+            Lock::take(&at(name), Mode::Exclusive).unwrap_err();
+            assert!(peek(&at(name)).is_err() || name == "hard", "{name}");
+            assert!(began.elapsed() < PATIENCE / 4, "{name}");
+        }
+        assert_eq!(fs::read_dir(at("real")).unwrap().count(), 0);
     }
 
     #[test]

@@ -58,9 +58,15 @@ fn tell(out: &mut impl Write, report: &Report) -> io::Result<()> {
         uplinks,
         foreign,
     } = &report.moved;
-    writeln!(out, "in use on {ports} ports and {uplinks} hooks of uplinks")?;
+    writeln!(
+        out,
+        "in use on {ports} ports and {uplinks} hooks of uplinks"
+    )?;
     for device in foreign {
-        writeln!(out, "left alone: {device}, whose program is not one of ours")?;
+        writeln!(
+            out,
+            "left alone: {device}, whose program is not one of ours"
+        )?;
     }
     Ok(())
 }

@@ -2,6 +2,7 @@
 
 use std::{
     fs::{self, File},
+    io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     ops::Deref,
     os::unix::fs::symlink,
@@ -18,8 +19,13 @@ use crate::{
     plugin::{Attachment, plugin_binary},
 };
 
-/// A machine that pods run on: namespaces with a `/sys`, `/sys/fs/bpf`, `/run`
-/// and `/var/lib/cni` of their own, and with the plugin and the stock plugins in
+/// Where leases are.
+const LEASES: &str = "/var/lib/cni";
+/// Where the node's settings are.
+const SETTINGS: &str = "/etc/bpf-bridge";
+
+/// A machine that pods run on: namespaces with a `/sys`, `/sys/fs/bpf`, `/run`,
+/// `/var/lib/cni` and `/etc/bpf-bridge` of their own, and with the plugin and the stock plugins in
 /// [`Node::CNI_PATH`].
 ///
 /// The cgroups of version 2 are seen from this process's own as the root;
@@ -60,8 +66,10 @@ impl Node {
             .and_then(|name| name.to_str())
             .with_context(|| format!("the plugin {} has no usable name", binary.display()))?
             .to_owned();
-        // Not in the node: the directory must be there to be mounted over.
-        fs::create_dir_all("/var/lib/cni").context("creating /var/lib/cni")?;
+        // Not in the node: the directories must be there to be mounted over.
+        for path in [LEASES, SETTINGS] {
+            fs::create_dir_all(path).with_context(|| format!("creating {path}"))?;
+        }
         let namespace = Namespace::new(|| {
             mount_all().context("mounting the node's file systems")?;
             install_plugins(&binary)
@@ -128,6 +136,26 @@ impl Node {
             String::from_utf8_lossy(&output.stderr)
         );
         Ok(())
+    }
+
+    /// Writes the node's settings, `node.json`; an empty text removes the file.
+    ///
+    /// # Errors
+    ///
+    /// That it could not be written.
+    pub fn set_settings(&self, text: &str) -> Result<()> {
+        let path = Path::new(SETTINGS).join("node.json");
+        self.namespace.within(|| {
+            let done = if text.is_empty() {
+                fs::remove_file(&path).or_else(|error| match error.kind() {
+                    io::ErrorKind::NotFound => Ok(()),
+                    _ => Err(error),
+                })
+            } else {
+                fs::write(&path, text)
+            };
+            done.with_context(|| format!("writing {}", path.display()))
+        })
     }
 
     /// Makes another machine, connected to nothing, to be [connected].
@@ -343,7 +371,8 @@ fn mount_all() -> Result<()> {
             .with_context(|| path.to_owned())
     };
     tmpfs("/run")?;
-    tmpfs("/var/lib/cni")?;
+    tmpfs(LEASES)?;
+    tmpfs(SETTINGS)?;
     for directory in ["netns", "cni", "cni/bin", "bpf-bridge", "lock", "cgroup"] {
         fs::create_dir(Path::new("/run").join(directory))?;
     }

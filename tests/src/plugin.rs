@@ -34,6 +34,22 @@ pub fn plugin_binary() -> Result<PathBuf> {
         .context("BPF_BRIDGE_BIN does not name the plugin to test; run `cargo xtask test`")
 }
 
+/// The same plugin with fault points, from the environment variable
+/// `BPF_BRIDGE_FAULTS_BIN`: it can be killed at each, and each of its requests be made
+/// to fail.
+///
+/// # Errors
+///
+/// That the variable is not set.
+pub fn faults_binary() -> Result<PathBuf> {
+    env::var_os("BPF_BRIDGE_FAULTS_BIN")
+        .map(PathBuf::from)
+        .context(
+            "BPF_BRIDGE_FAULTS_BIN does not name a plugin that was built with the feature \
+             `faults`; run `cargo xtask test`",
+        )
+}
+
 /// What a plugin is asked to do: the value of `CNI_COMMAND`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verb {

@@ -2,17 +2,16 @@
 //! agree with each other, and whether the node can be used again without a reboot.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
-    sync::Barrier,
     thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, ensure};
-use bpf_bridge_tests::{Attachment, Call, Network, Node, Pod, Reply, Snapshot, Verb};
+use bpf_bridge_tests::{
+    Attachment, Call, Network, Node, Pod, Reply, Snapshot, Tables, Verb, at_once,
+};
 use serde_json::{Value, json};
 
-const MAPS: &str = "/sys/fs/bpf/bpf-bridge/v1/maps";
 const RECORDS: &str = "/run/bpf-bridge/attachments";
 
 fn config(node: &Node) -> Value {
@@ -53,125 +52,9 @@ fn both_ways(pod: &Pod, node: &Node) -> Result<()> {
     Ok(())
 }
 
-fn at_once<T: Send>(count: usize, work: impl Fn(usize) -> T + Sync) -> Vec<T> {
-    let start = Barrier::new(count);
-    thread::scope(|scope| {
-        let threads: Vec<_> = (0..count)
-            .map(|number| {
-                let (start, work) = (&start, &work);
-                scope.spawn(move || {
-                    start.wait();
-                    work(number)
-                })
-            })
-            .collect();
-        threads
-            .into_iter()
-            .map(|thread| {
-                thread
-                    .join()
-                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-            })
-            .collect()
-    })
-}
-
-/// The entries of a pinned map, as bytes.
-fn dump(node: &Node, map: &str) -> Result<Vec<(Vec<u8>, Vec<u8>)>> {
-    let bytes = |value: &Value| -> Option<Vec<u8>> {
-        value
-            .as_array()?
-            .iter()
-            .map(|byte| u8::from_str_radix(byte.as_str()?.trim_start_matches("0x"), 16).ok())
-            .collect()
-    };
-    node.json(&format!("bpftool -j map dump pinned {MAPS}/{map}"))?
-        .as_array()
-        .context("no list")?
-        .iter()
-        .map(|entry| {
-            let value = bytes(&entry["value"]).unwrap_or_default();
-            Ok((bytes(&entry["key"]).context("no key")?, value))
-        })
-        .collect()
-}
-
-/// The integer of host byte order at a place.
-fn int(bytes: &[u8], at: usize) -> Result<u32> {
-    let bytes = bytes.get(at..at + 4).context("too short")?;
-    Ok(u32::from_ne_bytes(bytes.try_into()?))
-}
-
-/// That the tables agree with each other and with the devices that there are:
-/// every port is in its segment's list once, nothing belongs to nobody.
+/// That the tables agree with each other and with the devices.
 fn consistent(node: &Node) -> Result<()> {
-    let devices: BTreeSet<u32> = node
-        .json("ip -j link")?
-        .as_array()
-        .context("no list")?
-        .iter()
-        .filter_map(|device| u32::try_from(device["ifindex"].as_u64()?).ok())
-        .collect();
-    // Segment, slot and MAC address by ifindex.
-    let mut ports = BTreeMap::new();
-    for (key, value) in dump(node, "PORTS")? {
-        let mac = value.get(12..18).context("too short")?.to_vec();
-        ports.insert(int(&key, 0)?, (int(&value, 0)?, int(&value, 8)?, mac));
-    }
-    for (ifindex, (segment, ..)) in &ports {
-        ensure!(devices.contains(ifindex), "port {ifindex} has no device");
-        ensure!(devices.contains(segment), "segment {segment} has no device");
-    }
-    let mut members = BTreeMap::new();
-    for (key, value) in dump(node, "MEMBERS")? {
-        members.insert((int(&key, 0)?, int(&key, 4)?), int(&value, 0)?);
-    }
-    let expected: BTreeMap<_, _> = ports
-        .iter()
-        .map(|(ifindex, (segment, slot, _))| ((*segment, *slot), *ifindex))
-        .collect();
-    ensure!(members == expected, "members {members:?}, ports {ports:?}");
-    let mut lengths = BTreeMap::new();
-    for (key, value) in dump(node, "SEGMENTS")? {
-        lengths.insert(int(&key, 0)?, int(&value, 0)?);
-    }
-    let mut counted = BTreeMap::new();
-    for (segment, _) in members.keys() {
-        *counted.entry(*segment).or_insert(0_u32) += 1;
-    }
-    ensure!(lengths == counted, "lengths {lengths:?}, but {counted:?}");
-    for (segment, length) in &lengths {
-        for slot in 0..*length {
-            ensure!(
-                members.contains_key(&(*segment, slot)),
-                "segment {segment} has no slot {slot}"
-            );
-        }
-    }
-    let endpoints = dump(node, "ENDPOINTS")?;
-    ensure!(
-        endpoints.len() == ports.len(),
-        "{} MAC addresses of {} ports",
-        endpoints.len(),
-        ports.len()
-    );
-    for (key, value) in endpoints {
-        let port = ports.get(&int(&value, 0)?);
-        let (segment, _, mac) = port.context("a MAC address of no port")?;
-        ensure!(int(&key, 0)? == *segment && key[4..10] == mac[..]);
-    }
-    for (key, value) in dump(node, "NEIGHBORS")? {
-        let port = ports.get(&int(&value, 0)?);
-        let (segment, ..) = port.with_context(|| format!("the IP address {key:?} of no port"))?;
-        ensure!(int(&key, 0)? == *segment);
-    }
-    let counters: BTreeSet<u32> = dump(node, "STATS")?
-        .iter()
-        .map(|(key, _)| int(key, 0))
-        .collect::<Result<_>>()?;
-    let expected: BTreeSet<u32> = ports.keys().copied().chain([0]).collect();
-    ensure!(counters == expected, "counters {counters:?}");
-    Ok(())
+    Tables::read(node)?.ensure_consistent()
 }
 
 // Storms.

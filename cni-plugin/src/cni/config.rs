@@ -36,37 +36,21 @@ const VLAN_MAX: i64 = 4094;
 pub enum LogLevel {
     /// Nothing.
     #[default]
-    Off,
-    /// Errors.
-    Error,
-    /// And warnings.
-    Warn,
-    /// And what happens rarely.
-    Info,
-    /// And each drop.
-    Debug,
+    Off = 0,
+    /// Each drop.
+    Debug = 4,
     /// And each frame.
-    Trace,
+    Trace = 5,
 }
 
 impl LogLevel {
     /// Every level.
-    pub const ALL: [Self; 6] = [
-        Self::Off,
-        Self::Error,
-        Self::Warn,
-        Self::Info,
-        Self::Debug,
-        Self::Trace,
-    ];
+    pub const ALL: [Self; 3] = [Self::Off, Self::Debug, Self::Trace];
 
     /// Its name in a configuration and in a pin path.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Off => "off",
-            Self::Error => "error",
-            Self::Warn => "warn",
-            Self::Info => "info",
             Self::Debug => "debug",
             Self::Trace => "trace",
         }
@@ -82,15 +66,10 @@ impl FromStr for LogLevel {
     type Err = ();
 
     fn from_str(text: &str) -> Result<Self, ()> {
-        Ok(match text {
-            "off" => Self::Off,
-            "error" => Self::Error,
-            "warn" => Self::Warn,
-            "info" => Self::Info,
-            "debug" => Self::Debug,
-            "trace" => Self::Trace,
-            _ => return Err(()),
-        })
+        Self::ALL
+            .into_iter()
+            .find(|level| level.name() == text)
+            .ok_or(())
     }
 }
 
@@ -227,8 +206,7 @@ pub struct NetworkConfig {
     /// `cni.dev/valid-attachments`, or its older name `cni.dev/attachments`: what
     /// GC must leave alone. Always there for GC.
     pub valid_attachments: Option<Vec<AttachmentId>>,
-    /// `logLevel`, our own: `off` (default), `error`, `warn`, `info`, `debug`,
-    /// `trace`.
+    /// `logLevel`, our own: `off` (default), `debug` or `trace`.
     pub log_level: LogLevel,
     /// The whole configuration. Of keys that differ in case only, it has the last.
     pub raw: Value,
@@ -361,7 +339,7 @@ impl NetworkConfig {
         let backend =
             judge.judge(root.parsed("ipMasqBackend", "\"ebpf\", \"nftables\" or \"iptables\""))?;
         let ip_masq = ip_masq.then(|| backend.unwrap_or_default());
-        let ip_masq_exempt = judge.judge(exempt(&root))?;
+        let ip_masq_exempt = judge.judge(exempt(&root, ip_masq))?;
         let netfilter = judge
             .judge(netfilter(&root, is_gateway, ip_masq))?
             .unwrap_or_default();
@@ -425,10 +403,21 @@ impl NetworkConfig {
             }
         }
 
-        if netfilter == Netfilter::All && !port_mappings.is_empty() {
+        // Runtimes leave the capability in place: so what will not do is refused
+        // before there is a pod with ports.
+        let publishes = [
+            (
+                "capabilities.portMappings",
+                judge.judge_ports(declares_ports(&root))?,
+            ),
+            ("runtimeConfig.portMappings", !port_mappings.is_empty()),
+        ];
+        if netfilter == Netfilter::All
+            && let Some((key, _)) = publishes.iter().find(|(_, there)| *there)
+        {
             judge.judge_ports(Err::<(), _>(CniError::invalid_config(
                 "netfilter",
-                "\"all\" together with runtimeConfig.portMappings",
+                format!("\"all\" together with {key}"),
                 "\"routed\", or the capability portMappings that of a \"portmap\" entry after this \
                  one: what is sent to the ports that this plugin publishes does not pass netfilter",
             )))?;
@@ -466,7 +455,7 @@ impl NetworkConfig {
         let log_level = judge
             .judge(root.parsed(
                 "logLevel",
-                "one of \"off\", \"error\", \"warn\", \"info\", \"debug\", \"trace\"",
+                "\"off\", \"debug\" (each drop) or \"trace\" (each frame too)",
             ))?
             .unwrap_or_default();
 
@@ -528,8 +517,14 @@ fn bridge<'a>(root: &Object<'a>) -> Result<Option<&'a str>, CniError> {
     Ok(name)
 }
 
+/// Whether the capability `portMappings` is this plugin's.
+fn declares_ports(root: &Object<'_>) -> Result<bool, CniError> {
+    let declared = root.object("capabilities")?.bool("portMappings")?;
+    Ok(declared.unwrap_or_default())
+}
+
 /// The destinations that `ipMasqExempt` lists.
-fn exempt(root: &Object<'_>) -> Result<Vec<IpNet>, CniError> {
+fn exempt(root: &Object<'_>, ip_masq: Option<MasqBackend>) -> Result<Vec<IpNet>, CniError> {
     let prefixes: Vec<Prefix> = root.list(
         "ipMasqExempt",
         "an IP prefix without bits beyond its length, such as \"10.0.0.0/8\", or an IP address",
@@ -537,6 +532,15 @@ fn exempt(root: &Object<'_>) -> Result<Vec<IpNet>, CniError> {
     let mut prefixes: Vec<IpNet> = prefixes.into_iter().map(|Prefix(net)| net).collect();
     prefixes.sort_unstable();
     prefixes.dedup();
+    if ip_masq.is_none()
+        && let Some(first) = prefixes.first()
+    {
+        return Err(CniError::invalid_config(
+            "ipMasqExempt",
+            format!("a list with {first} without ipMasq"),
+            "absent, or ipMasq true: nothing is masqueraded without it",
+        ));
+    }
     Ok(prefixes)
 }
 
@@ -820,6 +824,13 @@ mod tests {
                 Netfilter::None,
             ),
             (json!({ "netfilter": null }), Netfilter::Routed),
+            (
+                json!({
+                    "netfilter": "all", "isGateway": true,
+                    "capabilities": { "mac": true, "portMappings": false },
+                }),
+                Netfilter::All,
+            ),
         ] {
             assert_eq!(parse(&more).unwrap().netfilter, expected, "{more}");
         }
@@ -921,6 +932,29 @@ mod tests {
             ),
             (
                 7,
+                json!({ "ipMasqExempt": ["10.0.0.0/8"] }),
+                "ipMasqExempt is a list with 10.0.0.0/8 without ipMasq, must be absent",
+            ),
+            (
+                7,
+                json!({ "ipMasqExempt": ["::1"], "ipMasq": false, "ipMasqBackend": "ebpf" }),
+                "ipMasqExempt is a list with ::1/128 without ipMasq, must be absent",
+            ),
+            (
+                7,
+                json!({
+                    "netfilter": "all", "isGateway": true,
+                    "capabilities": { "mac": true, "PortMappings": true },
+                }),
+                "netfilter is \"all\" together with capabilities.portMappings, must be",
+            ),
+            (
+                7,
+                json!({ "capabilities": { "portMappings": "yes" } }),
+                "capabilities.portMappings is \"yes\", must be true or false",
+            ),
+            (
+                7,
                 json!({ "netfilter": "some" }),
                 "netfilter is \"some\", must be \"routed\"",
             ),
@@ -1016,7 +1050,12 @@ mod tests {
             (
                 7,
                 json!({ "logLevel": "loud" }),
-                "logLevel is \"loud\", must be one of",
+                "logLevel is \"loud\", must be \"off\", \"debug\"",
+            ),
+            (
+                7,
+                json!({ "logLevel": "info" }),
+                "logLevel is \"info\", must be \"off\", \"debug\"",
             ),
         ]
     }

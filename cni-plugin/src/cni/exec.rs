@@ -1,7 +1,7 @@
 //! Finding and running another plugin (spec section 4, "Plugin Delegation").
 
 use std::{
-    io::{self, Write},
+    io::{self, Read, Write},
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::{self, Output, Stdio},
@@ -23,6 +23,8 @@ use super::{
 /// written (ETXTBSY). Together as long as libcni waits.
 const BUSY_TRIES: u32 = 50;
 const BUSY_PAUSE: Duration = Duration::from_millis(100);
+/// More than that of a plugin's stdout or stderr is not read, in bytes.
+const OUTPUT_MAX: u64 = 16 << 20;
 
 /// Another plugin, found, and the network that it is to serve.
 #[derive(Clone, Debug)]
@@ -38,8 +40,8 @@ impl<'a> Delegate<'a> {
     ///
     /// # Errors
     ///
-    /// Code 7 if `name` is no plain file name, 4 if `path` is empty, 5 if there
-    /// is no such plugin.
+    /// Code 7 if `name` is no plain file name, 4 if `path` is empty or has a relative
+    /// directory, 5 if there is no such plugin.
     pub fn find(
         name: &'a str,
         path: &[PathBuf],
@@ -57,6 +59,16 @@ impl<'a> Delegate<'a> {
                 ErrorCode::InvalidEnvironment,
                 format!(
                     "required env variables [CNI_PATH] missing: plugin {name:?} is looked for there"
+                ),
+            ));
+        }
+        if let Some(dir) = path.iter().find(|dir| dir.is_relative()) {
+            return Err(CniError::invalid_env(
+                "CNI_PATH",
+                dir.display().to_string(),
+                format!(
+                    "a list of absolute directories: plugin {name:?} is not looked for in \
+                     whatever directory the runtime is in"
                 ),
             ));
         }
@@ -142,18 +154,50 @@ impl<'a> Delegate<'a> {
                 spawned => break spawned?,
             }
         };
-        // Written while its output is read: both may be more than a pipe holds.
-        let stdin = child.stdin.take();
-        thread::scope(|scope| {
+        // Written while its output is read: each may be more than a pipe holds.
+        let (stdin, stdout, stderr) =
+            (child.stdin.take(), child.stdout.take(), child.stderr.take());
+        let output = thread::scope(|scope| {
             thread::Builder::new().spawn_scoped(scope, || {
                 if let Some(mut stdin) = stdin {
                     // A plugin need not read it; whether it has enough it decides.
                     let _ = stdin.write_all(&self.config.stdin);
                 }
             })?;
-            child.wait_with_output()
+            let stderr = thread::Builder::new().spawn_scoped(scope, || read("stderr", stderr))?;
+            let stdout = read("stdout", stdout);
+            if stdout.is_err() {
+                // It would go on writing.
+                let _ = child.kill();
+            }
+            let stderr = stderr.join().unwrap_or_else(|_| Ok(Vec::new()));
+            Ok::<_, io::Error>((stdout, stderr))
+        });
+        if output.as_ref().is_ok_and(|(_, stderr)| stderr.is_err()) {
+            let _ = child.kill();
+        }
+        let status = child.wait()?;
+        let (stdout, stderr) = output?;
+        Ok(Output {
+            status,
+            stdout: stdout?,
+            stderr: stderr?,
         })
     }
+}
+
+/// What a plugin writes, as far as it may.
+fn read(name: &str, pipe: Option<impl Read>) -> io::Result<Vec<u8>> {
+    let mut all = Vec::new();
+    if let Some(pipe) = pipe {
+        pipe.take(OUTPUT_MAX + 1).read_to_end(&mut all)?;
+    }
+    if all.len() as u64 > OUTPUT_MAX {
+        return Err(io::Error::other(format!(
+            "it writes more than {OUTPUT_MAX} bytes to {name}"
+        )));
+    }
+    Ok(all)
 }
 
 /// What a plugin that failed has said.
@@ -353,6 +397,31 @@ mod tests {
         let error = delegate.call(Command::Del).unwrap_err();
         assert_eq!(error.code, ErrorCode::Io);
         assert!(error.msg.contains(dir.path().to_str().unwrap()), "{error}");
+    }
+
+    #[test]
+    fn a_plugin_that_never_stops_writing_is_stopped() {
+        let config = config("");
+        for (stream, script) in [
+            ("stdout", "trap '' PIPE; exec yes"),
+            ("stderr", "trap '' PIPE; exec yes >&2"),
+        ] {
+            let dir = dir_with("p", script);
+            let delegate = Delegate::find("p", &path(&dir), &config).unwrap();
+            let error = delegate.call(Command::Del).unwrap_err();
+            assert_eq!(error.code, ErrorCode::Io);
+            assert!(error.to_string().contains(stream), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_relative_directory_is_not_searched() {
+        let config = config("");
+        let dir = dir_with("p", "");
+        let path = vec![dir.path().to_owned(), "bin".into()];
+        let error = Delegate::find("p", &path, &config).unwrap_err();
+        assert_eq!(error.code, ErrorCode::InvalidEnvironment);
+        assert!(error.to_string().contains("\"bin\""), "{error}");
     }
 
     #[test]

@@ -32,6 +32,8 @@ use crate::{
 /// The code for a second ADD of an attachment that exists: ours (the
 /// specification leaves the codes from 100 on to plugins).
 pub const ALREADY_ATTACHED: u32 = 101;
+/// The code for an ADD that found a table of the node full: ours as well.
+pub const FULL: u32 = 102;
 
 /// The plugin, as the protocol sees it.
 #[derive(Debug, Default)]
@@ -180,6 +182,10 @@ impl From<datapath::Error> for CniError {
         match error {
             datapath::Error::Lock(error) => error.into(),
             datapath::Error::Assigned { .. } => Self::internal(error.to_string()),
+            datapath::Error::Full { .. } | datapath::Error::SegmentFull => {
+                Self::new(ErrorCode::Other(FULL), error.to_string())
+            }
+            datapath::Error::Node(error) => Self::new(ErrorCode::InvalidConfig, error.to_string()),
             error => Self::new(ErrorCode::Io, error.to_string()),
         }
     }

@@ -12,10 +12,7 @@ use std::os::fd::AsFd as _;
 use aya::programs::SchedClassifier;
 use aya_obj::generated::bpf_prog_type;
 
-use super::{
-    Datapath, Error, LogLevel,
-    bpf, pins,
-};
+use super::{Datapath, Error, LogLevel, bpf, pins};
 use crate::link::{Hook, Netlink};
 
 /// The program of every port.
@@ -70,9 +67,7 @@ impl Datapath {
     pub fn is_own_program(&self, level: LogLevel, id: u32) -> bool {
         let calls = bpf::map_id(&pins::variant(level).join("PROGRAMS"));
         match (bpf::Program::by_id(id), calls) {
-            (Ok(program), Ok(calls)) => {
-                program.name == PROGRAM && program.maps.contains(&calls)
-            }
+            (Ok(program), Ok(calls)) => program.name == PROGRAM && program.maps.contains(&calls),
             _ => false,
         }
     }

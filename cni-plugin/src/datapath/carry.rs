@@ -138,10 +138,7 @@ fn make(old: &Root, own: &Root) -> Result<usize, Error> {
             pins::pin(&own.map(name), |path| map.pin(path))?;
         }
     }
-    let switches: Vec<Switch> = old
-        .levels()
-        .map(Switch::load)
-        .collect::<Result<_, _>>()?;
+    let switches: Vec<Switch> = old.levels().map(Switch::load).collect::<Result<_, _>>()?;
     let translators = Translators::load_as_in(old, Some(Part::Sockets))?;
     let mut entries = 0;
     for name in maps() {
@@ -208,9 +205,7 @@ impl Entry {
             (Some(from), Some(to)) => Conversion::new(from, to),
             _ => Err(Misfit::Untyped),
         };
-        let strides = from
-            .is_per_cpu()
-            .then(|| (from.stride(), to.stride()));
+        let strides = from.is_per_cpu().then(|| (from.stride(), to.stride()));
         Ok(Self {
             key: conversion(&from.shape.key, &to.shape.key)?,
             value: conversion(&from.shape.value, &to.shape.value)?,

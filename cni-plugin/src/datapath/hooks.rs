@@ -244,4 +244,3 @@ fn program(id: u32) -> Result<Option<bpf::Program>, Error> {
         Err(source) => Err(Error::Asking { id, source }),
     }
 }
-

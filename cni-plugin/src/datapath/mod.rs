@@ -17,9 +17,9 @@ pub mod nat;
 mod object;
 mod pins;
 mod shape;
-mod upgrade;
 #[cfg(test)]
 mod tests;
+mod upgrade;
 
 use std::{
     collections::{HashMap as StdHashMap, HashSet},
@@ -39,7 +39,7 @@ use aya::{
 use aya_obj::generated::bpf_prog_type;
 use bpf_bridge_common::layout::{
     ABI, Endpoint, IpKey, MAX_MEMBERS, Mac, MacKey, Member, MemberKey, Neighbor, PORT_GATEWAY,
-    PORT_MASQUERADED, PORT_PUBLISHED, PORT_ROUTED, Port, PortStats, Segment,
+    PORT_MASQUERADED, PORT_PUBLISHED, PORT_ROUTED, Port, PortStats, SEGMENT_ROUTED, Segment,
 };
 use thiserror::Error;
 
@@ -49,6 +49,7 @@ use crate::{
     lock::{Lock, LockError, Mode},
     mac::MacAddr,
     mount::MountError,
+    node::{self, NodeError},
 };
 
 pub use crate::cni::config::LogLevel;
@@ -57,10 +58,10 @@ use bpf::Of;
 use nat::Part;
 
 pub use attach::{FILTER_HANDLE, FILTER_PRIORITY};
-pub use object::verify;
-pub use pins::{BPFFS, require_bpffs};
 pub use carry::Carried;
 pub use hooks::Moved;
+pub use object::verify;
+pub use pins::{BPFFS, require_bpffs};
 pub use upgrade::{Report, upgrade};
 
 /// `BPF_ANY`, `BPF_NOEXIST` and `BPF_EXIST` of `linux/bpf.h`.
@@ -174,6 +175,23 @@ pub enum Error {
         /// What the kernel said.
         source: Box<MapError>,
     },
+    /// A table has no room.
+    #[error("{action} {map}[{key}]: the table has {limit} entries, which is its limit: {remedy}")]
+    Full {
+        /// What was being done.
+        action: &'static str,
+        /// The table.
+        map: &'static str,
+        /// The key, readable.
+        key: String,
+        /// How many entries it can have.
+        limit: u32,
+        /// What can be done about it.
+        remedy: String,
+    },
+    /// The node's settings cannot be used.
+    #[error(transparent)]
+    Node(#[from] NodeError),
     /// An address that is to be assigned is somebody's already.
     #[error("the address {address} is assigned already, to the port with ifindex {port}")]
     Assigned {
@@ -492,20 +510,25 @@ impl Datapath {
     /// A table cannot be written.
     pub fn create_segment(&mut self, gateway: &PortSpec<'_>) -> Result<(), Error> {
         let segment = gateway.segment;
-        self.set_port(gateway, PORT_GATEWAY | gateway.flags, 0)?;
-        set(
-            &mut self.segments,
-            "SEGMENTS",
-            segment,
-            Segment {
-                members: 1,
-                gateway_port: gateway.ifindex,
-            },
-            ANY,
-        )
+        let entry = Segment {
+            members: 1,
+            gateway_port: gateway.ifindex,
+            flags: 0,
+        };
+        let created = self
+            .set_port(gateway, PORT_GATEWAY | gateway.flags, 0)
+            .and_then(|()| set(&mut self.segments, "SEGMENTS", segment, entry, ANY));
+        if created.is_err() {
+            // Nobody finds it by the segment. What cannot be removed a GC will.
+            let slot = MemberKey { segment, slot: 0 };
+            let _ = remove(&mut self.members, "MEMBERS", slot);
+            let _ = self.forget(gateway.ifindex, segment, gateway.mac, &[]);
+        }
+        created
     }
 
-    /// Lets the responder answer for an address of the gateway.
+    /// Gives the gateway an address: pods' questions for it are answered, and no pod may
+    /// say that it is a router.
     ///
     /// # Errors
     ///
@@ -516,12 +539,13 @@ impl Datapath {
         address: IpAddr,
         mac: Mac,
     ) -> Result<(), Error> {
-        let port = self
-            .segment(segment)?
-            .ok_or(Error::NoSegment(segment))?
-            .gateway_port;
+        let mut entry = self.segment(segment)?.ok_or(Error::NoSegment(segment))?;
+        if entry.flags & SEGMENT_ROUTED == 0 {
+            entry.flags |= SEGMENT_ROUTED;
+            set(&mut self.segments, "SEGMENTS", segment, entry, EXIST)?;
+        }
         let neighbor = Neighbor {
-            port,
+            port: entry.gateway_port,
             flags: PORT_GATEWAY,
             mac,
             reserved: [0; 2],
@@ -529,7 +553,7 @@ impl Datapath {
         self.set_neighbor(segment, address, neighbor)
     }
 
-    /// The responder no longer answers for an address of the gateway.
+    /// The gateway no longer has an address.
     ///
     /// # Errors
     ///
@@ -544,23 +568,19 @@ impl Datapath {
         Ok(())
     }
 
-    /// Removes a segment of which only the gateway port is left.
+    /// Removes a segment of which only the gateway port is left, or as much of it as was
+    /// made: `gateway` is as for [`Self::create_segment`], with the addresses that the
+    /// responder answers for.
     ///
     /// # Errors
     ///
     /// A table cannot be read or written.
-    pub fn remove_segment(
-        &mut self,
-        segment: u32,
-        mac: Mac,
-        addresses: &[IpAddr],
-    ) -> Result<(), Error> {
-        let Some(entry) = self.segment(segment)? else {
-            return Ok(());
-        };
-        remove(&mut self.segments, "SEGMENTS", segment)?;
-        self.forget(entry.gateway_port, segment, mac, addresses)?;
-        remove(&mut self.members, "MEMBERS", MemberKey { segment, slot: 0 })
+    pub fn remove_segment(&mut self, gateway: &PortSpec<'_>) -> Result<(), Error> {
+        let segment = gateway.segment;
+        let key = MemberKey { segment, slot: 0 };
+        remove(&mut self.members, "MEMBERS", key)?;
+        self.forget(gateway.ifindex, segment, gateway.mac, gateway.addresses)?;
+        remove(&mut self.segments, "SEGMENTS", segment)
     }
 
     /// Adds a port to its segment.
@@ -683,7 +703,10 @@ impl Datapath {
         // A DEL that was killed in here left the last one in both places.
         let half_done = port.slot < last && own.is_some() && own == tail.map(|tail| tail.port);
         if port.slot > last || own != Some(ifindex) && !half_done {
-            // Never joined: the ADD died before it did.
+            // Never joined: the ADD died before it did. Another may have its slot now.
+            if own == Some(ifindex) {
+                remove(&mut self.members, "MEMBERS", at(port.slot))?;
+            }
             return Ok(());
         }
         if port.slot != last
@@ -1031,12 +1054,36 @@ fn failed(
     key: &dyn std::fmt::Debug,
     source: MapError,
 ) -> Error {
+    let key = format!("{key:02x?}");
+    if is_full(&source)
+        && let Some(remedy) = node::remedy(map)
+        && let Ok(limit) = limit(map)
+    {
+        return Error::Full {
+            action,
+            map,
+            key,
+            limit,
+            remedy,
+        };
+    }
     Error::Map {
         action,
         map,
-        key: format!("{key:02x?}"),
+        key,
         source: Box::new(source),
     }
+}
+
+/// Whether a table had no room for an entry: tries say that in another way than hashes.
+fn is_full(error: &MapError) -> bool {
+    matches!(error, MapError::SyscallError(error)
+        if matches!(error.io_error.kind(), io::ErrorKind::ArgumentListTooLong | io::ErrorKind::StorageFull))
+}
+
+/// How many entries the pinned table has room for.
+fn limit(map: &str) -> Result<u32, MapError> {
+    Ok(MapData::from_pin(pins::map(map))?.info()?.max_entries())
 }
 
 /// Whether a write says that somebody else has made the entry.

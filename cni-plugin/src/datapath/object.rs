@@ -14,7 +14,7 @@ use aya::{
     util::nr_cpus,
 };
 use aya_obj::{Object, maps::BtfMapDef};
-use bpf_bridge_common::layout::{PROGRAM_FLOOD, PROGRAM_RESPONDER, PortStats};
+use bpf_bridge_common::layout::{PROGRAM_FLOOD, PROGRAM_GUARD, PROGRAM_RESPONDER, PortStats};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use super::{
@@ -23,6 +23,7 @@ use super::{
     change, failed, nat, pins,
     shape::{Btf, Shape},
 };
+use crate::node::Limits;
 
 /// The programs, compiled by the build script.
 pub(super) static OBJECT: &[u8] =
@@ -35,21 +36,23 @@ pub(super) static NAT: &[u8] =
 /// The map by which the programs write their log.
 pub(super) const LOG: &str = "AYA_LOGS";
 /// The maps that all log levels share.
-pub(super) const SHARED: [&str; 8] = [
+pub(super) const SHARED: [&str; 9] = [
     "PORTS",
     "STATS",
     "ENDPOINTS",
     "NEIGHBORS",
     "LEARNED",
+    "LEARNED_PLACES",
     "SEGMENTS",
     "MEMBERS",
     LOG,
 ];
 
 /// The programs, and the slots under which others call them.
-pub(super) const PROGRAMS: [(&str, Option<u32>); 3] = [
+pub(super) const PROGRAMS: [(&str, Option<u32>); 4] = [
     ("flood", Some(PROGRAM_FLOOD)),
     ("responder", Some(PROGRAM_RESPONDER)),
+    ("guard", Some(PROGRAM_GUARD)),
     // The last one: its pin says that all is there.
     ("port", None),
 ];
@@ -61,7 +64,7 @@ pub(super) const PROGRAMS: [(&str, Option<u32>); 3] = [
 ///
 /// [`Error::Load`] or [`Error::Program`], with what the kernel refused.
 pub fn verify() -> Result<(), Error> {
-    let mut ebpf = loader()
+    let mut ebpf = loader(&Limits::read()?)
         .override_global("AYA_LOG_LEVEL", &LogLevel::Off.number(), false)
         .load(OBJECT)?;
     for (name, _) in PROGRAMS {
@@ -70,12 +73,26 @@ pub fn verify() -> Result<(), Error> {
     Ok(())
 }
 
+/// A loader that makes tables as large as `limits` has them. Those that are pinned
+/// already stay as they are.
+pub(super) fn loader<'a>(limits: &'a Limits) -> EbpfLoader<'a> {
+    let mut loader = bare_loader();
+    for (map, entries) in limits.maps() {
+        loader.map_max_entries(map, entries);
+    }
+    for (name, value) in limits.globals() {
+        // Each object has its own.
+        loader.override_global(name, value, false);
+    }
+    loader
+}
+
 /// A loader that has not read the type information of the whole kernel.
 ///
 /// The programs need none of it, but aya 0.14 reads it when a loader is made,
 /// before it can be told not to: memory and time for nothing. While no file can be
 /// opened it goes on without. No other thread runs that could want to.
-pub(super) fn loader<'a>() -> EbpfLoader<'a> {
+fn bare_loader<'a>() -> EbpfLoader<'a> {
     let limit = Resource::RLIMIT_NOFILE;
     let Ok((soft, hard)) = getrlimit(limit) else {
         return EbpfLoader::new();
@@ -103,10 +120,11 @@ pub(super) struct Switch {
 impl Switch {
     /// Lets the kernel verify them. The maps are made and pinned, or found.
     pub(super) fn load(level: LogLevel) -> Result<Self, Error> {
+        let limits = Limits::read()?;
         pins::create_directories(level)?;
         let calls = pins::variant(level).join("PROGRAMS");
         let number = level.number();
-        let mut loader = loader();
+        let mut loader = loader(&limits);
         loader.override_global("AYA_LOG_LEVEL", &number, false);
         for name in SHARED {
             loader.map_pin_path(name, pins::map(name));
@@ -180,10 +198,7 @@ pub(super) fn same(own: BorrowedFd<'_>, pin: &Path) -> io::Result<bool> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
         opened => opened?.0,
     };
-    are_same(
-        &bpf::Program::of(own)?,
-        &bpf::Program::of(pinned.as_fd())?,
-    )
+    are_same(&bpf::Program::of(own)?, &bpf::Program::of(pinned.as_fd())?)
 }
 
 /// Whether two programs have the same instructions and constants.
@@ -205,7 +220,10 @@ fn constants(program: &bpf::Program) -> io::Result<Option<Vec<u8>>> {
 /// What the maps of an object are like, by their names.
 pub(super) fn expected(object: &[u8]) -> Result<HashMap<String, Shape>, Error> {
     let object = Object::parse(object).map_err(|source| Error::from(EbpfError::from(source)))?;
-    let bytes = object.btf.as_ref().map_or_else(Vec::new, |btf| btf.to_bytes());
+    let bytes = object
+        .btf
+        .as_ref()
+        .map_or_else(Vec::new, |btf| btf.to_bytes());
     let btf = Btf::parse(&bytes);
     let shape = |name: &str, map: &aya_obj::Map| {
         let described = |of: fn(&BtfMapDef) -> u32| match map {

@@ -67,7 +67,11 @@ impl Root {
 
     /// What it is called among the others.
     pub(super) fn name(&self) -> String {
-        self.path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+        self.path
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned()
     }
 
     /// The pin path of a shared map.
@@ -176,7 +180,10 @@ pub(super) fn other() -> Result<Option<Other>, Error> {
         if root == Root::old() {
             return Ok(Some(Other::Older(root)));
         }
-        let version = root.name().strip_prefix('v').and_then(|number| number.parse().ok());
+        let version = root
+            .name()
+            .strip_prefix('v')
+            .and_then(|number| number.parse().ok());
         match version {
             Some(version) if version > ABI && root.is_complete() => {
                 return Ok(Some(Other::Newer(version)));
@@ -243,7 +250,10 @@ pub(super) struct Successor {
 
 impl Successor {
     /// Pins with `by`.
-    pub(super) fn new<E>(path: &Path, by: impl FnOnce(&Path) -> Result<(), E>) -> Result<Self, Error>
+    pub(super) fn new<E>(
+        path: &Path,
+        by: impl FnOnce(&Path) -> Result<(), E>,
+    ) -> Result<Self, Error>
     where
         E: Into<Box<dyn std::error::Error + Send + Sync>>,
     {

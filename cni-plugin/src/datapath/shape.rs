@@ -46,9 +46,17 @@ impl Shape {
         } else if self.kind != other.kind {
             words("a map of the kind", &self.kind, &other.kind)
         } else if self.key_size != other.key_size {
-            words("a map whose keys have bytes:", &self.key_size, &other.key_size)
+            words(
+                "a map whose keys have bytes:",
+                &self.key_size,
+                &other.key_size,
+            )
         } else if self.value_size != other.value_size {
-            words("a map whose values have bytes:", &self.value_size, &other.value_size)
+            words(
+                "a map whose values have bytes:",
+                &self.value_size,
+                &other.value_size,
+            )
         } else if self.flags != other.flags {
             words("a map with the flags", &self.flags, &other.flags)
         } else if let Some((own, other)) = typed(&self.key, &other.key) {
@@ -552,9 +560,13 @@ mod tests {
 
     #[test]
     fn what_has_nothing_in_common_is_refused() {
-        let words = convert(&structure([("a", U8)]), &structure([("a", array(U8, 2))]), &[1])
-            .unwrap_err()
-            .to_string();
+        let words = convert(
+            &structure([("a", U8)]),
+            &structure([("a", array(U8, 2))]),
+            &[1],
+        )
+        .unwrap_err()
+        .to_string();
         assert_eq!(words, "the field \"a\" was u8, and is [u8; 2] now");
     }
 

@@ -51,7 +51,10 @@ pub fn upgrade() -> Result<Report, Error> {
         return Ok(report);
     }
     report.loaded = true;
-    if let Some(Carried { whole: true, moved, .. }) = &mut report.carried {
+    if let Some(Carried {
+        whole: true, moved, ..
+    }) = &mut report.carried
+    {
         // With the programs of this binary.
         report.moved = mem::take(moved);
         return Ok(report);

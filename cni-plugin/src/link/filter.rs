@@ -312,14 +312,7 @@ mod tests {
         assert_eq!(found(PREF + 1, HANDLE), None, "another priority");
         assert_eq!(at(Hook::Egress, PREF, HANDLE), Some(id_of(&other)));
         netlink
-            .replace_bpf(
-                index,
-                Hook::Ingress,
-                PREF,
-                HANDLE,
-                other.as_fd(),
-                "other",
-            )
+            .replace_bpf(index, Hook::Ingress, PREF, HANDLE, other.as_fd(), "other")
             .unwrap();
         assert_eq!(found(PREF, HANDLE), Some(id_of(&other)), "replaced");
         netlink

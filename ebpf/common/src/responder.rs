@@ -4,6 +4,8 @@
 //! The parsers take whole frames of a fixed length, because that is what the
 //! programs can copy to their stack in one go; everything in them is hostile.
 
+use core::hint::black_box;
+
 use crate::{
     frame::{ETH_P_ARP, ETH_P_IPV6},
     layout::Mac,
@@ -144,7 +146,9 @@ impl NeighborSolicitation {
         put(&mut frame, 62, self.target);
         put(&mut frame, 78, [OPTION_TARGET_LINK_ADDRESS, 1]);
         put(&mut frame, 80, mac);
-        let sum = icmpv6_checksum(&frame);
+        // Else the compiler keeps each byte in a register of its own, for which the stack of
+        // a BPF program is too small.
+        let sum = icmpv6_checksum(black_box(&frame));
         put(&mut frame, 56, sum.to_be_bytes());
         frame
     }

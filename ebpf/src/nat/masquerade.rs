@@ -26,6 +26,7 @@ use crate::{
     fib::{self, Leaving},
     maps::{EXEMPT, FLOWS, MASQUERADED, REPLIES, UPLINKS, USED, published},
     own::{self, Step},
+    share,
     shared::PORTS,
     skb::Skb,
     work::{Outcome, Work},
@@ -303,45 +304,71 @@ enum Found {
     Full,
 }
 
+/// What [`find`] has seen so far.
+struct Search {
+    /// Whether the flow may be known under a later port than one that is free.
+    thorough: bool,
+    /// The best port,
+    port: u16,
+    /// and what it is.
+    found: Found,
+}
+
 /// Looks for a port of the node, and sets it in `work.reply_key`.
 #[inline(never)]
 fn find(ctx: &TcContext, work: &mut Work, owner: &Owner, thorough: bool) -> Found {
-    let now = now();
-    let mut best = 0;
-    let mut found = Found::Full;
-    for attempt in 0..ATTEMPTS {
-        let port = candidate(&work.parsed, attempt);
-        work.reply_key.local_port = port;
-        match REPLIES.get_ptr(&work.reply_key) {
-            Some(reply) => {
-                // SAFETY: as in `settle`.
-                let reply = unsafe { &*reply };
-                if is_of(reply, owner, &work.parsed.tuple) {
-                    return Found::Known;
-                }
-                if found == Found::Full && is_idle(reply, now, work.parsed.protocol) {
-                    (best, found) = (port, Found::Idle);
-                }
-            }
-            None => {
-                if found != Found::Free && is_admissible(ctx, &work.reply_key) {
-                    (best, found) = (port, Found::Free);
-                    if !thorough {
-                        break;
-                    }
-                }
-            }
-        }
-        if !has_choice(&work.parsed) {
-            break;
-        }
+    let mut search = Search {
+        thorough,
+        port: 0,
+        found: Found::Full,
+    };
+    let mut attempt = 0;
+    while attempt < ATTEMPTS && !is_last(ctx, work, owner, attempt, &mut search) {
+        attempt += 1;
     }
-    if found == Found::Full && owner.port == 0 && work.from.segment == 0 {
+    if search.found == Found::Full && owner.port == 0 && work.from.segment == 0 {
         // No pod silences the node itself.
-        (best, found) = (work.parsed.tuple.source_port, Found::Idle);
+        search.port = work.parsed.tuple.source_port;
+        search.found = Found::Idle;
     }
-    work.reply_key.local_port = best;
-    found
+    work.reply_key.local_port = search.port;
+    search.found
+}
+
+/// One attempt; says whether it is the last. (A function of its own: what the compiler makes
+/// of a longer loop has a way back that is no jump, which Linux 6.1 refuses.)
+#[inline(never)]
+fn is_last(
+    ctx: &TcContext,
+    work: &mut Work,
+    owner: &Owner,
+    attempt: u32,
+    search: &mut Search,
+) -> bool {
+    let port = candidate(&work.parsed, attempt);
+    work.reply_key.local_port = port;
+    match REPLIES.get_ptr(&work.reply_key) {
+        Some(reply) => {
+            // SAFETY: as in `settle`.
+            let reply = unsafe { &*reply };
+            if is_of(reply, owner, &work.parsed.tuple) {
+                (search.port, search.found) = (port, Found::Known);
+                return true;
+            }
+            if search.found == Found::Full && is_idle(reply, now(), work.parsed.protocol) {
+                (search.port, search.found) = (port, Found::Idle);
+            }
+        }
+        None => {
+            if search.found != Found::Free && is_admissible(ctx, &work.reply_key) {
+                (search.port, search.found) = (port, Found::Free);
+                if !search.thorough {
+                    return true;
+                }
+            }
+        }
+    }
+    !has_choice(&work.parsed)
 }
 
 /// Whether the flow can have another port than its own.
@@ -492,6 +519,9 @@ fn remember_flow(work: &mut Work, sent: &Tuple, owner: &Owner) {
         gateway_mac: [0; 6],
         flags: FLOW_MASQUERADED | owner.flags,
     };
+    if FLOWS.get_ptr(&work.key).is_none() && !share::of_flow(work.key.port) {
+        return;
+    }
     let _ = FLOWS.insert(&work.key, &work.flow, u64::from(BPF_ANY));
     let _ = FLOWS.get_ptr(&work.key);
 }

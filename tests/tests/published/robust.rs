@@ -4,14 +4,12 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::Path,
-    sync::Barrier,
-    thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, ensure};
 use bpf_bridge_tests::{
-    Attachment, Call, Client, Network, Node, Pod, Sandbox, Snapshot, Verb, wait_for,
+    Attachment, Call, Client, Network, Node, Pod, Sandbox, Snapshot, Verb, at_once, wait_for,
 };
 use serde_json::{Value, json};
 
@@ -153,29 +151,6 @@ fn differs(before: &Snapshot, after: &Snapshot) -> Result<()> {
     });
     ensure!(changes.is_empty(), "{changes:#?}");
     Ok(())
-}
-
-fn at_once<T: Send>(count: usize, work: impl Fn(usize) -> T + Sync) -> Vec<T> {
-    let start = Barrier::new(count);
-    thread::scope(|scope| {
-        let threads: Vec<_> = (0..count)
-            .map(|number| {
-                let (start, work) = (&start, &work);
-                scope.spawn(move || {
-                    start.wait();
-                    work(number)
-                })
-            })
-            .collect();
-        threads
-            .into_iter()
-            .map(|thread| {
-                thread
-                    .join()
-                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-            })
-            .collect()
-    })
 }
 
 // Calls that are killed.
@@ -613,7 +588,7 @@ fn programs_that_are_loaded_later_serve_what_was_published_before() -> Result<()
     let mut config = Network::dual_stack(&node);
     config["name"] = json!("loud");
     config["bridge"] = json!("cni1");
-    config["logLevel"] = json!("info");
+    config["logLevel"] = json!("debug");
     config["ipam"]["ranges"] = json!([[{"subnet": "10.88.0.0/16"}], [{"subnet": "fd88::/64"}]]);
     let loud = Network::from_list(&node, conflist(config));
     // Once without ports of its own, once with.

@@ -60,10 +60,22 @@ impl<'n> Stage<'n> {
             ("pod to pod, IPv6", (server.v6()?, POD_PORT).into()),
             ("pod to host", gateway.address()),
             ("host to pod", (server.v4()?, POD_PORT).into()),
-            ("outside to published port", published(Outside::NODE_V4.into())),
-            ("outside to published port, IPv6", published(Outside::NODE_V6.into())),
-            ("node to published port", published(Ipv4Addr::LOCALHOST.into())),
-            ("node to published port, IPv6", published(Ipv6Addr::LOCALHOST.into())),
+            (
+                "outside to published port",
+                published(Outside::NODE_V4.into()),
+            ),
+            (
+                "outside to published port, IPv6",
+                published(Outside::NODE_V6.into()),
+            ),
+            (
+                "node to published port",
+                published(Ipv4Addr::LOCALHOST.into()),
+            ),
+            (
+                "node to published port, IPv6",
+                published(Ipv6Addr::LOCALHOST.into()),
+            ),
             ("pod to published port", published(Outside::NODE_V4.into())),
             ("pod to outside", far.address()),
             ("pod to outside, IPv6", far_v6.address()),
@@ -89,7 +101,11 @@ impl<'n> Stage<'n> {
 
     /// Runs `work` while everything flows; then nothing may have been lost. `Ok` has how
     /// many new flows got no answer, which is 0 if that is asked for.
-    pub(crate) fn under_load<T>(&self, strictly: bool, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    pub(crate) fn under_load<T>(
+        &self,
+        strictly: bool,
+        work: impl FnOnce() -> Result<T>,
+    ) -> Result<T> {
         let load = Load::start(self)?;
         // Every flow is there before anything happens.
         thread::sleep(Duration::from_millis(300));
@@ -103,7 +119,10 @@ impl<'n> Stage<'n> {
             "new flows got no answer: {lost:?}"
         );
         // What begins in the moment between may have to begin anew.
-        ensure!(lost.len() <= 20, "too many new flows got no answer: {lost:?}");
+        ensure!(
+            lost.len() <= 20,
+            "too many new flows got no answer: {lost:?}"
+        );
         Ok(done)
     }
 
@@ -148,7 +167,8 @@ impl Load {
                 echo_datagrams(&socket, stop).context("a UDP flow")
             }));
             let sockets = from.within(|| Sockets::new(server))?;
-            load.new.push(spawn(path, &stop, move |stop| sockets.run(path, stop)));
+            load.new
+                .push(spawn(path, &stop, move |stop| sockets.run(path, stop)));
         }
         Ok(load)
     }
@@ -169,7 +189,11 @@ impl Load {
                 Err(error) => errors.push(format!("{error:#}")),
             }
         }
-        ensure!(errors.is_empty(), "{}; new flows lost: {lost:?}", errors.join("; "));
+        ensure!(
+            errors.is_empty(),
+            "{}; new flows lost: {lost:?}",
+            errors.join("; ")
+        );
         Ok(lost)
     }
 }
@@ -274,15 +298,17 @@ impl Sockets {
         let mut count = 0;
         while !stop.load(Ordering::Relaxed) {
             let began = Instant::now();
-            let mut stream = TcpStream::connect_timeout(&self.server, PATIENCE)
-                .context("a new connection")?;
+            let mut stream =
+                TcpStream::connect_timeout(&self.server, PATIENCE).context("a new connection")?;
             // Linux sends a SYN again after a second.
             if began.elapsed() > Duration::from_millis(990) {
                 lost.push(format!("{path}: a SYN"));
             }
             stream.set_read_timeout(Some(PATIENCE))?;
             let mut back = [0; 4];
-            stream.write_all(b"ping").context("sending on a new connection")?;
+            stream
+                .write_all(b"ping")
+                .context("sending on a new connection")?;
             stream
                 .read_exact(&mut back)
                 .context("receiving on a new connection")?;

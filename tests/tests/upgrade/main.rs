@@ -71,9 +71,8 @@ fn upgrade(node: &Node) -> Result<String> {
 
 /// Why `bpf-bridge upgrade` fails.
 fn upgrade_error(node: &Node) -> Result<String> {
-    let output = node.output(
-        Command::new(format!("{}/{}", Node::CNI_PATH, node.plugin())).arg("upgrade"),
-    )?;
+    let output =
+        node.output(Command::new(format!("{}/{}", Node::CNI_PATH, node.plugin())).arg("upgrade"))?;
     ensure!(
         !output.status.success(),
         "it says {}",
@@ -88,7 +87,12 @@ fn another_build(of: &Path, number: u8) -> Result<PathBuf> {
     let mut bytes = fs::read(of).with_context(|| format!("reading {}", of.display()))?;
     let mut changed = 0;
     // The compiler may ask for more than a nanosecond less.
-    for time in [300_000_000_000_u64, 299_999_999_999, 120_000_000_000, 119_999_999_999] {
+    for time in [
+        300_000_000_000_u64,
+        299_999_999_999,
+        120_000_000_000,
+        119_999_999_999,
+    ] {
         let [low, high] = [time as u32, (time >> 32) as u32].map(u32::to_le_bytes);
         // The only instruction of two words loads a number of 64 bits (`BPF_LD | BPF_DW`):
         // opcode, registers, the lower half of the number, and in the same places of the
@@ -106,7 +110,11 @@ fn another_build(of: &Path, number: u8) -> Result<PathBuf> {
             }
         }
     }
-    ensure!(changed > 2, "{changed} places in {} were changed", of.display());
+    ensure!(
+        changed > 2,
+        "{changed} places in {} were changed",
+        of.display()
+    );
     let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!(
         "upgrade-{}-{number}-{}",
         std::process::id(),

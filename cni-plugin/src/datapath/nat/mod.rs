@@ -35,8 +35,8 @@ use aya::{
 use aya_obj::generated::bpf_prog_type;
 use bpf_bridge_common::layout::{
     Address, ExemptKey, IpKey, Mac, Masqueraded, NEXT_FORWARD, Neighbor, Node, PORT_DIRECT,
-    PORT_GATEWAY, PROGRAM_BETWEEN, PROGRAM_FROM_HOST, PROGRAM_FROM_POD, PodKey, Port, Present, Published,
-    PublishedKey, Uplink,
+    PORT_GATEWAY, PROGRAM_BETWEEN, PROGRAM_FROM_HOST, PROGRAM_FROM_POD, PodKey, Port, Present,
+    Published, PublishedKey, Uplink,
 };
 
 use super::{
@@ -49,6 +49,7 @@ use crate::{
     fault,
     lock::{Lock, Mode},
     mount, netns,
+    node::Limits,
 };
 
 pub use self::{
@@ -94,11 +95,12 @@ const FORWARD: &str = "forward";
 /// The table by which it finds that one.
 const NEXT: &str = "NEXT";
 /// The maps that are found again by later calls.
-pub(super) const MAPS: [&str; 13] = [
+pub(super) const MAPS: [&str; 14] = [
     "PUBLISHED",
     "FLOWS",
     "FRAGMENTS",
     "HELD",
+    "PLACES",
     "ADDRESSES",
     "PEERS",
     "NODE",
@@ -212,9 +214,10 @@ impl Translators {
     /// Lets the kernel verify the programs of these parts, and of no part `others`. The maps
     /// are made and pinned, or found.
     pub(super) fn load(parts: &[Part], others: &[&'static str]) -> Result<Self, Error> {
+        let limits = Limits::read()?;
         pins::create_nat()?;
         let mut loaded = Self {
-            ebpf: load_object()?,
+            ebpf: load_object(&limits)?,
             parts: Part::ALL
                 .into_iter()
                 .filter(|part| parts.contains(part))
@@ -274,7 +277,9 @@ impl Translators {
         if self.parts.contains(&Part::Sockets) {
             for name in SOCKETS {
                 let program = sockets(&mut self.ebpf, name)?;
-                let fd = program.fd().map_err(|source| Error::program(name, source))?;
+                let fd = program
+                    .fd()
+                    .map_err(|source| Error::program(name, source))?;
                 if !hooks::runs(&pins::link(name), fd.as_fd())? {
                     return Ok(false);
                 }
@@ -358,9 +363,9 @@ fn require_all_own() -> Result<(), Error> {
 }
 
 /// Makes or finds the maps, and reads the programs; none is verified yet.
-fn load_object() -> Result<Ebpf, Error> {
+fn load_object(limits: &Limits) -> Result<Ebpf, Error> {
     require_all_own()?;
-    let mut loader = object::loader();
+    let mut loader = object::loader(limits);
     for name in MAPS.into_iter().chain(SHARED) {
         loader.map_pin_path(name, pins::map(name));
     }

@@ -3,13 +3,15 @@
 //! Keys are matched in any case, as Go's decoder does, and unknown keys are left alone.
 
 use std::{
-    fs::File,
+    fs::OpenOptions,
     io::{self, Read as _},
     net::IpAddr,
+    os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
 };
 
 use ipnet::IpNet;
+use nix::fcntl::OFlag;
 use serde_json::{Map, Value};
 use thiserror::Error;
 
@@ -218,7 +220,11 @@ impl Config {
             return Ok(Dns::default());
         };
         let mut text = String::new();
-        File::open(path)
+        // Nobody may be at the other end of a pipe.
+        OpenOptions::new()
+            .read(true)
+            .custom_flags(OFlag::O_NONBLOCK.bits())
+            .open(path)
             .and_then(|file| file.take(RESOLV_CONF_MAX).read_to_string(&mut text))
             .map_err(|source| ConfigError::ResolvConf {
                 path: path.clone(),

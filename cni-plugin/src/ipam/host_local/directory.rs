@@ -83,10 +83,11 @@ impl Draft {
 }
 
 impl Directory {
-    /// Opens the directory; none if it does not exist.
+    /// Opens the directory; none if it does not exist. A symbolic link is none: only
+    /// what is above it may be reached by one.
     pub(super) fn open(path: PathBuf) -> Result<Option<Self>, StoreError> {
         step();
-        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         match openat(AT_FDCWD, &path, flags, Mode::empty()) {
             Ok(fd) => Ok(Some(Self { fd, path })),
             Err(Errno::ENOENT) => Ok(None),
@@ -130,6 +131,19 @@ impl Directory {
             .map_err(|errno| self.error("opening", name, errno))?;
         self.changed("open", name);
         Ok(file)
+    }
+
+    /// The same of a file that is written to: whatever else has the name makes way for
+    /// it. A file with further names is not this directory's alone.
+    pub(super) fn open_own_file(&self, name: &str) -> Result<File, StoreError> {
+        let file = self.open_file(name)?;
+        let failed = |error| self.error("looking at", name, error);
+        let metadata = file.metadata().map_err(failed)?;
+        if metadata.is_file() && metadata.nlink() == 1 {
+            return Ok(file);
+        }
+        self.unlink(name)?;
+        self.open_file(name)
     }
 
     /// Writes to the beginning of a file that was opened under this name.

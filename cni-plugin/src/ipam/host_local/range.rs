@@ -48,6 +48,9 @@ pub enum RangeError {
         /// The range's subnet.
         subnet: IpNet,
     },
+    /// An end of the range is an IPv4 address in IPv6's notation.
+    #[error("range {0} ends among ::ffff:0:0/96, which are IPv4 addresses")]
+    Mapped(Box<Range>),
     /// A set is a pool of one family.
     #[error("mixed address families: {0} and {1} cannot be in one range set")]
     MixedFamilies(Box<Range>, Box<Range>),
@@ -114,6 +117,10 @@ impl Range {
                 end: range.end,
                 subnet,
             });
+        }
+        // What `rangeStart` and `rangeEnd` name cannot be one, but a subnet's last can.
+        if is_mapped(range.start) || is_mapped(range.end) {
+            return Err(RangeError::Mapped(range.into()));
         }
         Ok(range)
     }
@@ -246,7 +253,14 @@ impl RangeSet {
             let index = (index + 1) % self.0.len();
             (index, self.0[index].start)
         } else {
-            (index, with_bits(address, bits(address) + 1))
+            let next = with_bits(address, bits(address) + 1);
+            // The range goes on behind them.
+            let next = if is_mapped(next) {
+                with_bits(next, MAPPED_END)
+            } else {
+                next
+            };
+            (index, next)
         }
     }
 }
@@ -279,6 +293,14 @@ impl<'a> Iterator for RoundRobin<'a> {
         self.next = (after != self.first).then_some(after);
         Some((at.1, &self.set.0[at.0]))
     }
+}
+
+/// The first address behind `::ffff:0:0/96` (RFC 4291 §2.5.5.2), as bits.
+const MAPPED_END: u128 = 1 << 48;
+
+/// Whether it is an IPv4 address in IPv6's notation: an interface has it as the former.
+fn is_mapped(address: IpAddr) -> bool {
+    address.is_ipv6() && address.to_canonical().is_ipv4()
 }
 
 fn bits(address: IpAddr) -> u128 {
@@ -492,6 +514,16 @@ mod tests {
             .unwrap()
             .0;
         assert_eq!(next, ip("0.0.0.0"));
+    }
+
+    #[test]
+    fn ipv4_addresses_in_ipv6_notation_are_passed_over() {
+        let all = RangeSet::new(vec![range("::/64", "", "", "").unwrap()]).unwrap();
+        let last = Some(ip("::fffe:ffff:fffe"));
+        let next: Vec<_> = all.round_robin(last).map(|it| it.0).take(2).collect();
+        assert_eq!(next, [ip("::fffe:ffff:ffff"), ip("::1:0:0:0")]);
+        let error = range("::fffe:0:0/95", "", "", "").unwrap_err();
+        assert!(error.to_string().contains("IPv4 addresses"), "{error}");
     }
 
     #[test]

@@ -250,9 +250,11 @@ impl Store {
         boot: String,
     ) -> Result<Self, StoreError> {
         check_network(network)?;
+        let leases = Directory::create(data_dir.join(network), 0o755)?;
+        let indexes = Directory::create(data_dir.join(INDEX), 0o700)?;
         Ok(Self {
-            network: Directory::create(data_dir.join(network), 0o755)?,
-            index: Directory::create(data_dir.join(INDEX).join(network), 0o700)?,
+            network: leases,
+            index: Directory::create(indexes.path().join(network), 0o700)?,
             boot,
         })
     }
@@ -489,7 +491,7 @@ impl Session<'_> {
         let _ = self.store.network.touch().and_then(|modified| {
             let index = &self.store.index;
             let state = modified.map_or_else(|| "-\n".into(), |modified| self.state(modified));
-            let file = index.open_file(STATE)?;
+            let file = index.open_own_file(STATE)?;
             // In place: torn, it fits nothing.
             index.write(STATE, &file, &state)
         });
@@ -946,7 +948,7 @@ impl Session<'_> {
         let network = &self.store.network;
         let name = last_reserved_name(set);
         let text = address.to_string();
-        let file = network.open_file(&name)?;
+        let file = network.open_own_file(&name)?;
         // Not truncated first: file systems take that for a reason to write to the disk.
         network.write(&name, &file, &text)?;
         network.cut(&name, &file, text.len())

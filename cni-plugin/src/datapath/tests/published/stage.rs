@@ -36,6 +36,7 @@ use crate::{
     link::{LinkSettings, Netlink, Route, VethSpec, testing},
     mac::MacAddr,
     netns::Netns,
+    node::Limits,
 };
 
 /// `TC_ACT_UNSPEC`: as if no program were there.
@@ -221,7 +222,9 @@ impl Stage {
                 indices.insert(peer_name, made.peer);
             }
         }
-        let mut ebpf = object::loader().load(object::NAT).unwrap();
+        let mut ebpf = object::loader(&Limits::default())
+            .load(object::NAT)
+            .unwrap();
         for name in [
             "uplink",
             "uplink_l3",
