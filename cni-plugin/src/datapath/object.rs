@@ -14,7 +14,7 @@ use aya::{
     util::nr_cpus,
 };
 use aya_obj::{Object, maps::BtfMapDef};
-use bpf_bridge_common::layout::{PROGRAM_FLOOD, PROGRAM_RESPONDER, PortStats};
+use bpf_bridge_common::layout::{PROGRAM_FLOOD, PROGRAM_GUARD, PROGRAM_RESPONDER, PortStats};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use super::{
@@ -36,21 +36,23 @@ pub(super) static NAT: &[u8] =
 /// The map by which the programs write their log.
 pub(super) const LOG: &str = "AYA_LOGS";
 /// The maps that all log levels share.
-pub(super) const SHARED: [&str; 8] = [
+pub(super) const SHARED: [&str; 9] = [
     "PORTS",
     "STATS",
     "ENDPOINTS",
     "NEIGHBORS",
     "LEARNED",
+    "LEARNED_PLACES",
     "SEGMENTS",
     "MEMBERS",
     LOG,
 ];
 
 /// The programs, and the slots under which others call them.
-pub(super) const PROGRAMS: [(&str, Option<u32>); 3] = [
+pub(super) const PROGRAMS: [(&str, Option<u32>); 4] = [
     ("flood", Some(PROGRAM_FLOOD)),
     ("responder", Some(PROGRAM_RESPONDER)),
+    ("guard", Some(PROGRAM_GUARD)),
     // The last one: its pin says that all is there.
     ("port", None),
 ];
@@ -73,10 +75,14 @@ pub fn verify() -> Result<(), Error> {
 
 /// A loader that makes tables as large as `limits` has them. Those that are pinned
 /// already stay as they are.
-pub(super) fn loader<'a>(limits: &Limits) -> EbpfLoader<'a> {
+pub(super) fn loader<'a>(limits: &'a Limits) -> EbpfLoader<'a> {
     let mut loader = bare_loader();
     for (map, entries) in limits.maps() {
         loader.map_max_entries(map, entries);
+    }
+    for (name, value) in limits.globals() {
+        // Each object has its own.
+        loader.override_global(name, value, false);
     }
     loader
 }
