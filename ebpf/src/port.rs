@@ -14,7 +14,8 @@
 //! still hold is not copied.
 
 use aya_ebpf::{
-    bindings::{BPF_ANY, BPF_F_INGRESS, TC_ACT_SHOT, TC_ACT_STOLEN},
+    Global,
+    bindings::{BPF_ANY, BPF_F_INGRESS, BPF_NOEXIST, TC_ACT_SHOT, TC_ACT_STOLEN},
     helpers::{bpf_ktime_get_ns, bpf_redirect, bpf_redirect_peer},
     macros::classifier,
     programs::TcContext,
@@ -27,15 +28,16 @@ use bpf_bridge_common::{
     },
     guard::{IPPROTO_ICMP, ND_HOP_LIMIT},
     layout::{
-        AGEING_NS, Endpoint, Learned, Mac, MacKey, PORT_GATEWAY, PORT_HAIRPIN, PORT_ISOLATED,
-        PORT_MACSPOOFCHK, PORT_PROMISC, PORT_ROUTED, PORT_VIA_HOST, PROGRAM_BETWEEN,
-        PROGRAM_FROM_HOST, PROGRAM_FROM_POD, Port, REFRESH_NS,
+        AGEING_NS, Endpoint, Learned, LearnedPlace, MAX_LEARNED, Mac, MacKey, PLACE_HAND,
+        PLACES_LEARNED, POD_SHARE, PORT_GATEWAY, PORT_HAIRPIN, PORT_ISOLATED, PORT_MACSPOOFCHK,
+        PORT_PROMISC, PORT_ROUTED, PORT_VIA_HOST, PROGRAM_BETWEEN, PROGRAM_FROM_HOST,
+        PROGRAM_FROM_POD, PlaceKey, Port, REFRESH_NS,
     },
 };
 
 use crate::{
     flood, guard,
-    maps::{LEARNED, PROGRAMS},
+    maps::{LEARNED, LEARNED_PLACES, PROGRAMS},
     shared::{
         ENDPOINTS, PACKET_HOST, PORTS, SEGMENT, STATS, TARGET, TARGET_FLAGS, count_drop, ifindex,
         set_mark, skb, to_host,
@@ -45,6 +47,10 @@ use crate::{
 /// What makes more of a frame than one that goes from a pod straight to another: all of it
 /// is asked at once, since most frames are those.
 const NOT_PLAIN: u32 = PORT_GATEWAY | PORT_ISOLATED | PORT_PROMISC | PORT_ROUTED | PORT_VIA_HOST;
+
+/// How many addresses can be learned at one port. The plugin says it.
+#[unsafe(no_mangle)]
+static LEARNED_SHARE: Global<u32> = Global::new(MAX_LEARNED / POD_SHARE);
 
 /// The program of every port.
 #[classifier]
@@ -191,7 +197,7 @@ fn strange_source(ifindex: u32, port: &Port, from: Mac) -> Result<(), DropReason
         }
     }
     // What was assigned is never learned elsewhere.
-    if ENDPOINTS.get_ptr(&key).is_none() {
+    if ENDPOINTS.get_ptr(&key).is_none() && take_place(ifindex, &key) {
         let seen = Learned {
             seen: now,
             port: ifindex,
@@ -201,6 +207,50 @@ fn strange_source(ifindex: u32, port: &Port, from: Mac) -> Result<(), DropReason
         let _ = LEARNED.insert(key, seen, u64::from(BPF_ANY));
     }
     Ok(())
+}
+
+/// Takes a place in the port's share of learned addresses, and forgets what had it; the hand
+/// goes round over them. (In the other object `share.rs` says more.) Says whether it could:
+/// of two CPUs that want the same one, one does.
+#[inline(never)]
+fn take_place(ifindex: u32, mac: &MacKey) -> bool {
+    let size = LEARNED_SHARE.load();
+    if size == 0 {
+        return false;
+    }
+    let mut key = PlaceKey {
+        owner: ifindex,
+        table: PLACES_LEARNED,
+        number: PLACE_HAND,
+    };
+    let mut place = LearnedPlace { entry: [0; 3] };
+    let mut number = 0;
+    if let Some(hand) = LEARNED_PLACES.get_ptr_mut(&key) {
+        // SAFETY: an entry that is evicted meanwhile is memory of the map still.
+        unsafe {
+            (*hand).entry[0] = (*hand).entry[0].wrapping_add(1);
+            number = (*hand).entry[0];
+        }
+    } else {
+        let _ = LEARNED_PLACES.insert(&key, &place, u64::from(BPF_NOEXIST));
+    }
+    key.number = number % size;
+    if let Some(taken) = LEARNED_PLACES.get_ptr(&key) {
+        // SAFETY: as above; it is the key of an address.
+        let old = unsafe { *taken.cast::<MacKey>() };
+        if LEARNED_PLACES.remove(&key).is_err() {
+            return false;
+        }
+        // SAFETY: as above. It may have moved to another port since.
+        if old != *mac && unsafe { LEARNED.get(&old) }.is_some_and(|old| old.port == ifindex) {
+            let _ = LEARNED.remove(&old);
+        }
+    }
+    // SAFETY: a place is as long as the key of an address, and aligned as it.
+    unsafe { place.entry.as_mut_ptr().cast::<MacKey>().write(*mac) };
+    LEARNED_PLACES
+        .insert(&key, &place, u64::from(BPF_NOEXIST))
+        .is_ok()
 }
 
 #[inline(always)]

@@ -116,8 +116,7 @@ pub enum Error {
     },
     /// What an older version has made could not be carried over.
     #[error(
-        "carrying ports and flows over from the layout {from} to {to}: {source}; nothing was \
-         changed",
+        "carrying ports and flows over from the layout {from} to {to}: {source}; {state}",
         to = pins::Root::own().name()
     )]
     Carry {
@@ -125,6 +124,8 @@ pub enum Error {
         from: String,
         /// Why not.
         source: Box<Self>,
+        /// What holds now.
+        state: &'static str,
     },
     /// The kernel does not tell of a program.
     #[error("asking for the program of id {id}: {source}")]
@@ -503,18 +504,21 @@ impl Datapath {
     /// A table cannot be written.
     pub fn create_segment(&mut self, gateway: &PortSpec<'_>) -> Result<(), Error> {
         let segment = gateway.segment;
-        self.set_port(gateway, PORT_GATEWAY | gateway.flags, 0)?;
-        set(
-            &mut self.segments,
-            "SEGMENTS",
-            segment,
-            Segment {
-                members: 1,
-                gateway_port: gateway.ifindex,
-                flags: 0,
-            },
-            ANY,
-        )
+        let entry = Segment {
+            members: 1,
+            gateway_port: gateway.ifindex,
+            flags: 0,
+        };
+        let created = self
+            .set_port(gateway, PORT_GATEWAY | gateway.flags, 0)
+            .and_then(|()| set(&mut self.segments, "SEGMENTS", segment, entry, ANY));
+        if created.is_err() {
+            // Nobody finds it by the segment. What cannot be removed a GC will.
+            let slot = MemberKey { segment, slot: 0 };
+            let _ = remove(&mut self.members, "MEMBERS", slot);
+            let _ = self.forget(gateway.ifindex, segment, gateway.mac, &[]);
+        }
+        created
     }
 
     /// Gives the gateway an address: pods' questions for it are answered, and no pod may
@@ -558,23 +562,19 @@ impl Datapath {
         Ok(())
     }
 
-    /// Removes a segment of which only the gateway port is left.
+    /// Removes a segment of which only the gateway port is left, or as much of it as was
+    /// made: `gateway` is as for [`Self::create_segment`], with the addresses that the
+    /// responder answers for.
     ///
     /// # Errors
     ///
     /// A table cannot be read or written.
-    pub fn remove_segment(
-        &mut self,
-        segment: u32,
-        mac: Mac,
-        addresses: &[IpAddr],
-    ) -> Result<(), Error> {
-        let Some(entry) = self.segment(segment)? else {
-            return Ok(());
-        };
-        remove(&mut self.segments, "SEGMENTS", segment)?;
-        self.forget(entry.gateway_port, segment, mac, addresses)?;
-        remove(&mut self.members, "MEMBERS", MemberKey { segment, slot: 0 })
+    pub fn remove_segment(&mut self, gateway: &PortSpec<'_>) -> Result<(), Error> {
+        let segment = gateway.segment;
+        let key = MemberKey { segment, slot: 0 };
+        remove(&mut self.members, "MEMBERS", key)?;
+        self.forget(gateway.ifindex, segment, gateway.mac, gateway.addresses)?;
+        remove(&mut self.segments, "SEGMENTS", segment)
     }
 
     /// Adds a port to its segment.

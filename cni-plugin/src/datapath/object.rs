@@ -36,12 +36,13 @@ pub(super) static NAT: &[u8] =
 /// The map by which the programs write their log.
 pub(super) const LOG: &str = "AYA_LOGS";
 /// The maps that all log levels share.
-pub(super) const SHARED: [&str; 8] = [
+pub(super) const SHARED: [&str; 9] = [
     "PORTS",
     "STATS",
     "ENDPOINTS",
     "NEIGHBORS",
     "LEARNED",
+    "LEARNED_PLACES",
     "SEGMENTS",
     "MEMBERS",
     LOG,
@@ -74,10 +75,14 @@ pub fn verify() -> Result<(), Error> {
 
 /// A loader that makes tables as large as `limits` has them. Those that are pinned
 /// already stay as they are.
-pub(super) fn loader<'a>(limits: &Limits) -> EbpfLoader<'a> {
+pub(super) fn loader<'a>(limits: &'a Limits) -> EbpfLoader<'a> {
     let mut loader = bare_loader();
     for (map, entries) in limits.maps() {
         loader.map_max_entries(map, entries);
+    }
+    for (name, value) in limits.globals() {
+        // Each object has its own.
+        loader.override_global(name, value, false);
     }
     loader
 }

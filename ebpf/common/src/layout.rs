@@ -11,6 +11,7 @@
 //! | `ENDPOINTS` | hash | [`MacKey`] | [`Endpoint`] |
 //! | `NEIGHBORS` | hash | [`IpKey`] | [`Neighbor`] |
 //! | `LEARNED` | LRU hash | [`MacKey`] | [`Learned`] |
+//! | `LEARNED_PLACES` | LRU hash | [`PlaceKey`] | [`LearnedPlace`] |
 //! | `SEGMENTS` | hash | segment | [`Segment`] |
 //! | `MEMBERS` | hash | [`MemberKey`] | [`Member`] |
 //! | `PROGRAMS` | program array | `PROGRAM_*` | the programs that others call |
@@ -18,6 +19,7 @@
 //! | `FLOWS` | LRU hash | [`FlowKey`] | [`Flow`] |
 //! | `FRAGMENTS` | LRU hash | [`FragmentKey`] | [`Fragments`] |
 //! | `HELD` | LRU hash | [`HeldKey`] | [`Held`] |
+//! | `PLACES` | LRU hash | [`PlaceKey`] | [`Place`] |
 //! | `ADDRESSES` | hash | an [`Address`] of the node | 1 ([`Present`]) |
 //! | `PEERS` | LRU hash | [`PeerKey`] | [`Socket`] |
 //! | `NODE` | array of one | 0 | [`Node`] |
@@ -108,6 +110,14 @@ pub const MAX_XDP_UPLINKS: u32 = 256;
 /// How many sockets of the node can talk to published ports without a connection,
 /// or ask for their peer's name.
 pub const MAX_PEERS: u32 = 32_768;
+/// One of so many parts of a table is what one pod can have of it, unless the node's
+/// settings say otherwise.
+pub const POD_SHARE: u32 = 4;
+/// How many places can be taken of all shares together; more evict the oldest.
+pub const MAX_PLACES: u32 = MAX_FLOWS + MAX_FRAGMENTS + MAX_HELD_TOTAL;
+/// How long ago something must have been used to give its place to another, in ns, unless
+/// all are used. (A flow that only hears is written half as often as it may be silent.)
+pub const SPARED_NS: u64 = MASQUERADE_IDLE_NS / 2;
 /// How old a flow may be before it is written again, and before it is asked again
 /// whether what the client addresses is the node's, in ns.
 pub const FLOW_REFRESH_NS: u64 = 500_000_000;
@@ -715,6 +725,48 @@ pub struct Held {
     pub length: u32,
     /// The frame, and what was there before.
     pub frame: [u8; HELD_LEN],
+}
+
+/// A place in the share that an owner has of a table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
+#[repr(C)]
+pub struct PlaceKey {
+    /// The ifindex of a pod's host veth; of a gateway device for what netfilter translates;
+    /// 0 for what comes from outside, and for the node itself.
+    pub owner: u32,
+    /// Which table: `PLACES_*`.
+    pub table: u32,
+    /// The place's number, or [`PLACE_HAND`].
+    pub number: u32,
+}
+
+/// The number of the entry that says, in its first word, which place was taken last.
+pub const PLACE_HAND: u32 = u32::MAX;
+/// Of `FLOWS`, and what belongs to them of `REPLIES`.
+pub const PLACES_FLOWS: u32 = 0;
+/// Of `REPLIES`, without a flow of a pod.
+pub const PLACES_REPLIES: u32 = 1;
+/// Of `FRAGMENTS`.
+pub const PLACES_FRAGMENTS: u32 = 2;
+/// Of `HELD`.
+pub const PLACES_HELD: u32 = 3;
+/// Of `LEARNED`, in a map of their own.
+pub const PLACES_LEARNED: u32 = 4;
+
+/// What has a place: the key of an entry of its table, from the first word on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Place {
+    /// The key's words.
+    pub entry: [u32; 12],
+}
+
+/// What has a place of `LEARNED`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct LearnedPlace {
+    /// The key's words.
+    pub entry: [u32; 3],
 }
 
 /// What the first fragment said.

@@ -21,7 +21,7 @@ use crate::{
     fragments::{self, Standing},
     maps::{ADDRESSES, FLOWS, REPLIES},
     masquerade::{self, GO_ON, Owner},
-    own,
+    own, share,
     shared::{PORTS, count_drop, ifindex, set_mark, skb},
     skb::{ETH_P_IP, Skb, is_marked},
     work::{From, Outcome, Work, apart},
@@ -312,7 +312,7 @@ fn note_stack(work: &mut Work) {
     } else {
         true
     };
-    if noted && ADDRESSES.get_ptr(&work.parsed.tuple.source).is_some() {
+    if noted && ADDRESSES.get_ptr(&work.parsed.tuple.source).is_some() && share::of_reply(came_by) {
         masquerade::cede(work);
     }
 }

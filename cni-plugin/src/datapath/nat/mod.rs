@@ -95,11 +95,12 @@ const FORWARD: &str = "forward";
 /// The table by which it finds that one.
 const NEXT: &str = "NEXT";
 /// The maps that are found again by later calls.
-pub(super) const MAPS: [&str; 13] = [
+pub(super) const MAPS: [&str; 14] = [
     "PUBLISHED",
     "FLOWS",
     "FRAGMENTS",
     "HELD",
+    "PLACES",
     "ADDRESSES",
     "PEERS",
     "NODE",
