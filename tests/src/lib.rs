@@ -28,6 +28,7 @@ mod plugin;
 mod pod;
 mod raw;
 mod snapshot;
+pub mod storm;
 mod tables;
 mod traffic;
 mod tunnel;

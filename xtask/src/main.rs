@@ -14,6 +14,7 @@ mod build;
 mod debian;
 mod demo;
 mod ebpf_toolchain;
+mod fuzz;
 mod lint;
 mod process;
 mod setup;
@@ -47,6 +48,8 @@ enum Command {
     Demo,
     /// Measure ADD, DEL and traffic beside the stock plugins (needs root).
     Bench(bench::Arguments),
+    /// Give the parsers and the address store hostile input, looking for what breaks them.
+    Fuzz(fuzz::Arguments),
     /// Check format, lints and documentation.
     Lint,
 }
@@ -58,6 +61,7 @@ fn main() -> ExitCode {
         Command::Test { arguments } => test::run_all(&arguments),
         Command::Demo => demo::run(),
         Command::Bench(arguments) => bench::run(&arguments),
+        Command::Fuzz(arguments) => fuzz::run_all(&arguments),
         Command::Lint => lint::run_all(),
     };
     match result {

@@ -61,6 +61,7 @@ pub(crate) fn run_all() -> Result<()> {
     let toolchain = lint()?;
     programs(Purpose::Demo)?;
     programs(Purpose::Test)?;
+    fuzz()?;
     println!(
         "setup: all there; {} (LLVM {}) compiles the eBPF programs",
         toolchain.name, toolchain.llvm
@@ -99,6 +100,14 @@ pub(crate) fn build() -> Result<Toolchain> {
         }
     }
     ebpf_toolchain::choose(&scratch())
+}
+
+/// Provides what building the fuzz targets needs: libFuzzer is C++.
+pub(crate) fn fuzz() -> Result<()> {
+    if find("c++").is_none() {
+        debian::install(&["g++"])?;
+    }
+    Ok(())
 }
 
 /// Provides what formatting and linting need; returns as [`build`] does.

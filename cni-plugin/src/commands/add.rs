@@ -169,7 +169,7 @@ impl Shared {
             return Ok(());
         };
         if let Some(gateway) = &self.gateway {
-            gateway::remove_unused(host, &mut datapath, gateway, &self.addresses)?;
+            gateway::remove_unused(host, &mut datapath, bridge, gateway, &self.addresses)?;
         }
         if self.loaded {
             datapath.unload_if_unused()?;

@@ -35,6 +35,8 @@ use crate::lock::Mode;
 pub struct Carried {
     /// From which layout.
     pub from: String,
+    /// All of it was done by this call.
+    pub whole: bool,
     /// How many entries were written anew.
     pub entries: usize,
     /// What has its new programs.
@@ -63,14 +65,7 @@ pub(super) fn settle() -> Result<Option<Carried>, Error> {
             None => return Ok(carried),
             Some(Other::Newer(found)) => return Err(Error::Newer { found }),
             Some(Other::Older(old)) => {
-                let done = from(&old).map_err(|source| match source {
-                    source @ Error::Carry { .. } => source,
-                    source => Error::Carry {
-                        from: old.name(),
-                        source: Box::new(source),
-                    },
-                })?;
-                carried = done.or(carried);
+                carried = from(&old)?.or(carried);
             }
         }
     }
@@ -83,31 +78,44 @@ pub(super) fn from(old: &Root) -> Result<Option<Carried>, Error> {
         old.remove()?;
         return Ok(None);
     }
+    let failed = |state, source| Error::Carry {
+        from: old.name(),
+        source: Box::new(source),
+        state,
+    };
     let own = Root::own();
     let mut entries = 0;
-    if !own.is_complete() {
-        own.remove()?;
-        own.begin()?;
-        match make(old, &own) {
-            Ok(made) => entries = made,
-            Err(error) => {
-                let _ = own.remove();
-                return Err(error);
-            }
-        }
-        own.complete()?;
+    let whole = !own.is_complete();
+    if whole {
+        let made = own
+            .remove()
+            .and_then(|()| own.begin())
+            .and_then(|()| make(old, &own))
+            .and_then(|made| own.complete().map(|()| made));
+        entries = made.map_err(|error| {
+            let _ = own.remove();
+            failed("nothing was changed", error)
+        })?;
     }
+    let moved = move_over(old, &own, &mut entries)
+        .map_err(|error| failed("it is not finished, and the next call goes on", error))?;
+    Ok(Some(Carried {
+        from: old.name(),
+        whole,
+        entries,
+        moved,
+    }))
+}
+
+/// What is left to do when the new maps are in use.
+fn move_over(old: &Root, own: &Root, entries: &mut usize) -> Result<Moved, Error> {
     if Part::Sockets.is_loaded_in(old) {
         Translators::load(&[Part::Sockets], &[])?.install(Some(old))?;
     }
     let moved = hooks::hand_over_all(Some(old))?;
-    entries += catch_up(old, &own)?;
+    *entries += catch_up(old, own)?;
     old.remove()?;
-    Ok(Some(Carried {
-        from: old.name(),
-        entries,
-        moved,
-    }))
+    Ok(moved)
 }
 
 /// The maps that are carried over.

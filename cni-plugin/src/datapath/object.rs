@@ -14,7 +14,7 @@ use aya::{
     util::nr_cpus,
 };
 use aya_obj::{Object, maps::BtfMapDef};
-use bpf_bridge_common::layout::{PROGRAM_FLOOD, PROGRAM_RESPONDER, PortStats};
+use bpf_bridge_common::layout::{PROGRAM_FLOOD, PROGRAM_GUARD, PROGRAM_RESPONDER, PortStats};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use super::{
@@ -49,9 +49,10 @@ pub(super) const SHARED: [&str; 9] = [
 ];
 
 /// The programs, and the slots under which others call them.
-pub(super) const PROGRAMS: [(&str, Option<u32>); 3] = [
+pub(super) const PROGRAMS: [(&str, Option<u32>); 4] = [
     ("flood", Some(PROGRAM_FLOOD)),
     ("responder", Some(PROGRAM_RESPONDER)),
+    ("guard", Some(PROGRAM_GUARD)),
     // The last one: its pin says that all is there.
     ("port", None),
 ];

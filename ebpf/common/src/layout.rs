@@ -76,8 +76,9 @@ pub const MAX_SEGMENTS: u32 = 1024;
 /// again for the next ones.
 pub const FLOOD_BATCH: u32 = 256;
 /// How many ports a segment can have: the kernel allows 33 tail calls in a row
-/// (`MAX_TAIL_CALL_CNT`), of which one may go to the responder.
-pub const MAX_MEMBERS: u32 = 32 * FLOOD_BATCH;
+/// (`MAX_TAIL_CALL_CNT`), of which two go to the guard and the
+/// responder.
+pub const MAX_MEMBERS: u32 = 31 * FLOOD_BATCH;
 /// How many ports can be published, each once for every address that it is
 /// published on.
 pub const MAX_PUBLISHED: u32 = 65_536;
@@ -153,8 +154,10 @@ pub const PROGRAM_FROM_POD: u32 = 2;
 pub const PROGRAM_FROM_HOST: u32 = 3;
 /// The slot of the program for what pods send each other past the host.
 pub const PROGRAM_BETWEEN: u32 = 4;
+/// The slot of the program that looks at what pods say of addresses.
+pub const PROGRAM_GUARD: u32 = 5;
 /// How many slots there are.
-pub const PROGRAM_COUNT: u32 = 5;
+pub const PROGRAM_COUNT: u32 = 6;
 
 /// The slot of `NEXT` of the program that sends masqueraded flows past the host's stack.
 pub const NEXT_FORWARD: u32 = 0;
@@ -165,7 +168,8 @@ pub const NEXT_COUNT: u32 = 1;
 pub const PORT_GATEWAY: u32 = 1 << 0;
 /// `hairpinMode`: what came from the port may go back to it.
 pub const PORT_HAIRPIN: u32 = 1 << 1;
-/// `macspoofchk`: only the assigned address may be a source.
+/// `macspoofchk`: only the assigned MAC address may be a source, and no IP address of
+/// another port.
 pub const PORT_MACSPOOFCHK: u32 = 1 << 2;
 /// `portIsolation`: no traffic with other isolated ports.
 pub const PORT_ISOLATED: u32 = 1 << 3;
@@ -439,7 +443,12 @@ pub struct Segment {
     pub members: u32,
     /// The ifindex of the gateway port (the far end of the gateway device).
     pub gateway_port: u32,
+    /// `SEGMENT_*` bits.
+    pub flags: u32,
 }
+
+/// The node is the segment's router (`isGateway`), and no pod is.
+pub const SEGMENT_ROUTED: u32 = 1 << 0;
 
 /// A slot in the list of a segment's ports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]

@@ -1,0 +1,191 @@
+//! Another binary for pods that are attached: of the same layout of the maps, of a later and
+//! of an earlier one, while everything that a network can carry flows; and pins that are not
+//! the plugin's.
+
+mod layouts;
+mod load;
+mod pins;
+mod same;
+
+use std::{
+    collections::BTreeMap,
+    env, fs,
+    net::{IpAddr, Ipv4Addr},
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use bpf_bridge_tests::{Network, Node, Pod, plugin_binary};
+use serde_json::{Value, json};
+
+/// Where the pins are.
+const ROOT: &str = "/sys/fs/bpf/bpf-bridge";
+/// The port on the node.
+const HOST_PORT: u16 = 8080;
+/// The port in the pod.
+const POD_PORT: u16 = 80;
+/// The gateway of [`network`].
+const GATEWAY: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 77, 0, 1));
+
+/// A dual-stack network that publishes ports and is masqueraded.
+fn network(node: &Node, xdp: bool) -> Network<'_> {
+    let mut config = Network::dual_stack(node);
+    config["cniVersion"] = json!("1.1.0");
+    config["ipMasq"] = json!(true);
+    config["capabilities"] = json!({"portMappings": true});
+    if xdp {
+        config["xdpUplinks"] = json!(["uplink0"]);
+    }
+    Network::new(node, config)
+}
+
+/// [`HOST_PORT`] to [`POD_PORT`], for TCP and UDP.
+fn ports() -> Value {
+    ["tcp", "udp"]
+        .map(|protocol| {
+            json!({"hostPort": HOST_PORT, "containerPort": POD_PORT, "protocol": protocol})
+        })
+        .to_vec()
+        .into()
+}
+
+/// The plugin whose maps have another layout.
+fn next_binary() -> Result<PathBuf> {
+    env::var_os("BPF_BRIDGE_NEXT_BIN")
+        .map(PathBuf::from)
+        .context("BPF_BRIDGE_NEXT_BIN does not name the plugin of the next layout; run `cargo xtask test`")
+}
+
+/// Puts another binary in the place of the plugin's, as whoever installs one does.
+fn install(node: &Node, binary: &Path) -> Result<()> {
+    let plugin = format!("{}/{}", Node::CNI_PATH, node.plugin());
+    let link = format!("ln -sfn {} {plugin}", binary.display());
+    node.run(&link).map(drop)
+}
+
+/// Runs `bpf-bridge upgrade` on a node: what it says.
+fn upgrade(node: &Node) -> Result<String> {
+    node.run(&format!("{}/{} upgrade", Node::CNI_PATH, node.plugin()))
+}
+
+/// Why `bpf-bridge upgrade` fails.
+fn upgrade_error(node: &Node) -> Result<String> {
+    let output =
+        node.output(Command::new(format!("{}/{}", Node::CNI_PATH, node.plugin())).arg("upgrade"))?;
+    ensure!(
+        !output.status.success(),
+        "it says {}",
+        String::from_utf8_lossy(&output.stdout)
+    );
+    Ok(String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+/// The released programs, as another build of them would be: in the copy of the binary,
+/// their idea of how long 300 s and 120 s are is longer by `number` ns.
+fn another_build(of: &Path, number: u8) -> Result<PathBuf> {
+    let mut bytes = fs::read(of).with_context(|| format!("reading {}", of.display()))?;
+    let mut changed = 0;
+    // The compiler may ask for more than a nanosecond less.
+    for time in [
+        300_000_000_000_u64,
+        299_999_999_999,
+        120_000_000_000,
+        119_999_999_999,
+    ] {
+        let [low, high] = [time as u32, (time >> 32) as u32].map(u32::to_le_bytes);
+        // The only instruction of two words loads a number of 64 bits (`BPF_LD | BPF_DW`):
+        // opcode, registers, the lower half of the number, and in the same places of the
+        // second word nothing, nothing, the upper half.
+        for at in (0..bytes.len() - 16).step_by(4) {
+            if bytes[at] == 0x18
+                && bytes[at + 1] < 10
+                && bytes[at + 2..at + 4] == [0; 2]
+                && bytes[at + 4..at + 8] == low
+                && bytes[at + 8..at + 12] == [0; 4]
+                && bytes[at + 12..at + 16] == high
+            {
+                bytes[at + 4] = bytes[at + 4].wrapping_add(number);
+                changed += 1;
+            }
+        }
+    }
+    ensure!(
+        changed > 2,
+        "{changed} places in {} were changed",
+        of.display()
+    );
+    let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!(
+        "upgrade-{}-{number}-{}",
+        std::process::id(),
+        of.parent()
+            .and_then(Path::file_name)
+            .unwrap_or_default()
+            .to_string_lossy()
+    ));
+    fs::create_dir_all(&directory)?;
+    let (raw, path) = (directory.join("raw"), directory.join("bpf-bridge"));
+    fs::write(&raw, bytes)?;
+    // Another process writes what will be executed: a descriptor of this one could be
+    // inherited by what other threads start, and the file be busy for that.
+    let copied = Command::new("install")
+        .args(["-m", "755"])
+        .args([&raw, &path])
+        .status()?;
+    ensure!(copied.success(), "copying {}", raw.display());
+    fs::remove_file(raw)?;
+    Ok(path)
+}
+
+/// The same, of the plugin under test.
+fn another_plugin(number: u8) -> Result<PathBuf> {
+    another_build(&plugin_binary()?, number)
+}
+
+/// The id of the program that a pod's port carries.
+fn program_of(node: &Node, pod: &Pod) -> Result<u64> {
+    let all = node.json(&format!("bpftool -j net show dev {}", pod.host_veth()?))?;
+    all[0]["tc"][0]["id"]
+        .as_u64()
+        .with_context(|| format!("no program in {all}"))
+}
+
+/// The id of the program that each link of a layout runs, by the link's name.
+fn links(node: &Node, layout: &str) -> Result<BTreeMap<String, u64>> {
+    let names = node.run(&format!("ls {ROOT}/{layout}/links"))?;
+    names
+        .split_whitespace()
+        .map(|name| {
+            let link = node.json(&format!(
+                "bpftool -j link show pinned {ROOT}/{layout}/links/{name}"
+            ))?;
+            let id = link["prog_id"].as_u64().context("no program")?;
+            Ok((name.to_owned(), id))
+        })
+        .collect()
+}
+
+/// The entries of a map of a layout.
+fn entries(node: &Node, layout: &str, map: &str) -> Result<Vec<Value>> {
+    let all = node.json(&format!(
+        "bpftool -j map dump pinned {ROOT}/{layout}/maps/{map}"
+    ))?;
+    all.as_array().cloned().context("no list of entries")
+}
+
+/// The layouts whose pins are there.
+fn layouts(node: &Node) -> Result<Vec<String>> {
+    let all = node.run(&format!("ls {ROOT}"))?;
+    Ok(all.split_whitespace().map(str::to_owned).collect())
+}
+
+/// That CHECK and STATUS find nothing.
+fn is_well(network: &Network, pods: &[&Pod]) -> Result<()> {
+    for pod in pods {
+        network.check(pod.attachment())?;
+    }
+    for reply in network.status()? {
+        reply.success()?;
+    }
+    Ok(())
+}
