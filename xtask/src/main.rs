@@ -18,6 +18,7 @@ mod fuzz;
 mod lint;
 mod process;
 mod setup;
+mod soak;
 mod test;
 
 use std::process::ExitCode;
@@ -50,6 +51,8 @@ enum Command {
     Bench(bench::Arguments),
     /// Give the parsers and the address store hostile input, looking for what breaks them.
     Fuzz(fuzz::Arguments),
+    /// Keep everything going for minutes or hours, and report what leaks (needs root).
+    Soak(soak::Arguments),
     /// Check format, lints and documentation.
     Lint,
 }
@@ -62,6 +65,7 @@ fn main() -> ExitCode {
         Command::Demo => demo::run(),
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Fuzz(arguments) => fuzz::run_all(&arguments),
+        Command::Soak(arguments) => soak::run(&arguments),
         Command::Lint => lint::run_all(),
     };
     match result {

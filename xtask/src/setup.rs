@@ -26,6 +26,8 @@ pub(crate) enum Purpose {
     Test,
     /// `cargo xtask bench`.
     Bench,
+    /// `cargo xtask soak`.
+    Soak,
 }
 
 /// A program that a command runs: its name on the PATH or its absolute path,
@@ -35,15 +37,15 @@ type Program = (&'static str, &'static str, &'static [Purpose]);
 /// Every program that tests and commands run, but Rust's and what every Debian
 /// has.
 const PROGRAMS: &[Program] = {
-    use Purpose::{Bench, Demo, Test};
+    use Purpose::{Bench, Demo, Soak, Test};
     &[
-        ("ip", "iproute2", &[Demo, Test, Bench]),
-        ("ping", "iputils-ping", &[Demo, Test]),
-        ("bpftool", "bpftool", &[Demo, Test]),
+        ("ip", "iproute2", &[Demo, Test, Bench, Soak]),
+        ("ping", "iputils-ping", &[Demo, Test, Soak]),
+        ("bpftool", "bpftool", &[Demo, Test, Soak]),
         ("iperf3", "iperf3", &[Demo]),
         ("strace", "strace", &[Test]),
         ("iptables", "iptables", &[Demo, Test, Bench]),
-        ("nft", "nftables", &[Test]),
+        ("nft", "nftables", &[Test, Soak]),
         ("busybox", "busybox-static", &[Demo, Test]),
         ("runc", "runc", &[Test]),
         ("containerd", "containerd", &[Test]),
