@@ -101,7 +101,7 @@ impl Stayers {
         stop: &'scope AtomicBool,
         said: &'scope Said,
     ) -> Result<()> {
-        let mut repeat = |name: &'static str, once: Box<dyn Fn() -> Result<()> + Send + 'scope>| {
+        let repeat = |name: &'static str, once: Box<dyn Fn() -> Result<()> + Send + 'scope>| {
             scope.spawn(move || {
                 while !stop.load(Ordering::Relaxed) {
                     said.note(name, once());
