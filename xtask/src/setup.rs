@@ -28,6 +28,8 @@ pub(crate) enum Purpose {
     Bench,
     /// `cargo xtask soak`.
     Soak,
+    /// `cargo xtask test --kernel`.
+    Kernel,
 }
 
 /// A program that a command runs: its name on the PATH or its absolute path,
@@ -37,7 +39,7 @@ type Program = (&'static str, &'static str, &'static [Purpose]);
 /// Every program that tests and commands run, but Rust's and what every Debian
 /// has.
 const PROGRAMS: &[Program] = {
-    use Purpose::{Bench, Demo, Soak, Test};
+    use Purpose::{Bench, Demo, Kernel, Soak, Test};
     &[
         ("ip", "iproute2", &[Demo, Test, Bench, Soak]),
         ("ping", "iputils-ping", &[Demo, Test, Soak]),
@@ -46,7 +48,7 @@ const PROGRAMS: &[Program] = {
         ("strace", "strace", &[Test]),
         ("iptables", "iptables", &[Demo, Test, Bench]),
         ("nft", "nftables", &[Test, Soak]),
-        ("busybox", "busybox-static", &[Demo, Test]),
+        ("busybox", "busybox-static", &[Demo, Test, Kernel]),
         ("runc", "runc", &[Test]),
         ("containerd", "containerd", &[Test]),
         ("podman", "podman", &[Test]),
@@ -55,6 +57,9 @@ const PROGRAMS: &[Program] = {
             "containernetworking-plugins",
             &[Test, Bench],
         ),
+        ("qemu-system-x86_64", "qemu-system-x86", &[Kernel]),
+        ("modprobe", "kmod", &[Kernel]),
+        ("cpio", "cpio", &[Kernel]),
     ]
 };
 
