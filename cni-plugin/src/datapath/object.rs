@@ -265,7 +265,10 @@ pub(super) fn require_all_own(level: LogLevel) -> Result<(), Error> {
     for name in SHARED {
         require_own(&pins::map(name), &expected[name])?;
     }
-    require_own(&pins::variant(level).join("PROGRAMS"), &expected["PROGRAMS"])
+    require_own(
+        &pins::variant(level).join("PROGRAMS"),
+        &expected["PROGRAMS"],
+    )
 }
 
 /// Refuses a pin that is of something else than such a map. None at all is right.
