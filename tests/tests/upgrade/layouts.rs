@@ -2,11 +2,7 @@
 //! earlier one, to which nothing can be.
 
 use std::{
-    collections::BTreeSet,
-    fs,
-    os::unix::process::ExitStatusExt as _,
-    path::Path,
-    process::Command,
+    collections::BTreeSet, fs, os::unix::process::ExitStatusExt as _, path::Path, process::Command,
     time::Duration,
 };
 
@@ -76,7 +72,10 @@ fn carried_under_load(xdp: bool) -> Result<()> {
         ensure!(words.contains("in use on 3 ports"), "{words}");
         ensure!(layouts(&node)? == ["v2"], "{:?}", layouts(&node)?);
         let (then, now) = (seen, frames(&node, "v2")?);
-        ensure!(now >= then && then > 0, "of {then} frames {now} were carried over");
+        ensure!(
+            now >= then && then > 0,
+            "of {then} frames {now} were carried over"
+        );
         is_well(&stage.network, &pods)
     })?;
     let after = configured(&node, "v2")?;
@@ -181,7 +180,13 @@ fn a_status_carries_over() -> Result<()> {
 
 /// That an error says what cannot be done, and what can.
 fn refuses_to_go_back(words: &str) -> Result<()> {
-    for word in ["newer bpf-bridge", "layout 2", "layout 1", "remove all pods", "bpf-bridge/v2"] {
+    for word in [
+        "newer bpf-bridge",
+        "layout 2",
+        "layout 1",
+        "remove all pods",
+        "bpf-bridge/v2",
+    ] {
         ensure!(words.contains(word), "no {word:?} in {words}");
     }
     Ok(())
@@ -200,10 +205,16 @@ fn an_earlier_one_is_refused_but_for_del() -> Result<()> {
 
     refuses_to_go_back(&upgrade_error(&node)?)?;
     let new = node.sandbox("new")?;
-    let error = network.add(&new.attachment()).err().context("ADD went well")?;
+    let error = network
+        .add(&new.attachment())
+        .err()
+        .context("ADD went well")?;
     refuses_to_go_back(&format!("{error:#}"))?;
     ensure!(new.device_names()? == ["lo"], "{:?}", new.device_names()?);
-    let error = network.check(kept.attachment()).err().context("CHECK went well")?;
+    let error = network
+        .check(kept.attachment())
+        .err()
+        .context("CHECK went well")?;
     refuses_to_go_back(&format!("{error:#}"))?;
     let error = network.gc(&[kept.attachment(), gone.attachment()]);
     refuses_to_go_back(&format!("{:#}", error.err().context("GC went well")?))?;
@@ -259,8 +270,11 @@ fn upgrade_with(node: &Node, fault: &str) -> Result<bool> {
 
 /// What an upgrade changes, one after the other.
 fn points(node: &Node) -> Result<Vec<String>> {
-    let path = Path::new(env!("CARGO_TARGET_TMPDIR"))
-        .join(format!("upgrade-points-{}-{}", std::process::id(), node_number()));
+    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!(
+        "upgrade-points-{}-{}",
+        std::process::id(),
+        node_number()
+    ));
     ensure!(!upgrade_with(node, &format!("list:{}", path.display()))?);
     let all = fs::read_to_string(&path)?;
     fs::remove_file(path)?;

@@ -3,12 +3,16 @@
 use anyhow::{Context as _, Result, ensure};
 use bpf_bridge_tests::{Network, Node, plugin_binary};
 
-use crate::{ROOT, another_build, install, is_well, layouts, network, ports, upgrade, upgrade_error};
+use crate::{
+    ROOT, another_build, install, is_well, layouts, network, ports, upgrade, upgrade_error,
+};
 
 /// The number that the kernel gave the object behind a pin.
 fn id(node: &Node, kind: &str, path: &str) -> Result<u64> {
     let object = node.json(&format!("bpftool -j {kind} show pinned {path}"))?;
-    object["id"].as_u64().with_context(|| format!("{path} is no {kind}"))
+    object["id"]
+        .as_u64()
+        .with_context(|| format!("{path} is no {kind}"))
 }
 
 /// That ADD fails, naming the pin and what is there, and leaves it and nothing else.
@@ -22,7 +26,11 @@ fn add_refuses(network: &Network, path: &str, kind: &str, words: &[&str]) -> Res
         ensure!(error.contains(word), "no {word:?} in {error}");
     }
     ensure!(id(node, kind, path)? == before, "{path} was replaced");
-    ensure!(sandbox.device_names()? == ["lo"], "{:?}", sandbox.device_names()?);
+    ensure!(
+        sandbox.device_names()? == ["lo"],
+        "{:?}",
+        sandbox.device_names()?
+    );
     Ok(())
 }
 
@@ -34,12 +42,36 @@ fn a_map_of_another_shape_is_refused() -> Result<()> {
     let maps = format!("{ROOT}/v1/maps");
     node.run(&format!("mkdir -p {maps}"))?;
     for (name, shape, word) in [
-        ("PORTS", "type array key 4 value 20 entries 16 name PORTS", "kind 2"),
-        ("PORTS", "type hash key 8 value 20 entries 16 name PORTS flags 1", "bytes: 8"),
-        ("PORTS", "type hash key 4 value 24 entries 16 name PORTS flags 1", "bytes: 24"),
-        ("PORTS", "type hash key 4 value 20 entries 16 name PORTS", "flags 0"),
-        ("PORTS", "type hash key 4 value 20 entries 16 name OTHER flags 1", "OTHER"),
-        ("FLOWS", "type hash key 44 value 64 entries 16 name FLOWS", "kind 1"),
+        (
+            "PORTS",
+            "type array key 4 value 20 entries 16 name PORTS",
+            "kind 2",
+        ),
+        (
+            "PORTS",
+            "type hash key 8 value 20 entries 16 name PORTS flags 1",
+            "bytes: 8",
+        ),
+        (
+            "PORTS",
+            "type hash key 4 value 24 entries 16 name PORTS flags 1",
+            "bytes: 24",
+        ),
+        (
+            "PORTS",
+            "type hash key 4 value 20 entries 16 name PORTS",
+            "flags 0",
+        ),
+        (
+            "PORTS",
+            "type hash key 4 value 20 entries 16 name OTHER flags 1",
+            "OTHER",
+        ),
+        (
+            "FLOWS",
+            "type hash key 44 value 64 entries 16 name FLOWS",
+            "kind 1",
+        ),
     ] {
         let path = format!("{maps}/{name}");
         node.run(&format!("bpftool map create {path} {shape}"))?;
@@ -80,13 +112,48 @@ fn a_pin_in_the_place_of_ours_is_refused() -> Result<()> {
     let aside = format!("{ROOT}/aside");
     for (pin, other, kind, words) in [
         // Another program, one of the same kind; a program for a map and the reverse.
-        ("off/port", "prog pin pinned off/flood", "prog", ["flood", "port"]),
-        ("off/port", "prog pin pinned nat/from_pod", "prog", ["from_pod", "port"]),
-        ("off/port", "map pin pinned maps/SEGMENTS", "map", ["a map", "port"]),
-        ("maps/ENDPOINTS", "map pin pinned maps/XDP_UPLINKS", "map", ["XDP_UPLINKS", "ENDPOINTS"]),
-        ("maps/NEIGHBORS", "prog pin pinned off/flood", "prog", ["a program", "NEIGHBORS"]),
-        ("maps/PUBLISHED", "map pin pinned maps/PORTS", "map", ["PORTS", "PUBLISHED"]),
-        ("nat/uplink", "prog pin pinned nat/egress", "prog", ["egress", "uplink"]),
+        (
+            "off/port",
+            "prog pin pinned off/flood",
+            "prog",
+            ["flood", "port"],
+        ),
+        (
+            "off/port",
+            "prog pin pinned nat/from_pod",
+            "prog",
+            ["from_pod", "port"],
+        ),
+        (
+            "off/port",
+            "map pin pinned maps/SEGMENTS",
+            "map",
+            ["a map", "port"],
+        ),
+        (
+            "maps/ENDPOINTS",
+            "map pin pinned maps/XDP_UPLINKS",
+            "map",
+            ["XDP_UPLINKS", "ENDPOINTS"],
+        ),
+        (
+            "maps/NEIGHBORS",
+            "prog pin pinned off/flood",
+            "prog",
+            ["a program", "NEIGHBORS"],
+        ),
+        (
+            "maps/PUBLISHED",
+            "map pin pinned maps/PORTS",
+            "map",
+            ["PORTS", "PUBLISHED"],
+        ),
+        (
+            "nat/uplink",
+            "prog pin pinned nat/egress",
+            "prog",
+            ["egress", "uplink"],
+        ),
     ] {
         let check = || {
             let path = format!("{root}/{pin}");
@@ -126,7 +193,9 @@ fn a_link_that_is_not_ours_is_refused() -> Result<()> {
         .split_whitespace()
         .find(|name| name.starts_with("egress-"))
         .context("no link of an uplink")?;
-    node.run(&format!("bpftool link pin pinned {links}/{other} {links}/connect4"))?;
+    node.run(&format!(
+        "bpftool link pin pinned {links}/{other} {links}/connect4"
+    ))?;
     install(&node, &another_build(&plugin_binary()?, 2)?)?;
     let error = upgrade_error(&node)?;
     for word in ["links/connect4", "\"egress\"", "\"connect4\""] {
