@@ -52,6 +52,12 @@ pub struct Carried {
 /// The map whose words programs set bits in.
 const BITS: &str = "USED";
 
+/// Maps that have keys of others in their values.
+const INDEXES: [(&str, &[&str]); 2] = [
+    ("PLACES", &["FLOWS", "REPLIES", "FRAGMENTS", "HELD"]),
+    ("LEARNED_PLACES", &["LEARNED"]),
+];
+
 /// Carries an older layout over if one is pinned; what was begun and not finished is
 /// finished.
 ///
@@ -131,14 +137,15 @@ fn move_over(old: &Root, own: &Root, since: u64, entries: &mut usize) -> Result<
 /// Whether this version's maps have other limits than the node's settings say.
 pub(super) fn has_other_limits(own: &Root) -> Result<bool, Error> {
     let expected = expected()?;
+    let mut other = false;
     for name in maps() {
-        if let Some(map) = object::open_map(&own.map(name), name)?
-            && map.shape.max_entries != expected[name].max_entries
-        {
-            return Ok(true);
+        let path = own.map(name);
+        object::require_own(&path, &expected[name])?;
+        if let Some(map) = object::open_map(&path, name)? {
+            other |= map.shape.max_entries != expected[name].max_entries;
         }
     }
-    Ok(false)
+    Ok(other)
 }
 
 /// What all maps should be like.
@@ -163,6 +170,7 @@ fn make(old: &Root, own: &Root) -> Result<usize, Error> {
     for name in maps() {
         if let Some(map) = object::open_map(&old.map(name), name)?
             && map.shape == expected[name]
+            && still_indexes(old, &expected, name)?
         {
             pins::pin(&own.map(name), |path| map.pin(path))?;
         }
@@ -171,7 +179,9 @@ fn make(old: &Root, own: &Root) -> Result<usize, Error> {
     let translators = Translators::load_as_in(old, Some(Part::Sockets))?;
     let mut entries = 0;
     for name in maps() {
-        if let Some((from, to)) = pair(old, own, name)? {
+        if let Some((from, to)) = pair(old, own, name)?
+            && still_indexes(old, &expected, name)?
+        {
             entries += copy(name, &from, &to, 0, ANY)?;
         }
     }
@@ -180,6 +190,22 @@ fn make(old: &Root, own: &Root) -> Result<usize, Error> {
     }
     translators.map_or(Ok(()), |translators| translators.install(None))?;
     Ok(entries)
+}
+
+/// Whether what a map has of others' keys, as mere words, still are such keys. If not, it
+/// begins empty: it says which entries count as whose share.
+fn still_indexes(old: &Root, expected: &HashMap<String, Shape>, name: &str) -> Result<bool, Error> {
+    let Some((_, of)) = INDEXES.iter().find(|(index, _)| *index == name) else {
+        return Ok(true);
+    };
+    for &name in *of {
+        if let Some(map) = object::open_map(&old.map(name), name)?
+            && map.shape.key != expected[name].key
+        {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// An old map and the new one, if they are not one and the same.
@@ -304,6 +330,10 @@ fn catch_up(old: &Root, own: &Root, since: u64) -> Result<usize, Error> {
         let Some((from, to)) = pair(old, own, name)? else {
             continue;
         };
+        if INDEXES.iter().any(|(index, _)| *index == name) {
+            // What is without a place has none of the share.
+            continue;
+        }
         if from.shape.kind == bpf_map_type::BPF_MAP_TYPE_LRU_HASH as u32 {
             entries += copy(name, &from, &to, since, NOEXIST)?;
         } else if name == BITS {

@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    net::{SocketAddr, UdpSocket},
+    net::{SocketAddr, TcpStream, UdpSocket},
     thread,
     time::Duration,
 };
@@ -131,12 +131,12 @@ fn limits_that_have_changed_are_followed() -> Result<()> {
     let outside = node.outside()?;
     let stage = Stage::new(&node, &outside, false)?;
     let pods = [&stage.server, &stage.client];
-    node.set_settings(r#"{"limits": {"ports": 4, "flows": 2048}}"#)?;
+    node.set_settings(r#"{"limits": {"ports": 4, "flows": 8192}}"#)?;
     let words = stage.under_load(false, || upgrade(&node))?;
     ensure!(words.contains("made anew by the node's limits"), "{words}");
     ensure!(words.contains("in use on 3 ports"), "{words}");
     ensure!(layouts(&node)? == ["v1"], "{:?}", layouts(&node)?);
-    ensure!(room(&node, "PORTS")? == Some(4) && room(&node, "FLOWS")? == Some(2048));
+    ensure!(room(&node, "PORTS")? == Some(4) && room(&node, "FLOWS")? == Some(8192));
     is_well(&stage.network, &pods)?;
     stage.carries_everything()?;
     let words = upgrade(&node)?;
@@ -150,7 +150,7 @@ fn limits_that_have_changed_are_followed() -> Result<()> {
     is_well(&stage.network, &[&third])?;
 
     // Settings in which what is there has no room are refused.
-    node.set_settings(r#"{"limits": {"ports": 3, "flows": 2048}}"#)?;
+    node.set_settings(r#"{"limits": {"ports": 3, "flows": 8192}}"#)?;
     let error = upgrade_error(&node)?;
     for word in ["the map ", "3 entries", "nothing was changed"] {
         ensure!(error.contains(word), "no {word:?} in {error}");
@@ -161,15 +161,25 @@ fn limits_that_have_changed_are_followed() -> Result<()> {
 
     // But flows may be forgotten, the oldest first.
     let published = SocketAddr::from((Outside::NODE_V4, HOST_PORT));
-    outside.within(|| {
+    let stream = outside.within(|| {
         for _ in 0..1500 {
             UdpSocket::bind("0.0.0.0:0")?.send_to(b"an old flow", published)?;
         }
-        Ok(())
+        Ok(TcpStream::connect_timeout(&published, PATIENCE)?)
     })?;
     node.set_settings(r#"{"limits": {"ports": 4, "flows": 1024}}"#)?;
-    stage.under_load(false, || upgrade(&node))?;
+    upgrade(&node)?;
     ensure!(room(&node, "FLOWS")? == Some(1024));
+    let newest = stream.local_addr()?.port();
+    let flows = entries(&node, "v1", "FLOWS")?;
+    ensure!(
+        flows.len() > 500
+            && flows
+                .iter()
+                .any(|flow| flow["formatted"]["key"]["client_port"] == newest),
+        "of {} flows none is that of port {newest}",
+        flows.len()
+    );
     stage.carries_everything()?;
 
     node.set_settings("{}")?;
