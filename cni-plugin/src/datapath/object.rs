@@ -224,8 +224,10 @@ fn constants(program: &bpf::Program) -> io::Result<Option<Vec<u8>>> {
     Ok(None)
 }
 
-/// What the maps of an object are like, by their names.
+/// What the maps of an object are like, by their names, if made by this node's limits.
 pub(super) fn expected(object: &[u8]) -> Result<HashMap<String, Shape>, Error> {
+    let limits = Limits::read()?;
+    let limits: HashMap<&str, u32> = limits.maps().collect();
     let object = Object::parse(object).map_err(|source| Error::from(EbpfError::from(source)))?;
     let bytes = object
         .btf
@@ -242,7 +244,7 @@ pub(super) fn expected(object: &[u8]) -> Result<HashMap<String, Shape>, Error> {
             kind: map.map_type(),
             key_size: map.key_size(),
             value_size: map.value_size(),
-            max_entries: map.max_entries(),
+            max_entries: limits.get(name).copied().unwrap_or(map.max_entries()),
             flags: map.map_flags(),
             key: described(|def| def.btf_key_type_id),
             value: described(|def| def.btf_value_type_id),
