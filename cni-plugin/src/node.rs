@@ -224,6 +224,15 @@ impl Limits {
         Self::read_from(Path::new(PATH))
     }
 
+    /// Those of a file with this text.
+    #[cfg(test)]
+    pub fn of(text: &str) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("node.json");
+        std::fs::write(&path, text).unwrap();
+        Self::read_from(&path).unwrap()
+    }
+
     fn read_from(path: &Path) -> Result<Self, NodeError> {
         let Some(text) = read(path)? else {
             return Ok(Self::default());
@@ -424,13 +433,7 @@ mod tests {
 
     #[test]
     fn a_pod_has_a_quarter_if_nothing_else_is_said() {
-        let shares = |text: &str| {
-            let directory = tempfile::tempdir().unwrap();
-            let path = directory.path().join("node.json");
-            fs::write(&path, text).unwrap();
-            let limits = Limits::read_from(&path).unwrap();
-            limits.globals().map(|(_, &share)| share)
-        };
+        let shares = |text: &str| Limits::of(text).globals().map(|(_, &share)| share);
         assert_eq!(shares("{}"), [16_384, 32_768, 1024, 128]);
         let small = r#"{"limits": {"flows": 4096, "fragments": 1024}}"#;
         assert_eq!(shares(small), [16_384, 1024, 256, 45]);

@@ -27,6 +27,10 @@ const LIMIT: u32 = 1024;
 /// More than enough to fill a table of that.
 const FLOOD: u16 = 8192;
 
+/// The identification of a datagram in fragments; the floods begin at 0, and all come from
+/// the node's address in the end.
+const ID: u16 = 60_000;
+
 /// Runs a test with shares, where it must succeed, and without, where it must not.
 fn only_with_shares(work: impl Fn(&Node) -> Result<bool>) -> Result<()> {
     let limits = json!({"learned": LIMIT, "flows": LIMIT, "fragments": LIMIT});
@@ -204,10 +208,10 @@ fn fragments() -> Result<()> {
         good_wire.send(&whole.bytes())?;
         remote.recv_from(&mut [0; 64]).context("the remote")?;
 
-        let halves = Packet::udp(from, remote.local_addr()?, &[0; 1800]).fragments(1, 1104);
+        let halves = Packet::udp(from, remote.local_addr()?, &[0; 1800]).fragments(ID, 1104);
         good_wire.send(&halves[0])?;
         let begun = Packet::udp((bad.v4()?, 5000).into(), remote.local_addr()?, &[0; 64]);
-        for number in 0..2 * u16::try_from(LIMIT)? {
+        for number in 0..u16::try_from(LIMIT)? + 400 {
             bad_wire.send(&begun.fragments(number, 64)[0])?;
         }
         good_wire.send(&halves[1])?;
@@ -231,7 +235,7 @@ fn fragments_that_wait() -> Result<()> {
         good_wire.send(&whole.bytes())?;
         remote.recv_from(&mut [0; 64]).context("the remote")?;
 
-        let halves = Packet::udp(from, remote.local_addr()?, &[0; 1800]).fragments(1, 1104);
+        let halves = Packet::udp(from, remote.local_addr()?, &[0; 1800]).fragments(ID, 1104);
         good_wire.send(&halves[1])?;
         let begun = Packet::udp((bad.v4()?, 5000).into(), remote.local_addr()?, &[0; 64]);
         for number in 0..u16::try_from(LIMIT)? {

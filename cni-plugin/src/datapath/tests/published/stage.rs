@@ -169,8 +169,14 @@ pub(super) struct Stage {
 
 /// Runs `work` on a node of its own.
 pub(super) fn with_stage(work: impl FnOnce(&mut Stage)) {
+    with_stage_of(&Limits::default(), work);
+}
+
+/// The same, with other limits.
+pub(super) fn with_stage_of(limits: &Limits, work: impl FnOnce(&mut Stage)) {
     let host = testing::netns();
-    host.run_in(|| work(&mut Stage::new(&host))).unwrap();
+    host.run_in(|| work(&mut Stage::new(&host, limits)))
+        .unwrap();
 }
 
 fn sysctl(path: &str, value: &str) {
@@ -178,7 +184,7 @@ fn sysctl(path: &str, value: &str) {
 }
 
 impl Stage {
-    fn new(host: &Netns) -> Self {
+    fn new(host: &Netns, limits: &Limits) -> Self {
         let peers = testing::netns();
         peers
             .run_in(|| sysctl("ipv6/conf/default/disable_ipv6", "1"))
@@ -222,9 +228,7 @@ impl Stage {
                 indices.insert(peer_name, made.peer);
             }
         }
-        let mut ebpf = object::loader(&Limits::default())
-            .load(object::NAT)
-            .unwrap();
+        let mut ebpf = object::loader(limits).load(object::NAT).unwrap();
         for name in [
             "uplink",
             "uplink_l3",
