@@ -326,8 +326,8 @@ impl Limits {
 pub fn remedy(map: &str) -> Option<String> {
     let limit = ALL.iter().find(|limit| limit.maps.contains(&map))?;
     Some(format!(
-        "{}; remove some, or raise {LIMITS}.{} in {PATH}, which tables follow that are made \
-         after that: at the next boot, or by `bpf-bridge upgrade`",
+        "{}; remove some, or raise {LIMITS}.{} in {PATH}, which holds for tables that are \
+         made after that: from the next boot on",
         limit.holders, limit.key
     ))
 }
@@ -426,6 +426,7 @@ mod tests {
             ("HELD", 256),
             ("FLOWS", 4096),
             ("REPLIES", 4096),
+            ("PLACES", 4096 + 2048 + 256),
         ]);
         let text = br#"{"limits": {"ports": 7, "fragments": 2048, "flows": 4096}}"#;
         assert_eq!(parse(text).unwrap(), expected);

@@ -16,7 +16,7 @@ use bpf_bridge_tests::{
 };
 use serde_json::{Value, json};
 
-use crate::{network, node};
+use crate::{network, node, other_network};
 
 /// Long enough for anything that does happen, on a busy machine too.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -133,6 +133,39 @@ fn flows_to_outside() -> Result<()> {
     })
 }
 
+/// The same from a network whose pods netfilter masquerades: what it has translated is
+/// remembered too, and whose it was is not known any more.
+#[test]
+fn flows_that_netfilter_translates() -> Result<()> {
+    only_with_shares(|node| {
+        let outside = node.outside()?;
+        let network = masquerading(node);
+        let by_netfilter = json!({"ipMasq": true, "ipMasqBackend": "nftables"});
+        let other = other_network(node, &by_netfilter);
+        let (bad, good) = (other.pod("bad")?, network.pod("good")?);
+        let remote = bound(&outside, (Outside::V4, 7).into())?;
+        let socket = bound(&good, (good.v4()?, 4000).into())?;
+        socket.send_to(b"hello", remote.local_addr()?)?;
+        let (_, seen) = remote.recv_from(&mut [0; 64]).context("the remote")?;
+
+        let wire = Wire::new(&bad, MacAddr::of_device(node, "cni1")?)?;
+        let from = bad.v4()?;
+        for number in 0..FLOOD {
+            let to = (Outside::V4, 10_000 + number).into();
+            wire.send(&Packet::udp((from, 5000 + number).into(), to, b"").bytes())?;
+        }
+        let held =
+            node.json("bpftool -j map dump pinned /sys/fs/bpf/bpf-bridge/v1/maps/REPLIES")?;
+        ensure!(
+            held.as_array().is_some_and(|held| held.len() > 100),
+            "nothing was noted"
+        );
+        remote.send_to(b"are you there?", seen)?;
+        // What of the flow the pod's side remembers is not enough for that.
+        hears(&socket, remote.local_addr()?, 14, patience(node)?)
+    })
+}
+
 /// Thousands of clients ask a published port; the server of another one, which was asked
 /// once, can speak first still.
 #[test]
@@ -208,6 +241,8 @@ fn fragments() -> Result<()> {
         good_wire.send(&whole.bytes())?;
         remote.recv_from(&mut [0; 64]).context("the remote")?;
 
+        // All come from the node, and not one after the other.
+        outside.set_sysctl("net/ipv4/ipfrag_max_dist", "0")?;
         let halves = Packet::udp(from, remote.local_addr()?, &[0; 1800]).fragments(ID, 1104);
         good_wire.send(&halves[0])?;
         let begun = Packet::udp((bad.v4()?, 5000).into(), remote.local_addr()?, &[0; 64]);
