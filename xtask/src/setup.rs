@@ -26,6 +26,8 @@ pub(crate) enum Purpose {
     Test,
     /// `cargo xtask bench`.
     Bench,
+    /// `cargo xtask test --kernel`.
+    Kernel,
 }
 
 /// A program that a command runs: its name on the PATH or its absolute path,
@@ -35,7 +37,7 @@ type Program = (&'static str, &'static str, &'static [Purpose]);
 /// Every program that tests and commands run, but Rust's and what every Debian
 /// has.
 const PROGRAMS: &[Program] = {
-    use Purpose::{Bench, Demo, Test};
+    use Purpose::{Bench, Demo, Kernel, Test};
     &[
         ("ip", "iproute2", &[Demo, Test, Bench]),
         ("ping", "iputils-ping", &[Demo, Test]),
@@ -44,7 +46,7 @@ const PROGRAMS: &[Program] = {
         ("strace", "strace", &[Test]),
         ("iptables", "iptables", &[Demo, Test, Bench]),
         ("nft", "nftables", &[Test]),
-        ("busybox", "busybox-static", &[Demo, Test]),
+        ("busybox", "busybox-static", &[Demo, Test, Kernel]),
         ("runc", "runc", &[Test]),
         ("containerd", "containerd", &[Test]),
         ("podman", "podman", &[Test]),
@@ -53,6 +55,9 @@ const PROGRAMS: &[Program] = {
             "containernetworking-plugins",
             &[Test, Bench],
         ),
+        ("qemu-system-x86_64", "qemu-system-x86", &[Kernel]),
+        ("modprobe", "kmod", &[Kernel]),
+        ("cpio", "cpio", &[Kernel]),
     ]
 };
 

@@ -130,12 +130,7 @@ impl Switch {
             loader.map_pin_path(name, pins::map(name));
         }
         loader.map_pin_path("PROGRAMS", &calls);
-        // The loader takes what is pinned, whatever it is.
-        let expected = expected(OBJECT)?;
-        for name in SHARED {
-            require_own(&pins::map(name), &expected[name])?;
-        }
-        require_own(&calls, &expected["PROGRAMS"])?;
+        require_all_own(level)?;
         let mut ebpf = loader.load(OBJECT)?;
         count_strangers()?;
         let calls = match ebpf.take_map("PROGRAMS").map(ProgramArray::try_from) {
@@ -255,6 +250,19 @@ pub(super) fn expected(object: &[u8]) -> Result<HashMap<String, Shape>, Error> {
 
 /// How much of a name the kernel keeps (`BPF_OBJ_NAME_LEN` with its NUL).
 const NAME: usize = 15;
+
+/// Refuses maps that are pinned where those of a log level are, or should be, and are not:
+/// the loader takes whatever is pinned.
+pub(super) fn require_all_own(level: LogLevel) -> Result<(), Error> {
+    let expected = expected(OBJECT)?;
+    for name in SHARED {
+        require_own(&pins::map(name), &expected[name])?;
+    }
+    require_own(
+        &pins::variant(level).join("PROGRAMS"),
+        &expected["PROGRAMS"],
+    )
+}
 
 /// Refuses a pin that is of something else than such a map. None at all is right.
 pub(super) fn require_own(path: &Path, expected: &Shape) -> Result<(), Error> {

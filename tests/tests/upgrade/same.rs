@@ -1,11 +1,18 @@
 //! Another build of the same layout.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, net::SocketAddr, thread, time::Duration};
 
 use anyhow::{Result, ensure};
-use bpf_bridge_tests::{Node, Pod};
+use bpf_bridge_tests::{EchoServer, Network, Node, Outside, Pod};
+use serde_json::json;
 
-use crate::{another_plugin, install, is_well, layouts, links, load::Stage, program_of, upgrade};
+use crate::{
+    HOST_PORT, POD_PORT, another_plugin, entries, install, is_well, layouts, links, load::Stage,
+    network, ports, program_of, upgrade,
+};
+
+/// Long enough for anything that does happen, on a busy machine too.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Several upgrades in a row, while everything flows.
 fn under_load(xdp: bool) -> Result<()> {
@@ -15,7 +22,8 @@ fn under_load(xdp: bool) -> Result<()> {
     let pods = [&stage.server, &stage.client];
     // What is lost without an upgrade is not the upgrade's fault.
     stage.under_load(true, || {
-        Ok(std::thread::sleep(std::time::Duration::from_secs(1)))
+        thread::sleep(Duration::from_secs(1));
+        Ok(())
     })?;
     stage.under_load(true, || {
         for number in 1..=3 {
@@ -65,4 +73,42 @@ fn nothing_is_lost() -> Result<()> {
 #[test]
 fn nothing_is_lost_with_xdp() -> Result<()> {
     under_load(true)
+}
+
+/// `forward` goes on with what `from_pod` has found out, in memory that programs of one load
+/// share; the first of them comes later if a port was published before.
+#[test]
+fn programs_that_work_together_are_loaded_together() -> Result<()> {
+    let node = Node::new()?;
+    let outside = node.outside()?;
+    let far = EchoServer::start(&outside, Outside::V4.into())?;
+    let published = network(&node, false);
+    let server = published.pod_with_ports("server", ports())?;
+    let _listener = EchoServer::start_on(&server, (server.v4()?, POD_PORT).into())?;
+    let mut config = Network::dual_stack(&node);
+    config["name"] = json!("direct");
+    config["bridge"] = json!("cni1");
+    config["ipMasq"] = json!(true);
+    config["netfilter"] = json!("none");
+    config["ipam"]["ranges"] = json!([[{"subnet": "10.88.0.0/16"}], [{"subnet": "fd88::/64"}]]);
+    let direct = Network::new(&node, config);
+    let pod = direct.pod("direct")?;
+    let works = || {
+        pod.udp_echo(far.address(), b"hello", PATIENCE)?;
+        pod.tcp_echo(far.address(), b"hello", PATIENCE)?;
+        let flows = entries(&node, "v1", "FLOWS")?;
+        // `FLOW_MASQUERADED` and `FLOW_DIRECT`.
+        ensure!(
+            flows
+                .iter()
+                .any(|flow| flow["formatted"]["value"]["flags"] == 3),
+            "no flow goes past the stack: {flows:?}"
+        );
+        let address = SocketAddr::from((Outside::NODE_V4, HOST_PORT));
+        outside.tcp_echo(address, b"hello", PATIENCE)
+    };
+    works()?;
+    install(&node, &another_plugin(1)?)?;
+    upgrade(&node)?;
+    works()
 }
