@@ -288,7 +288,7 @@ fn create(
         mtu,
     })?;
     // The host must not learn routes from a pod, nor wait before it speaks.
-    for (key, value) in [("accept_ra", 0), ("accept_dad", 0)] {
+    for (key, value) in [("accept_ra", 0), ("accept_redirects", 0), ("accept_dad", 0)] {
         let _ = Sysctl::device(Family::Ipv6, bridge, key)?.set(value)?;
     }
     datapath.attach(level, host, pair.peer)?;
@@ -309,6 +309,7 @@ fn create(
         &LinkSettings {
             up: Some(true),
             alias: Some(ALIAS),
+            ipv4: &[(Ipv4Conf::AcceptRedirects, 0)],
             ..LinkSettings::default()
         },
     )?;

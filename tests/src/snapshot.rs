@@ -225,8 +225,8 @@ fn maps(
         .zip(&shown)
         .map(|(pin, map)| (*pin, text(map, "type")))
         .collect();
-    // Not those that forget the oldest.
-    let lasting = ["hash", "percpu_hash", "lpm_trie", "prog_array", "array"];
+    // Not those that forget the oldest, nor those that always have all their entries.
+    let lasting = ["hash", "percpu_hash", "lpm_trie", "prog_array"];
     let kept: Vec<&PathBuf> = maps
         .into_iter()
         .filter(|pin| lasting.contains(&kinds[pin]))

@@ -130,12 +130,7 @@ impl Switch {
             loader.map_pin_path(name, pins::map(name));
         }
         loader.map_pin_path("PROGRAMS", &calls);
-        // The loader takes what is pinned, whatever it is.
-        let expected = expected(OBJECT)?;
-        for name in SHARED {
-            require_own(&pins::map(name), &expected[name])?;
-        }
-        require_own(&calls, &expected["PROGRAMS"])?;
+        require_all_own(level)?;
         let pins = || {
             SHARED
                 .into_iter()
@@ -229,8 +224,10 @@ fn constants(program: &bpf::Program) -> io::Result<Option<Vec<u8>>> {
     Ok(None)
 }
 
-/// What the maps of an object are like, by their names.
+/// What the maps of an object are like, by their names, if made by this node's limits.
 pub(super) fn expected(object: &[u8]) -> Result<HashMap<String, Shape>, Error> {
+    let limits = Limits::read()?;
+    let limits: HashMap<&str, u32> = limits.maps().collect();
     let object = Object::parse(object).map_err(|source| Error::from(EbpfError::from(source)))?;
     let bytes = object
         .btf
@@ -247,7 +244,7 @@ pub(super) fn expected(object: &[u8]) -> Result<HashMap<String, Shape>, Error> {
             kind: map.map_type(),
             key_size: map.key_size(),
             value_size: map.value_size(),
-            max_entries: map.max_entries(),
+            max_entries: limits.get(name).copied().unwrap_or(map.max_entries()),
             flags: map.map_flags(),
             key: described(|def| def.btf_key_type_id),
             value: described(|def| def.btf_value_type_id),
@@ -262,6 +259,19 @@ pub(super) fn expected(object: &[u8]) -> Result<HashMap<String, Shape>, Error> {
 
 /// How much of a name the kernel keeps (`BPF_OBJ_NAME_LEN` with its NUL).
 const NAME: usize = 15;
+
+/// Refuses maps that are pinned where those of a log level are, or should be, and are not:
+/// the loader takes whatever is pinned.
+pub(super) fn require_all_own(level: LogLevel) -> Result<(), Error> {
+    let expected = expected(OBJECT)?;
+    for name in SHARED {
+        require_own(&pins::map(name), &expected[name])?;
+    }
+    require_own(
+        &pins::variant(level).join("PROGRAMS"),
+        &expected["PROGRAMS"],
+    )
+}
 
 /// Refuses a pin that is of something else than such a map. None at all is right.
 pub(super) fn require_own(path: &Path, expected: &Shape) -> Result<(), Error> {
