@@ -320,7 +320,14 @@ impl Store {
         let Ok(names) = owner.names() else {
             return Ok(Vec::new());
         };
-        let session = self.lock()?;
+        let session = match self.lock() {
+            // Whoever wrote a lease had a lock: there is none to be freed, and no room for
+            // another.
+            Err(_) if matches!(self.network.open_existing(LOCK), Ok(None)) => {
+                return Ok(Vec::new());
+            }
+            locked => locked?,
+        };
         let indexed = session.ensure_index();
         for name in &names {
             let entry = match &indexed {
