@@ -19,7 +19,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// How many flows the tables have room for.
 const LIMIT: u32 = 1024;
 /// How many each of two pods has.
-const FLOWS: usize = 800;
+const FLOWS: u16 = 800;
 
 /// A node where one pod may have all of the tables, so that it is the kernel that forgets.
 fn node() -> Result<Node> {
@@ -39,9 +39,14 @@ struct Connection {
 }
 
 impl Connection {
-    fn new(client: &Namespace, server: SocketAddr, listener: &TcpListener) -> Result<Self> {
-        let any = (Ipv4Addr::UNSPECIFIED, 0).into();
-        let near = client.tcp_connect_from(any, server, PATIENCE)?;
+    fn new(
+        client: &Namespace,
+        port: u16,
+        server: SocketAddr,
+        listener: &TcpListener,
+    ) -> Result<Self> {
+        let from = (Ipv4Addr::UNSPECIFIED, port).into();
+        let near = client.tcp_connect_from(from, server, PATIENCE)?;
         let (far, _) = listener.accept().context("nobody came")?;
         for end in [&near, &far] {
             end.set_read_timeout(Some(PATIENCE))?;
@@ -86,9 +91,11 @@ fn connections_to_outside() -> Result<()> {
     let server = (Outside::V4, 7).into();
     let listener = listener(&outside, server)?;
     let mut connections = Vec::new();
-    for pod in &pods {
+    // Two pods with one port to one remote are told apart by another port, and which of them
+    // has it is forgotten too.
+    for (pod, first) in pods.iter().zip([20_000, 30_000]) {
         for number in 0..FLOWS {
-            let connection = Connection::new(pod, server, &listener);
+            let connection = Connection::new(pod, first + number, server, &listener);
             connections.push(connection.with_context(|| format!("connection {number}"))?);
         }
     }
@@ -108,7 +115,7 @@ fn connections_to_published_ports() -> Result<()> {
         let listener = listener(&pod, (pod.v4()?, 80).into())?;
         let server = (Outside::NODE_V4, port).into();
         for number in 0..FLOWS {
-            let connection = Connection::new(&outside, server, &listener);
+            let connection = Connection::new(&outside, 0, server, &listener);
             connections.push(connection.with_context(|| format!("connection {number}"))?);
         }
         pods.push(pod);

@@ -16,7 +16,7 @@ use bpf_bridge_tests::{
 };
 use serde_json::{Value, json};
 
-use crate::{network, node};
+use crate::{network, node, other_network};
 
 /// Long enough for anything that does happen, on a busy machine too.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -26,6 +26,10 @@ const SILENCE: Duration = Duration::from_millis(200);
 const LIMIT: u32 = 1024;
 /// More than enough to fill a table of that.
 const FLOOD: u16 = 8192;
+
+/// The identification of a datagram in fragments; the floods begin at 0, and all come from
+/// the node's address in the end.
+const ID: u16 = 60_000;
 
 /// Runs a test with shares, where it must succeed, and without, where it must not.
 fn only_with_shares(work: impl Fn(&Node) -> Result<bool>) -> Result<()> {
@@ -129,6 +133,39 @@ fn flows_to_outside() -> Result<()> {
     })
 }
 
+/// The same from a network whose pods netfilter masquerades: what it has translated is
+/// remembered too, and whose it was is not known any more.
+#[test]
+fn flows_that_netfilter_translates() -> Result<()> {
+    only_with_shares(|node| {
+        let outside = node.outside()?;
+        let network = masquerading(node);
+        let by_netfilter = json!({"ipMasq": true, "ipMasqBackend": "nftables"});
+        let other = other_network(node, &by_netfilter);
+        let (bad, good) = (other.pod("bad")?, network.pod("good")?);
+        let remote = bound(&outside, (Outside::V4, 7).into())?;
+        let socket = bound(&good, (good.v4()?, 4000).into())?;
+        socket.send_to(b"hello", remote.local_addr()?)?;
+        let (_, seen) = remote.recv_from(&mut [0; 64]).context("the remote")?;
+
+        let wire = Wire::new(&bad, MacAddr::of_device(node, "cni1")?)?;
+        let from = bad.v4()?;
+        for number in 0..FLOOD {
+            let to = (Outside::V4, 10_000 + number).into();
+            wire.send(&Packet::udp((from, 5000 + number).into(), to, b"").bytes())?;
+        }
+        let held =
+            node.json("bpftool -j map dump pinned /sys/fs/bpf/bpf-bridge/v1/maps/REPLIES")?;
+        ensure!(
+            held.as_array().is_some_and(|held| held.len() > 100),
+            "nothing was noted"
+        );
+        remote.send_to(b"are you there?", seen)?;
+        // What of the flow the pod's side remembers is not enough for that.
+        hears(&socket, remote.local_addr()?, 14, patience(node)?)
+    })
+}
+
 /// Thousands of clients ask a published port; the server of another one, which was asked
 /// once, can speak first still.
 #[test]
@@ -204,10 +241,12 @@ fn fragments() -> Result<()> {
         good_wire.send(&whole.bytes())?;
         remote.recv_from(&mut [0; 64]).context("the remote")?;
 
-        let halves = Packet::udp(from, remote.local_addr()?, &[0; 1800]).fragments(1, 1104);
+        // All come from the node, and not one after the other.
+        outside.set_sysctl("net/ipv4/ipfrag_max_dist", "0")?;
+        let halves = Packet::udp(from, remote.local_addr()?, &[0; 1800]).fragments(ID, 1104);
         good_wire.send(&halves[0])?;
         let begun = Packet::udp((bad.v4()?, 5000).into(), remote.local_addr()?, &[0; 64]);
-        for number in 0..2 * u16::try_from(LIMIT)? {
+        for number in 0..u16::try_from(LIMIT)? + 400 {
             bad_wire.send(&begun.fragments(number, 64)[0])?;
         }
         good_wire.send(&halves[1])?;
@@ -231,7 +270,7 @@ fn fragments_that_wait() -> Result<()> {
         good_wire.send(&whole.bytes())?;
         remote.recv_from(&mut [0; 64]).context("the remote")?;
 
-        let halves = Packet::udp(from, remote.local_addr()?, &[0; 1800]).fragments(1, 1104);
+        let halves = Packet::udp(from, remote.local_addr()?, &[0; 1800]).fragments(ID, 1104);
         good_wire.send(&halves[1])?;
         let begun = Packet::udp((bad.v4()?, 5000).into(), remote.local_addr()?, &[0; 64]);
         for number in 0..u16::try_from(LIMIT)? {
