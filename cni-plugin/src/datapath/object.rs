@@ -23,7 +23,7 @@ use super::{
     change, failed, nat, pins,
     shape::{Btf, Shape},
 };
-use crate::node::Limits;
+use crate::{fault, node::Limits};
 
 /// The programs, compiled by the build script.
 pub(super) static OBJECT: &[u8] =
@@ -131,7 +131,14 @@ impl Switch {
         }
         loader.map_pin_path("PROGRAMS", &calls);
         require_all_own(level)?;
-        let mut ebpf = loader.load(OBJECT)?;
+        let pins = || {
+            SHARED
+                .into_iter()
+                .map(pins::map)
+                .chain([calls.clone()])
+                .collect()
+        };
+        let mut ebpf = fault::pins(pins, || loader.load(OBJECT))?;
         count_strangers()?;
         let calls = match ebpf.take_map("PROGRAMS").map(ProgramArray::try_from) {
             Some(Ok(calls)) => calls,

@@ -375,7 +375,11 @@ pub(super) fn remove(path: &Path) -> Result<(), Error> {
 }
 
 fn remove_below(path: &Path) -> io::Result<()> {
-    let removed = if path.is_dir() {
+    let found = match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        found => found?,
+    };
+    let removed = if found.is_dir() {
         for entry in fs::read_dir(path)? {
             remove_below(&entry?.path())?;
         }
