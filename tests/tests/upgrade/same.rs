@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     net::{SocketAddr, TcpStream, UdpSocket},
+    panic::resume_unwind,
     thread,
     time::Duration,
 };
@@ -116,6 +117,38 @@ fn programs_that_work_together_are_loaded_together() -> Result<()> {
     install(&node, &another_plugin(1)?)?;
     upgrade(&node)?;
     works()
+}
+
+/// Several at once, and pods that come and go meanwhile.
+#[test]
+fn two_at_once_do_no_harm() -> Result<()> {
+    let node = Node::new()?;
+    let network = network(&node, false);
+    let first = network.pod_with_ports("first", ports())?;
+    install(&node, &another_plugin(4)?)?;
+    let words = thread::scope(|scope| {
+        let upgrades = [(); 3].map(|()| scope.spawn(|| upgrade(&node)));
+        let pods = ["a", "b"].map(|name| {
+            let network = &network;
+            scope.spawn(move || -> Result<()> {
+                let pod = network.pod(name)?;
+                network.check(pod.attachment())?;
+                network.del(pod.attachment())
+            })
+        });
+        for pod in pods {
+            pod.join().unwrap_or_else(|panic| resume_unwind(panic))?;
+        }
+        upgrades
+            .into_iter()
+            .map(|upgrade| upgrade.join().unwrap_or_else(|panic| resume_unwind(panic)))
+            .collect::<Result<Vec<_>>>()
+    })?;
+    let replaced = words.iter().filter(|words| words.contains("replaced"));
+    ensure!(replaced.count() == 1, "{words:?}");
+    let last = network.pod("last")?;
+    last.ping(first.v4()?.into(), 1)?;
+    is_well(&network, &[&first, &last])
 }
 
 /// How many entries a map has room for.
