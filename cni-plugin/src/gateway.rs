@@ -149,9 +149,9 @@ pub fn ensure(
     let gateway = create(host, datapath, level, bridge, mtu);
     if gateway.is_err()
         && let Some(link) = host.link_by_name(bridge)?
+        && let Some(port) = port_of(host, bridge, &link)?
     {
-        host.delete(link.index)?;
-        datapath.remove_segment(link.index, mac(bridge).octets(), &[])?;
+        unmake(host, datapath, &spec(bridge, link.index, port.index))?;
     }
     Ok((gateway?, true))
 }
@@ -172,7 +172,7 @@ pub fn check(
     if segment.is_some_and(|segment| link.alias == ALIAS || segment.members > 1) {
         return Ok(());
     }
-    require_leftover(host, bridge, &link)
+    require_leftover(host, bridge, &link).map(drop)
 }
 
 /// Removes what an ADD that was killed has left, and refuses to remove anything
@@ -183,20 +183,56 @@ fn remove_leftover(
     bridge: &str,
     link: &Link,
 ) -> Result<(), GatewayError> {
-    require_leftover(host, bridge, link)?;
-    host.delete(link.index)?;
-    datapath.remove_segment(link.index, mac(bridge).octets(), &[])?;
+    let port = require_leftover(host, bridge, link)?;
+    unmake(host, datapath, &spec(bridge, link.index, port.index))
+}
+
+/// The gateway port, as the datapath knows it.
+fn spec(bridge: &str, segment: u32, port: u32) -> PortSpec<'static> {
+    PortSpec {
+        ifindex: port,
+        segment,
+        flags: 0,
+        mac: mac(bridge).octets(),
+        addresses: &[],
+    }
+}
+
+/// Removes a gateway without pods.
+///
+/// What goes last is what it is found by if this is killed: [`remove_leftover`] comes
+/// upon the device of one that never became whole, [`forget_deleted`] upon the segment of
+/// one without a device.
+fn unmake(
+    host: &Netlink,
+    datapath: &mut Datapath,
+    gateway: &PortSpec<'_>,
+) -> Result<(), GatewayError> {
+    let known = datapath.segment(gateway.segment)?.is_some();
+    if known {
+        host.delete(gateway.segment)?;
+    }
+    datapath.remove_segment(gateway)?;
+    if !known {
+        host.delete(gateway.segment)?;
+    }
     Ok(())
 }
 
-fn require_leftover(host: &Netlink, bridge: &str, link: &Link) -> Result<(), GatewayError> {
-    // A pair that was just born has no alias yet, but a peer of our name.
-    let peer = link.peer_index.map(|index| host.link_by_index(index));
-    let peer = match peer {
-        Some(peer) => peer?.filter(|peer| peer.name == port_name(bridge)),
-        None => None,
+/// The other end of a device that has the bridge's name, if it is a gateway port.
+fn port_of(host: &Netlink, bridge: &str, link: &Link) -> Result<Option<Link>, LinkError> {
+    let Some(index) = link.peer_index else {
+        return Ok(None);
     };
-    let Some(peer) = peer else {
+    let peer = host.link_by_index(index)?;
+    Ok(peer.filter(|peer| peer.name == port_name(bridge)))
+}
+
+/// The gateway port of what an ADD that was killed has left; an error if it is anything
+/// else.
+fn require_leftover(host: &Netlink, bridge: &str, link: &Link) -> Result<Link, GatewayError> {
+    // A pair that was just born has no alias yet, but a peer of our name.
+    let Some(peer) = port_of(host, bridge, link)? else {
         return Err(GatewayError::NotOurs {
             name: bridge.to_owned(),
             kind: link.kind.clone(),
@@ -210,7 +246,7 @@ fn require_leftover(host: &Netlink, bridge: &str, link: &Link) -> Result<(), Gat
     {
         return Err(GatewayError::Orphaned(bridge.to_owned()));
     }
-    Ok(())
+    Ok(peer)
 }
 
 /// Removes what the datapath has of gateways that somebody deleted, as container
@@ -251,17 +287,11 @@ fn create(
         mtu,
     })?;
     // The host must not learn routes from a pod, nor wait before it speaks.
-    for (key, value) in [("accept_ra", 0), ("accept_dad", 0)] {
+    for (key, value) in [("accept_ra", 0), ("accept_redirects", 0), ("accept_dad", 0)] {
         let _ = Sysctl::device(Family::Ipv6, bridge, key)?.set(value)?;
     }
     datapath.attach(level, host, pair.peer)?;
-    datapath.create_segment(&PortSpec {
-        ifindex: pair.peer,
-        segment: pair.host,
-        flags: 0,
-        mac: mac.octets(),
-        addresses: &[],
-    })?;
+    datapath.create_segment(&spec(bridge, pair.host, pair.peer))?;
     host.configure(
         pair.peer,
         &LinkSettings {
@@ -278,6 +308,7 @@ fn create(
         &LinkSettings {
             up: Some(true),
             alias: Some(ALIAS),
+            ipv4: &[(Ipv4Conf::AcceptRedirects, 0)],
             ..LinkSettings::default()
         },
     )?;
@@ -297,18 +328,19 @@ fn create(
 pub fn remove_unused(
     host: &Netlink,
     datapath: &mut Datapath,
+    bridge: &str,
     gateway: &Gateway,
     addresses: &[IpAddr],
 ) -> Result<(), GatewayError> {
-    if datapath
-        .segment(gateway.segment)?
-        .is_some_and(|segment| segment.members > 1)
-    {
-        return Ok(());
+    match datapath.segment(gateway.segment)? {
+        Some(segment) if segment.members > 1 => Ok(()),
+        Some(segment) => {
+            let spec = spec(bridge, gateway.segment, segment.gateway_port);
+            unmake(host, datapath, &PortSpec { addresses, ..spec })
+        }
+        // Somebody has, but for the device perhaps.
+        None => Ok(host.delete(gateway.segment).map(drop)?),
     }
-    host.delete(gateway.segment)?;
-    datapath.remove_segment(gateway.segment, gateway.mac.octets(), addresses)?;
-    Ok(())
 }
 
 /// Gives the gateway an address, as `ensureAddr` of the stock plugin does: IPv4

@@ -9,8 +9,8 @@ use std::{
 };
 
 use bpf_bridge_common::layout::{
-    MAX_ADDRESSES, MAX_EXEMPT, MAX_FLOWS, MAX_FRAGMENTS, MAX_LEARNED, MAX_NEIGHBORS, MAX_PEERS,
-    MAX_PORTS, MAX_PUBLISHED, MAX_SEGMENTS, MAX_UPLINKS,
+    MAX_ADDRESSES, MAX_EXEMPT, MAX_FLOWS, MAX_FRAGMENTS, MAX_HELD, MAX_LEARNED, MAX_NEIGHBORS,
+    MAX_PEERS, MAX_PORTS, MAX_PUBLISHED, MAX_SEGMENTS, MAX_UPLINKS, POD_SHARE,
 };
 use nix::fcntl::OFlag;
 use serde_json::{Map, Value};
@@ -24,10 +24,12 @@ pub const PATH: &str = "/etc/bpf-bridge/node.json";
 const SIZE_MAX: u64 = 64 << 10;
 /// The key of the tables' limits.
 const LIMITS: &str = "limits";
+/// The key of what one pod can have of them.
+const POD_LIMITS: &str = "podLimits";
 /// What the kernel's LRU maps need, so that they forget one at a time: each CPU takes up
 /// to 128 entries for itself.
 const LRU_MIN: u32 = 1024;
-/// Of so many fragmented datagrams at once one may have its fragments wait.
+/// For so many fragmented datagrams one fragment may wait for the first of its datagram.
 const FRAGMENTS_A_HELD: u32 = 8;
 
 /// Why the settings cannot be used.
@@ -131,7 +133,7 @@ const ALL: [Limit; 11] = [
         default: MAX_LEARNED,
         least: LRU_MIN,
         most: 1 << 24,
-        maps: &["LEARNED"],
+        maps: &["LEARNED", "LEARNED_PLACES"],
         holders: "every MAC address that nobody was assigned has one",
     },
     Limit {
@@ -139,7 +141,7 @@ const ALL: [Limit; 11] = [
         default: MAX_FLOWS,
         least: LRU_MIN,
         most: 1 << 24,
-        maps: &["FLOWS", "REPLIES"],
+        maps: &["FLOWS", "REPLIES", "PLACES"],
         holders: "every flow has one",
     },
     Limit {
@@ -160,18 +162,56 @@ const ALL: [Limit; 11] = [
     },
 ];
 
-/// How many entries each table can have.
+/// How many entries each table can have, and each pod of those that packets fill.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Limits {
     values: [u32; ALL.len()],
+    shares: Shares,
+}
+
+/// How many entries one pod can have, by the names that the programs have for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Shares {
+    learned: u32,
+    flows: u32,
+    fragments: u32,
+    held: u32,
 }
 
 impl Default for Limits {
     fn default() -> Self {
+        let values = ALL.map(|limit| limit.default);
         Self {
-            values: ALL.map(|limit| limit.default),
+            shares: Shares::of(&values),
+            values,
         }
     }
+}
+
+impl Shares {
+    /// Those of tables of this size, if nothing else is said.
+    fn of(values: &[u32; ALL.len()]) -> Self {
+        let share = |key| value(values, key) / POD_SHARE;
+        let mut shares = Self {
+            learned: share("learned"),
+            flows: share("flows"),
+            fragments: share("fragments"),
+            held: 0,
+        };
+        shares.follow();
+        shares
+    }
+
+    /// What waits is a matter of the fragments: those of one datagram at least.
+    fn follow(&mut self) {
+        self.held = (self.fragments / FRAGMENTS_A_HELD).max(u32::from(MAX_HELD));
+    }
+}
+
+/// The limit of this key.
+fn value(values: &[u32; ALL.len()], key: &str) -> u32 {
+    let found = ALL.iter().zip(values).find(|(limit, _)| limit.key == key);
+    found.map_or(0, |(_, &value)| value)
 }
 
 impl Limits {
@@ -182,6 +222,15 @@ impl Limits {
     /// [`NodeError`].
     pub fn read() -> Result<Self, NodeError> {
         Self::read_from(Path::new(PATH))
+    }
+
+    /// Those of a file with this text.
+    #[cfg(test)]
+    pub fn of(text: &str) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("node.json");
+        std::fs::write(&path, text).unwrap();
+        Self::read_from(&path).unwrap()
     }
 
     fn read_from(path: &Path) -> Result<Self, NodeError> {
@@ -197,38 +246,61 @@ impl Limits {
         let document: Value = serde_json::from_slice(&text).map_err(|error| {
             invalid("the file", format!("no JSON ({error})"), "an object".into())
         })?;
-        let settings = object(&document, "the document", &[LIMITS], &invalid)?;
-        let mut limits = Self::default();
-        let Some(given) = settings.get(LIMITS) else {
-            return Ok(limits);
-        };
-        let given = object(given, LIMITS, &ALL.map(|limit| limit.key), &invalid)?;
-        for (limit, value) in ALL.iter().zip(&mut limits.values) {
-            let Some(wanted) = given.get(limit.key) else {
-                continue;
+        let settings = object(&document, "the document", &[LIMITS, POD_LIMITS], &invalid)?;
+        let number = |object: &Map<String, Value>, place: &str, key: &str, least, most| {
+            let Some(wanted) = object.get(key) else {
+                return Ok(None);
             };
             let number = wanted
                 .as_u64()
                 .and_then(|number| u32::try_from(number).ok());
-            *value = number
-                .filter(|number| (limit.least..=limit.most).contains(number))
-                .ok_or_else(|| {
-                    invalid(
-                        &format!("{LIMITS}.{}", limit.key),
-                        shown(wanted),
-                        format!("a whole number from {} to {}", limit.least, limit.most),
-                    )
-                })?;
+            match number.filter(|number| (least..=most).contains(number)) {
+                Some(number) => Ok(Some(number)),
+                None => Err(invalid(
+                    &format!("{place}.{key}"),
+                    shown(wanted),
+                    format!("a whole number from {least} to {most}"),
+                )),
+            }
+        };
+        let mut values = Self::default().values;
+        if let Some(given) = settings.get(LIMITS) {
+            let given = object(given, LIMITS, &ALL.map(|limit| limit.key), &invalid)?;
+            for (limit, value) in ALL.iter().zip(&mut values) {
+                if let Some(wanted) = number(given, LIMITS, limit.key, limit.least, limit.most)? {
+                    *value = wanted;
+                }
+            }
         }
-        Ok(limits)
+        let mut shares = Shares::of(&values);
+        if let Some(given) = settings.get(POD_LIMITS) {
+            let known = ["learned", "flows", "fragments"];
+            let given = object(given, POD_LIMITS, &known, &invalid)?;
+            let Shares {
+                learned,
+                flows,
+                fragments,
+                ..
+            } = &mut shares;
+            for (key, share) in known.into_iter().zip([learned, flows, fragments]) {
+                if let Some(wanted) = number(given, POD_LIMITS, key, 1, value(&values, key))? {
+                    *share = wanted;
+                }
+            }
+            shares.follow();
+        }
+        Ok(Self { values, shares })
     }
 
     /// Every table that is limited, and how many entries it has room for.
     pub fn maps(&self) -> impl Iterator<Item = (&'static str, u32)> {
-        let sized = |map, value| match map {
+        let fragments = value(&self.values, "fragments");
+        let sized = move |map, value| match map {
             // One more for devices that are no ports.
             "STATS" => value + 1,
             "HELD" => value / FRAGMENTS_A_HELD,
+            // Of fragments too.
+            "PLACES" => value + fragments + fragments / FRAGMENTS_A_HELD,
             _ => value,
         };
         ALL.iter().zip(self.values).flat_map(move |(limit, value)| {
@@ -237,12 +309,25 @@ impl Limits {
     }
 }
 
+impl Limits {
+    /// What the programs must know: what one pod can have, by their names for it.
+    pub const fn globals(&self) -> [(&'static str, &u32); 4] {
+        let shares = &self.shares;
+        [
+            ("LEARNED_SHARE", &shares.learned),
+            ("FLOWS_SHARE", &shares.flows),
+            ("FRAGMENTS_SHARE", &shares.fragments),
+            ("HELD_SHARE", &shares.held),
+        ]
+    }
+}
+
 /// What an operator can do when `map` is full, if that is for operators to say.
 pub fn remedy(map: &str) -> Option<String> {
     let limit = ALL.iter().find(|limit| limit.maps.contains(&map))?;
     Some(format!(
-        "{}; remove some, or raise {LIMITS}.{} in {PATH}, which tables follow that are made \
-         after that: at the next boot, or by `bpf-bridge upgrade`",
+        "{}; remove some, or raise {LIMITS}.{} in {PATH}, which holds for tables that are \
+         made after that: from the next boot on",
         limit.holders, limit.key
     ))
 }
@@ -341,9 +426,20 @@ mod tests {
             ("HELD", 256),
             ("FLOWS", 4096),
             ("REPLIES", 4096),
+            ("PLACES", 4096 + 2048 + 256),
         ]);
         let text = br#"{"limits": {"ports": 7, "fragments": 2048, "flows": 4096}}"#;
         assert_eq!(parse(text).unwrap(), expected);
+    }
+
+    #[test]
+    fn a_pod_has_a_quarter_if_nothing_else_is_said() {
+        let shares = |text: &str| Limits::of(text).globals().map(|(_, &share)| share);
+        assert_eq!(shares("{}"), [16_384, 32_768, 1024, 128]);
+        let small = r#"{"limits": {"flows": 4096, "fragments": 1024}}"#;
+        assert_eq!(shares(small), [16_384, 1024, 256, 45]);
+        let own = r#"{"limits": {"flows": 4096}, "podLimits": {"flows": 4096, "fragments": 2048, "learned": 1}}"#;
+        assert_eq!(shares(own), [1, 4096, 2048, 256]);
     }
 
     #[test]
@@ -354,7 +450,7 @@ mod tests {
             ("[]", "the document is [], must be an object"),
             (
                 r#"{"Limits": {}}"#,
-                r#"a key of the document is "Limits", must be one of limits"#,
+                r#"a key of the document is "Limits", must be one of limits, podLimits"#,
             ),
             (r#"{"limits": 1}"#, "limits is 1, must be an object"),
             (
@@ -372,6 +468,14 @@ mod tests {
             (
                 r#"{"limits": {"flows": 1e4}}"#,
                 "limits.flows is 10000.0, must be a whole number",
+            ),
+            (
+                r#"{"limits": {"flows": 2048}, "podLimits": {"flows": 2049}}"#,
+                "podLimits.flows is 2049, must be a whole number from 1 to 2048",
+            ),
+            (
+                r#"{"podLimits": {"ports": 1}}"#,
+                r#"a key of podLimits is "ports", must be one of learned, flows, fragments"#,
             ),
             (r#"{"limits": {"ports": "8"}}"#, r#"limits.ports is "8""#),
             (r#"{"limits": {"ports": null}}"#, "limits.ports is null"),

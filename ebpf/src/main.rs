@@ -3,8 +3,9 @@
 //! | file | hook |
 //! |---|---|
 //! | [`port`] | tc ingress of every port: each frame that a pod or the host sends into a network |
-//! | [`responder`] | called by `port` for broadcasts that may be neighbour requests |
-//! | [`flood`] | called by both for what every port must get |
+//! | [`guard`] | called by `port` for what may say something of addresses |
+//! | [`responder`] | called by `guard` for broadcasts that may be neighbour requests |
+//! | [`flood`] | called by all of them for what every port must get |
 //!
 //! What translates is an object of its own, `nat/main.rs`, three of whose programs `port`
 //! calls once a network needs them.
@@ -15,6 +16,7 @@
 #![no_main]
 
 mod flood;
+mod guard;
 mod maps;
 mod port;
 mod responder;

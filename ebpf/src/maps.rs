@@ -6,13 +6,18 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use bpf_bridge_common::layout::{
-    Learned, MAX_LEARNED, MAX_MEMBERS, MAX_PORTS, MacKey, Member, MemberKey, PROGRAM_COUNT,
+    Learned, LearnedPlace, MAX_LEARNED, MAX_MEMBERS, MAX_PORTS, MacKey, Member, MemberKey,
+    PROGRAM_COUNT, PlaceKey,
 };
 
 use crate::shared::ON_DEMAND;
 
 #[btf_map]
 pub(crate) static LEARNED: LruHashMap<MacKey, Learned, { MAX_LEARNED as usize }> =
+    LruHashMap::new();
+
+#[btf_map]
+pub(crate) static LEARNED_PLACES: LruHashMap<PlaceKey, LearnedPlace, { MAX_LEARNED as usize }> =
     LruHashMap::new();
 
 #[btf_map]

@@ -14,7 +14,8 @@
 //! still hold is not copied.
 
 use aya_ebpf::{
-    bindings::{BPF_ANY, BPF_F_INGRESS, TC_ACT_SHOT, TC_ACT_STOLEN},
+    Global,
+    bindings::{BPF_ANY, BPF_F_INGRESS, BPF_NOEXIST, TC_ACT_SHOT, TC_ACT_STOLEN},
     helpers::{bpf_ktime_get_ns, bpf_redirect, bpf_redirect_peer},
     macros::classifier,
     programs::TcContext,
@@ -22,18 +23,21 @@ use aya_ebpf::{
 use aya_log_ebpf::{debug, trace};
 use bpf_bridge_common::{
     drops::DropReason,
-    frame::{self, Destination, ETH_HLEN, ETH_P_ARP, ETH_P_IPV6},
+    frame::{
+        self, Destination, ETH_HLEN, ETH_P_8021AD, ETH_P_8021Q, ETH_P_ARP, ETH_P_IP, ETH_P_IPV6,
+    },
+    guard::{IPPROTO_ICMP, ND_HOP_LIMIT},
     layout::{
-        AGEING_NS, Endpoint, Learned, Mac, MacKey, PORT_GATEWAY, PORT_HAIRPIN, PORT_ISOLATED,
-        PORT_MACSPOOFCHK, PORT_PROMISC, PORT_ROUTED, PORT_VIA_HOST, PROGRAM_BETWEEN,
-        PROGRAM_FROM_HOST, PROGRAM_FROM_POD, Port, REFRESH_NS,
+        AGEING_NS, Endpoint, Learned, LearnedPlace, MAX_LEARNED, Mac, MacKey, PLACE_HAND,
+        PLACES_LEARNED, POD_SHARE, PORT_GATEWAY, PORT_HAIRPIN, PORT_ISOLATED, PORT_MACSPOOFCHK,
+        PORT_PROMISC, PORT_ROUTED, PORT_VIA_HOST, PROGRAM_BETWEEN, PROGRAM_FROM_HOST,
+        PROGRAM_FROM_POD, PlaceKey, Port, REFRESH_NS,
     },
 };
 
 use crate::{
-    flood,
-    maps::{LEARNED, PROGRAMS},
-    responder,
+    flood, guard,
+    maps::{LEARNED, LEARNED_PLACES, PROGRAMS},
     shared::{
         ENDPOINTS, PACKET_HOST, PORTS, SEGMENT, STATS, TARGET, TARGET_FLAGS, count_drop, ifindex,
         set_mark, skb, to_host,
@@ -44,17 +48,27 @@ use crate::{
 /// is asked at once, since most frames are those.
 const NOT_PLAIN: u32 = PORT_GATEWAY | PORT_ISOLATED | PORT_PROMISC | PORT_ROUTED | PORT_VIA_HOST;
 
+/// How many addresses can be learned at one port. The plugin says it.
+#[unsafe(no_mangle)]
+static LEARNED_SHARE: Global<u32> = Global::new(MAX_LEARNED / POD_SHARE);
+
 /// The program of every port.
 #[classifier]
 pub(crate) fn port(ctx: TcContext) -> i32 {
     let ifindex = ifindex(&ctx);
-    match switch(&ctx, ifindex) {
+    conclude(&ctx, ifindex, switch(&ctx, ifindex))
+}
+
+/// The verdict; a drop is counted.
+#[inline(always)]
+pub(crate) fn conclude(ctx: &TcContext, ifindex: u32, result: Result<i32, DropReason>) -> i32 {
+    match result {
         Ok(verdict) => {
-            trace!(&ctx, "port {}: verdict {}", ifindex, verdict);
+            trace!(ctx, "port {}: verdict {}", ifindex, verdict);
             verdict
         }
         Err(reason) => {
-            debug!(&ctx, "port {}: drop, reason {}", ifindex, reason as u32);
+            debug!(ctx, "port {}: drop, reason {}", ifindex, reason as u32);
             count_drop(ifindex, reason);
             TC_ACT_SHOT
         }
@@ -72,48 +86,90 @@ fn switch(ctx: &TcContext, ifindex: u32) -> Result<i32, DropReason> {
     stats.packets += 1;
     stats.bytes += u64::from(ctx.len());
 
-    let (to, from, proto) = ethernet(ctx)?;
-    if from != port.mac {
-        strange_source(ifindex, port, from)?;
+    let (to, from, says) = ethernet(ctx)?;
+    if !is_same(from, core::ptr::from_ref(&port.mac).addr()) {
+        strange_source(ifindex, port, mac(from))?;
     }
+    if says || port.flags & PORT_MACSPOOFCHK != 0 {
+        return guard::start(ctx);
+    }
+    forward(ctx, ifindex, port, to)
+}
+
+/// Sends a frame on to where it belongs.
+#[inline(always)]
+pub(crate) fn forward(
+    ctx: &TcContext,
+    ifindex: u32,
+    port: &Port,
+    to: Mac,
+) -> Result<i32, DropReason> {
     match frame::destination(&to) {
         Destination::Unicast => unicast(ctx, ifindex, port, to),
-        Destination::Group => {
-            // A question inside a VLAN is about another network than ours.
-            // SAFETY: the context is valid for as long as the program runs.
-            let tagged = unsafe { (*skb(ctx)).vlan_present } != 0;
-            if !tagged && matches!(proto, ETH_P_ARP | ETH_P_IPV6) {
-                responder::start(ctx);
-            }
-            flood::start(ctx)
-        }
+        Destination::Group => flood::start(ctx),
         Destination::NodeOnly if port.flags & PORT_GATEWAY == 0 => Ok(to_host(port.segment)),
         Destination::NodeOnly => Err(DropReason::SamePort),
         Destination::Nobody => Err(DropReason::Pause),
     }
 }
 
-/// Destination, source and ethertype.
+/// Where the byte is in a frame that says what an IPv4 packet carries.
+const IPV4_PROTOCOL: usize = ETH_HLEN + 9;
+/// And an IPv6 packet's hop limit.
+const IPV6_HOP_LIMIT: usize = ETH_HLEN + 7;
+/// As much of a frame as has both.
+const LOOK: usize = IPV4_PROTOCOL + 1;
+
+/// The destination, where the source is, and whether the frame may say something of
+/// addresses: one that is not in one piece may.
 #[inline(always)]
-fn ethernet(ctx: &TcContext) -> Result<(Mac, Mac, u16), DropReason> {
-    if ctx.data() + ETH_HLEN > ctx.data_end() {
+fn ethernet(ctx: &TcContext) -> Result<(Mac, usize, bool), DropReason> {
+    let mut start = ctx.data();
+    let mut says = true;
+    if start + LOOK <= ctx.data_end() {
+        let at = |offset: usize| {
+            // SAFETY: the bounds were compared right above.
+            unsafe { *((start + offset) as *const u8) }
+        };
+        // SAFETY: as above; frames begin at even addresses (`NET_IP_ALIGN`).
+        says = match u16::from_be(unsafe { *((start + ETH_HLEN - 2) as *const u16) }) {
+            ETH_P_IP => at(IPV4_PROTOCOL) == IPPROTO_ICMP,
+            ETH_P_IPV6 => at(IPV6_HOP_LIMIT) == ND_HOP_LIMIT,
+            ETH_P_ARP | ETH_P_8021Q | ETH_P_8021AD => true,
+            _ => false,
+        };
+    } else if start + ETH_HLEN > ctx.data_end() {
         // The kernel pulls the header into the linear part before it runs
         // classifiers; a driver that does not is asked to.
         ctx.pull_data(ETH_HLEN as u32)
             .map_err(|_| DropReason::Truncated)?;
-        if ctx.data() + ETH_HLEN > ctx.data_end() {
+        start = ctx.data();
+        if start + ETH_HLEN > ctx.data_end() {
             return Err(DropReason::Truncated);
         }
     }
-    // SAFETY: the bounds were compared right above, and byte arrays have no
-    // alignment.
-    let header = unsafe { *(ctx.data() as *const [u8; ETH_HLEN]) };
-    let [a, b, c, d, e, f, g, h, i, j, k, l, m, n] = header;
-    Ok((
-        [a, b, c, d, e, f],
-        [g, h, i, j, k, l],
-        u16::from_be_bytes([m, n]),
-    ))
+    Ok((mac(start), start + size_of::<Mac>(), says))
+}
+
+/// The MAC address at an even address of which the bounds are known.
+#[inline(always)]
+fn mac(at: usize) -> Mac {
+    let [a, b, c] = words(at).map(u16::to_ne_bytes);
+    [a[0], a[1], b[0], b[1], c[0], c[1]]
+}
+
+/// Whether two such are the same.
+#[inline(always)]
+fn is_same(one: usize, other: usize) -> bool {
+    let ([a, b, c], [d, e, f]) = (words(one), words(other));
+    a == d && b == e && c == f
+}
+
+/// A MAC address in words: each access to a single byte would be an instruction.
+#[inline(always)]
+fn words(at: usize) -> [u16; 3] {
+    // SAFETY: the caller has compared the bounds.
+    unsafe { *(at as *const [u16; 3]) }
 }
 
 /// A source that was not assigned to the port: refused where the port says so,
@@ -129,7 +185,7 @@ fn strange_source(ifindex: u32, port: &Port, from: Mac) -> Result<(), DropReason
     let key = MacKey::new(port.segment, from);
     // SAFETY: a helper that reads a clock.
     let now = unsafe { bpf_ktime_get_ns() };
-    if let Some(known) = LEARNED.get_ptr_mut(key) {
+    if let Some(known) = LEARNED.get_ptr_mut(&key) {
         // SAFETY: an entry that is evicted meanwhile is memory of the map still;
         // at worst a store is lost.
         let known = unsafe { &mut *known };
@@ -141,7 +197,7 @@ fn strange_source(ifindex: u32, port: &Port, from: Mac) -> Result<(), DropReason
         }
     }
     // What was assigned is never learned elsewhere.
-    if ENDPOINTS.get_ptr(key).is_none() {
+    if ENDPOINTS.get_ptr(&key).is_none() && take_place(ifindex, &key) {
         let seen = Learned {
             seen: now,
             port: ifindex,
@@ -153,11 +209,55 @@ fn strange_source(ifindex: u32, port: &Port, from: Mac) -> Result<(), DropReason
     Ok(())
 }
 
+/// Takes a place in the port's share of learned addresses, and forgets what had it; the hand
+/// goes round over them. (In the other object `share.rs` says more.) Says whether it could:
+/// of two CPUs that want the same one, one does.
+#[inline(never)]
+fn take_place(ifindex: u32, mac: &MacKey) -> bool {
+    let size = LEARNED_SHARE.load();
+    if size == 0 {
+        return false;
+    }
+    let mut key = PlaceKey {
+        owner: ifindex,
+        table: PLACES_LEARNED,
+        number: PLACE_HAND,
+    };
+    let mut place = LearnedPlace { entry: [0; 3] };
+    let mut number = 0;
+    if let Some(hand) = LEARNED_PLACES.get_ptr_mut(&key) {
+        // SAFETY: an entry that is evicted meanwhile is memory of the map still.
+        unsafe {
+            (*hand).entry[0] = (*hand).entry[0].wrapping_add(1);
+            number = (*hand).entry[0];
+        }
+    } else {
+        let _ = LEARNED_PLACES.insert(&key, &place, u64::from(BPF_NOEXIST));
+    }
+    key.number = number % size;
+    if let Some(taken) = LEARNED_PLACES.get_ptr(&key) {
+        // SAFETY: as above; it is the key of an address.
+        let old = unsafe { *taken.cast::<MacKey>() };
+        if LEARNED_PLACES.remove(&key).is_err() {
+            return false;
+        }
+        // SAFETY: as above. It may have moved to another port since.
+        if old != *mac && unsafe { LEARNED.get(&old) }.is_some_and(|old| old.port == ifindex) {
+            let _ = LEARNED.remove(&old);
+        }
+    }
+    // SAFETY: a place is as long as the key of an address, and aligned as it.
+    unsafe { place.entry.as_mut_ptr().cast::<MacKey>().write(*mac) };
+    LEARNED_PLACES
+        .insert(&key, &place, u64::from(BPF_NOEXIST))
+        .is_ok()
+}
+
 #[inline(always)]
 fn unicast(ctx: &TcContext, ifindex: u32, port: &Port, to: Mac) -> Result<i32, DropReason> {
     let key = MacKey::new(port.segment, to);
     // SAFETY: as for `PORTS`.
-    if let Some(endpoint) = unsafe { ENDPOINTS.get(key) } {
+    if let Some(endpoint) = unsafe { ENDPOINTS.get(&key) } {
         if endpoint.port == ifindex {
             return same_port(port, ifindex);
         }
@@ -191,7 +291,7 @@ fn unicast(ctx: &TcContext, ifindex: u32, port: &Port, to: Mac) -> Result<i32, D
         return Ok(unsafe { bpf_redirect_peer(endpoint.port, 0) } as i32);
     }
     // SAFETY: the value is read at once.
-    if let Some(learned) = unsafe { LEARNED.get(key) } {
+    if let Some(learned) = unsafe { LEARNED.get(&key) } {
         // SAFETY: a helper that reads a clock.
         let age = unsafe { bpf_ktime_get_ns() }.wrapping_sub(learned.seen);
         let at = learned.port;

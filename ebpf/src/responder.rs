@@ -1,8 +1,9 @@
 //! Answers to broadcast questions for assigned addresses, so that they need not
-//! be flooded; everything else is passed on to [`flood`](crate::flood).
+//! be flooded. An answer goes to the asker alone, so it does not matter who he says he
+//! is.
 //!
-//! Unicast questions, which neighbour unreachability detection sends, never come
-//! here: they are switched to the address's owner, for only he can say that he
+//! Unicast questions, which neighbour unreachability detection sends, are not answered:
+//! they are switched to the address's owner, for only he can say that he
 //! lives.
 
 use aya_ebpf::{
@@ -28,18 +29,34 @@ use crate::{
     shared::{NEIGHBORS, PORTS, STATS, count_drop, ifindex, skb},
 };
 
-/// Hands the frame to [`responder()`]. Comes back only if that could not be called.
+/// Where in the control buffer `guard` leaves whether the frame claims an address.
+const CLAIMS: usize = 1;
+
+/// Hands the frame to [`responder()`], which drops what it cannot answer if the frame
+/// claims an address. Comes back only if the program could not be called.
 #[inline(always)]
-pub(crate) fn start(ctx: &TcContext) {
-    // SAFETY: the program that is called takes the same context.
-    unsafe { PROGRAMS.tail_call(ctx, PROGRAM_RESPONDER) };
+pub(crate) fn start(ctx: &TcContext, claims: bool) -> Result<i32, DropReason> {
+    // SAFETY: the context is valid for as long as the program runs; the control
+    // buffer is the classifier's to use. The program that is called takes the
+    // same context.
+    unsafe {
+        (*skb(ctx)).cb[CLAIMS] = u32::from(claims);
+        PROGRAMS.tail_call(ctx, PROGRAM_RESPONDER);
+    }
+    Err(DropReason::Helper)
 }
 
 /// The program that answers.
 #[classifier]
 pub(crate) fn responder(ctx: TcContext) -> i32 {
     let ifindex = ifindex(&ctx);
-    let verdict = answer(&ctx, ifindex).unwrap_or_else(|| flood::start(&ctx));
+    let verdict = answer(&ctx, ifindex).unwrap_or_else(|| {
+        if ctx.cb()[CLAIMS] == 0 {
+            flood::start(&ctx)
+        } else {
+            Err(DropReason::Claimed)
+        }
+    });
     match verdict {
         Ok(verdict) => verdict,
         Err(reason) => {
@@ -59,6 +76,10 @@ fn answer(ctx: &TcContext, ifindex: u32) -> Option<Result<i32, DropReason>> {
     let answered = match proto {
         ETH_P_ARP => {
             let request = ArpRequest::parse(&ctx.load::<[u8; ARP_FRAME_LEN]>(0).ok()?)?;
+            if request.sender == request.target {
+                // An announcement, which asks nothing.
+                return None;
+            }
             let owner = owner(ifindex, port, IpKey::v4(port.segment, request.target))?;
             replace(ctx, &request.reply(owner.mac))
         }
@@ -88,16 +109,20 @@ fn answer(ctx: &TcContext, ifindex: u32) -> Option<Result<i32, DropReason>> {
 /// would find itself) or someone whom the asker must not reach.
 #[inline(always)]
 fn owner(ifindex: u32, port: &Port, key: IpKey) -> Option<&'static Neighbor> {
+    let neighbor = assigned(&key)?;
+    let reachable = neighbor.port != ifindex && neighbor.flags & port.flags & PORT_ISOLATED == 0;
+    reachable.then_some(neighbor)
+}
+
+/// To whom the address was assigned.
+#[inline(always)]
+pub(crate) fn assigned(key: &IpKey) -> Option<&'static Neighbor> {
     // SAFETY: the plugin replaces entries of this map whole.
     let neighbor = unsafe { NEIGHBORS.get(key) }?;
     // An entry that outlived its port counts for nothing.
     // SAFETY: as above.
     let there = unsafe { PORTS.get(neighbor.port) }?;
-    if there.segment != port.segment || there.mac != neighbor.mac {
-        return None;
-    }
-    let reachable = neighbor.port != ifindex && neighbor.flags & port.flags & PORT_ISOLATED == 0;
-    reachable.then_some(neighbor)
+    (there.segment == key.segment && there.mac == neighbor.mac).then_some(neighbor)
 }
 
 /// Makes `frame` of the frame at hand.

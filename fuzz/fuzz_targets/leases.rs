@@ -8,6 +8,7 @@
 
 use std::{
     collections::BTreeMap,
+    ffi::OsStr,
     fs,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::unix::{
@@ -194,7 +195,7 @@ impl Entry {
             Self::LinkToFile => symlink(outside.join("file"), path),
             Self::LinkToDirectory => symlink(outside, path),
             Self::LinkToNothing => symlink(outside.join("nothing"), path),
-            Self::Link(text) => symlink(std::ffi::OsStr::from_bytes(text), path),
+            Self::Link(text) => symlink(OsStr::from_bytes(text), path),
             Self::Entry {
                 written,
                 of_this_boot,
@@ -299,11 +300,10 @@ fn run(input: &Input) {
     let (network, outside) = (place.network(), place.outside());
     let write = |directory: &Path, name: &Name, entry: &Entry| {
         let name = name.bytes();
-        if !matches!(&name[..], b"" | b"." | b"..") {
-            entry.write(
-                &directory.join(std::ffi::OsStr::from_bytes(&name)),
-                &outside,
-            );
+        let path = directory.join(OsStr::from_bytes(&name));
+        // Whoever writes keeps off what is there, and would wait at a pipe.
+        if !matches!(&name[..], b"" | b"." | b"..") && fs::symlink_metadata(&path).is_err() {
+            entry.write(&path, &outside);
         }
     };
     for (name, entry) in input.found.iter().take(24) {
@@ -391,13 +391,7 @@ fn run(input: &Input) {
                 }
             }
             Operation::Status => drop(store.check_free(&plain, &|_| true)),
-            Operation::Write(name, entry) => {
-                let path = network.join(std::ffi::OsStr::from_bytes(&name.bytes()));
-                // Whoever writes keeps off what is there.
-                if fs::symlink_metadata(&path).is_err() {
-                    write(&network, name, entry);
-                }
-            }
+            Operation::Write(name, entry) => write(&network, name, entry),
         }
         for (id, addresses) in &given {
             for address in addresses {

@@ -8,7 +8,8 @@
 
 use arbitrary::{Arbitrary, Unstructured};
 use bpf_bridge_common::{
-    frame::{ETH_P_IP, ETH_P_IPV6},
+    frame::{ETH_HLEN, ETH_P_ARP, ETH_P_IP, ETH_P_IPV6},
+    guard::{self, Payload, Said},
     layout::Address,
     packet::{
         Fragment, IPPROTO_ICMP, IPPROTO_SCTP, IPPROTO_TCP, IPPROTO_UDP, MAX_HEADERS, Packet,
@@ -52,6 +53,7 @@ struct Input<'a> {
 
 fuzz_target!(|data: &[u8]| {
     neighbors(data);
+    claims(data);
     // The frame is what is left when the rest was read.
     let Ok(input) = Input::arbitrary_take_rest(Unstructured::new(data)) else {
         return;
@@ -207,6 +209,12 @@ fn sum(bytes: &[u8]) -> u64 {
     sum
 }
 
+/// Whether a checksum among the bytes is right. That of nothing but zeroes may be written
+/// in two ways, and a difference cannot tell them apart.
+fn is_right(bytes: &[u8]) -> bool {
+    sum(bytes) % 0xffff == 0
+}
+
 /// Whether each checksum is right; `None` for one that is not there, or whose bytes are
 /// not all there.
 #[derive(Debug, PartialEq, Eq)]
@@ -219,7 +227,7 @@ fn right(frame: &Frame, parsed: &Parsed) -> Right {
     let l3 = usize::from(parsed.l3);
     let l4 = usize::from(parsed.l4);
     let header = match parsed.version {
-        Version::V4 => frame.0.get(l3..l4).map(|header| sum(header) == 0xffff),
+        Version::V4 => frame.0.get(l3..l4).map(|header| is_right(header)),
         Version::V6 => None,
     };
     let icmp = parsed.version == Version::V4 && parsed.protocol == IPPROTO_ICMP;
@@ -247,14 +255,16 @@ fn right(frame: &Frame, parsed: &Parsed) -> Right {
                 all.extend([0, 0, 0, parsed.protocol]);
             }
             all.extend(segment);
-            sum(&all) == 0xffff
+            is_right(&all)
         });
     Right { header, transport }
 }
 
 /// What was right is so still, and what was wrong has not become right.
-fn as_right(before: &Right, after: &Right) {
-    assert_eq!(before, after);
+fn as_right(before: (&Frame, &Parsed), after: (&Frame, &Parsed)) {
+    let was = right(before.0, before.1);
+    let is = right(after.0, after.1);
+    assert_eq!(was, is, "{before:02x?} became {after:02x?}");
 }
 
 /// What of the tuple a packet like this one shows.
@@ -310,7 +320,7 @@ fn translate(before: &Frame, parsed: &Parsed, to: &Tuple, ethertype: u16) {
             ..*parsed
         }
     );
-    as_right(&right(before, parsed), &right(&frame, &after));
+    as_right((before, parsed), (&frame, &after));
     assert_eq!(rewrite(&mut frame, &after, &parsed.tuple), Some(()));
     assert!(same(&frame, before), "undone: {frame:02x?} {before:02x?}");
 }
@@ -349,8 +359,8 @@ fn translate_quoted(before: &Frame, parsed: [&Parsed; 2], to: [&Tuple; 2], ether
             ..*inner
         }
     );
-    as_right(&right(before, outer), &right(&frame, &outer_after));
-    as_right(&right(before, inner), &right(&frame, &inner_after));
+    as_right((before, outer), (&frame, &outer_after));
+    as_right((before, inner), (&frame, &inner_after));
     let (own, about) = (&outer.tuple, &inner.tuple);
     let undone = rewrite_quoted(
         &mut frame,
@@ -380,7 +390,56 @@ fn forward(before: &Frame, parsed: &Parsed, ethertype: u16) {
     }
     assert_eq!(frame.0[at], before.0[at] - 1);
     assert_eq!(parse(&frame, l3, ethertype).as_ref(), Some(parsed));
-    as_right(&right(before, parsed), &right(&frame, parsed));
+    as_right((before, parsed), (&frame, parsed));
+}
+
+/// What another implementation finds somebody to say of addresses, so do we.
+fn claims(data: &[u8]) {
+    let Payload::Packet(ethertype, l3) = guard::payload(data) else {
+        return;
+    };
+    assert!(l3 == ETH_HLEN || l3 == ETH_HLEN + 4);
+    let said = guard::said(data, ethertype, l3);
+    let packet = &data[l3..];
+    match ethertype {
+        ETH_P_ARP => {
+            let Ok(arp) = ArpPacketSlice::from_slice(packet) else {
+                return;
+            };
+            if let (6, Ok(sender)) = (arp.hw_addr_size(), arp.sender_protocol_addr().try_into()) {
+                assert_eq!(said, Said::V4(sender));
+            }
+        }
+        ETH_P_IPV6 => {
+            let Ok(packet) = Ipv6Slice::from_slice(packet) else {
+                return;
+            };
+            let (header, payload) = (packet.header(), packet.payload());
+            let message = payload.payload;
+            if payload.ip_number.0 != IPPROTO_ICMPV6 || message.len() < 24 {
+                return;
+            }
+            let target = message[8..24].try_into().unwrap_or_default();
+            let expected = match message[0] {
+                _ if header.hop_limit() != 255 => Said::Nothing,
+                133..=137 if payload.fragmented => Said::Hidden,
+                133 => Said::V6(header.source()),
+                134 => Said::Advertised(header.source()),
+                135 if header.source() == [0; 16] => Said::V6(target),
+                135 => Said::V6(header.source()),
+                136 => Said::V6(target),
+                137 => Said::Redirected(target),
+                _ => Said::Nothing,
+            };
+            // It skips more headers than we do.
+            let later = said == Said::Nothing && payload.fragmented;
+            assert!(
+                said == expected || said == Said::Hidden || later,
+                "{said:?} {expected:?}"
+            );
+        }
+        _ => {}
+    }
 }
 
 /// Questions of neighbours, and the answers to them.

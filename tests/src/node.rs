@@ -2,6 +2,7 @@
 
 use std::{
     fs::{self, File},
+    io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     ops::Deref,
     os::unix::fs::symlink,
@@ -146,7 +147,10 @@ impl Node {
         let path = Path::new(SETTINGS).join("node.json");
         self.namespace.within(|| {
             let done = if text.is_empty() {
-                fs::remove_file(&path)
+                fs::remove_file(&path).or_else(|error| match error.kind() {
+                    io::ErrorKind::NotFound => Ok(()),
+                    _ => Err(error),
+                })
             } else {
                 fs::write(&path, text)
             };

@@ -27,6 +27,8 @@ use nix::{
 
 use crate::Namespace;
 
+/// How much a server has room for, in bytes.
+const BUFFER: usize = 8 << 20;
 /// How often a server looks whether it shall end.
 const POLL: Duration = Duration::from_millis(20);
 
@@ -79,6 +81,8 @@ impl EchoServer {
                     .with_context(|| format!("listening on {address} over TCP"))?;
                 let udp = UdpSocket::bind(tcp.local_addr()?)
                     .with_context(|| format!("listening on {address} over UDP"))?;
+                // A server that has to wait for a processor loses nothing.
+                setsockopt(&udp, sockopt::RcvBufForce, &BUFFER)?;
                 Ok((tcp, udp))
             })
         };

@@ -11,6 +11,7 @@ use crate::{
 pub(crate) fn run_all() -> Result<()> {
     let toolchain = setup::lint()?;
     run(cargo().args(["fmt", "--all", "--check"]))?;
+    run(cargo().args(["fmt", "--manifest-path=fuzz/Cargo.toml", "--check"]))?;
     run(cargo()
         .args(["clippy", "--workspace", "--exclude=bpf-bridge-ebpf"])
         .args(["--all-targets", "--", "-Dwarnings"]))?;

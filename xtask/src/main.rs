@@ -14,11 +14,13 @@ mod build;
 mod debian;
 mod demo;
 mod ebpf_toolchain;
+mod fuzz;
 mod kernel;
 mod lint;
 mod process;
 mod record;
 mod setup;
+mod soak;
 mod test;
 
 use std::process::ExitCode;
@@ -56,6 +58,10 @@ enum Command {
     Demo,
     /// Measure ADD, DEL and traffic beside the stock plugins (needs root).
     Bench(bench::Arguments),
+    /// Give the parsers and the address store hostile input, looking for what breaks them.
+    Fuzz(fuzz::Arguments),
+    /// Keep everything going for minutes or hours, and report what leaks (needs root).
+    Soak(soak::Arguments),
     /// Check format, lints and documentation.
     Lint,
 }
@@ -71,6 +77,8 @@ fn main() -> ExitCode {
         Command::Record => record::run_all(),
         Command::Demo => demo::run(),
         Command::Bench(arguments) => bench::run(&arguments),
+        Command::Fuzz(arguments) => fuzz::run_all(&arguments),
+        Command::Soak(arguments) => soak::run(&arguments),
         Command::Lint => lint::run_all(),
     };
     match result {

@@ -73,6 +73,8 @@ pub(super) fn run(
         }
         // The pod died without a DEL, or its ADD did.
         del::unplug(attachment, Some(record))?;
+        // Another IPAM plugin would refuse to give it addresses twice.
+        Ipam::of(call).del(call, attachment)?;
     }
     let mac = call.config.mac.unwrap_or_else(|| attachment.mac());
     let pair = match create_pair(&host, call.config, attachment, &sandbox, mac) {
@@ -142,7 +144,13 @@ fn create_pair(
             del::unplug(attachment, None)?;
             Ok(host.create_veth(&spec)?)
         }
-        made => Ok(made?),
+        Err(error @ LinkError::Exists { .. }) => Err(error.into()),
+        // It may be there although the answer did not come.
+        Err(error) => {
+            let _ = del::unplug(attachment, None);
+            Err(error.into())
+        }
+        Ok(made) => Ok(made),
     }
 }
 
@@ -169,7 +177,7 @@ impl Shared {
             return Ok(());
         };
         if let Some(gateway) = &self.gateway {
-            gateway::remove_unused(host, &mut datapath, gateway, &self.addresses)?;
+            gateway::remove_unused(host, &mut datapath, bridge, gateway, &self.addresses)?;
         }
         if self.loaded {
             datapath.unload_if_unused()?;
@@ -299,6 +307,7 @@ impl Add<'_> {
                 "the IPAM plugin {name:?} gave no address"
             )));
         }
+        believable(&given.ips)?;
         if let Some(mtu) = self.config.mtu
             && mtu < IPV6_MTU
             && has_ipv6(&given)
@@ -479,6 +488,35 @@ impl Add<'_> {
         }
         .after(self.config.prev_result.clone().unwrap_or_default())
     }
+}
+
+/// Refuses addresses of an IPAM plugin that mean something else to the node, or to the
+/// programs, than they say.
+fn believable(ips: &[IpConfig]) -> Result<(), CniError> {
+    for ip in ips {
+        let address = ip.address.addr();
+        let both = [Some(address), ip.gateway];
+        if let Some(mapped) = both
+            .into_iter()
+            .flatten()
+            .find(|ip| ip.to_canonical() != *ip)
+        {
+            return Err(CniError::internal(format!(
+                "the IPAM plugin gave {mapped}, which is an IPv4 address in IPv6's notation: it \
+                 must be {}",
+                mapped.to_canonical()
+            )));
+        }
+        if let Some(gateway) = ip.gateway
+            && gateway.is_ipv4() != address.is_ipv4()
+        {
+            return Err(CniError::internal(format!(
+                "the IPAM plugin gave {address} the gateway {gateway}: it must be of the same \
+                 family"
+            )));
+        }
+    }
+    Ok(())
 }
 
 fn has_ipv6(given: &CniResult) -> bool {

@@ -1,7 +1,7 @@
 //! STATUS: whether an ADD would succeed, and whether those that did still hold.
 
 use crate::{
-    attachment::{self, Attachment},
+    attachment::{self, Attachment, Record},
     cni::{Call, CniError, ErrorCode},
     datapath::{self, Datapath, FILTER_HANDLE, FILTER_PRIORITY},
     gateway,
@@ -56,32 +56,48 @@ fn attached(call: &Call<'_>, host: &Netlink) -> Result<(), CniError> {
         if !is_alive(host, &attachment)? {
             continue;
         }
-        let datapath = match &mut opened {
-            Some(datapath) => datapath,
-            none => none.insert(open()?),
-        };
-        if let Some(fault) = super::check::port(host, datapath, &attachment, &record)? {
-            return Err(degraded(fault));
+        if let Err(fault) = suffers(host, &mut opened, &attachment, &record) {
+            // Nor does one that went while it was looked at: nobody is locked out here.
+            let stays = is_alive(host, &attachment)?;
+            if stays && attachment.peek().as_ref() == Some(&record) {
+                return Err(fault);
+            }
         }
-        if let Some(fault) = super::check::translation(datapath, &record)? {
-            return Err(degraded(fault));
-        }
-        let gateway = datapath.segment(record.segment)?;
-        let carried = match gateway {
-            Some(gateway) => host.tc_bpf(
-                gateway.gateway_port,
-                Hook::Ingress,
-                FILTER_PRIORITY,
-                FILTER_HANDLE,
-            )?,
-            None => None,
-        };
-        if carried.is_none() {
-            return Err(degraded(format!(
-                "the gateway port of bridge {:?} has lost its program or was deleted",
-                record.bridge
-            )));
-        }
+    }
+    Ok(())
+}
+
+/// What a pod suffers from, if from anything.
+fn suffers(
+    host: &Netlink,
+    opened: &mut Option<Datapath>,
+    attachment: &Attachment<'_>,
+    record: &Record,
+) -> Result<(), CniError> {
+    let datapath = match opened {
+        Some(datapath) => datapath,
+        none => none.insert(open()?),
+    };
+    if let Some(fault) = super::check::port(host, datapath, attachment, record)? {
+        return Err(degraded(fault));
+    }
+    if let Some(fault) = super::check::translation(datapath, record)? {
+        return Err(degraded(fault));
+    }
+    let carried = match datapath.segment(record.segment)? {
+        Some(gateway) => host.tc_bpf(
+            gateway.gateway_port,
+            Hook::Ingress,
+            FILTER_PRIORITY,
+            FILTER_HANDLE,
+        )?,
+        None => None,
+    };
+    if carried.is_none() {
+        return Err(degraded(format!(
+            "the gateway port of bridge {:?} has lost its program or was deleted",
+            record.bridge
+        )));
     }
     Ok(())
 }

@@ -64,7 +64,7 @@ pub(super) fn open(path: &Path) -> io::Result<(OwnedFd, Of)> {
     let kind = match target.to_string_lossy().trim_start_matches("anon_inode:") {
         "bpf-map" => Of::Map,
         "bpf-prog" => Of::Program,
-        "bpf_link" | "[bpf_link]" => Of::Link,
+        "bpf-link" | "bpf_link" => Of::Link,
         other => return Err(io::Error::other(format!("{other} is no BPF object"))),
     };
     Ok((fd, kind))
@@ -84,15 +84,18 @@ pub(super) struct Program {
 impl Program {
     /// Of a descriptor.
     pub(super) fn of(fd: BorrowedFd<'_>) -> io::Result<Self> {
+        // The structure ends in padding, which the kernel would have zero.
+        let length = mem::offset_of!(bpf_prog_info, btf_id);
         let mut info: bpf_prog_info = zeroed();
-        information(fd, &mut info)?;
+        information_of(fd, &mut info, length)?;
         let mut maps = vec![0_u32; usize::try_from(info.nr_map_ids).unwrap_or(0)];
-        let mut info = bpf_prog_info {
-            nr_map_ids: info.nr_map_ids,
-            map_ids: address(maps.as_mut_ptr()),
-            ..zeroed()
-        };
-        information(fd, &mut info)?;
+        let count = info.nr_map_ids;
+        // Not as a literal, which says nothing of the bytes behind the last field: the
+        // kernel wants zeroes there.
+        info = zeroed();
+        info.nr_map_ids = count;
+        info.map_ids = address(maps.as_mut_ptr());
+        information_of(fd, &mut info, length)?;
         maps.truncate(usize::try_from(info.nr_map_ids).unwrap_or(0));
         Ok(Self {
             id: info.id,
@@ -402,6 +405,11 @@ fn by_id(command: bpf_cmd, id: u32) -> io::Result<OwnedFd> {
 
 /// Fills `info`, whose pointers and lengths are those of live memory, or zero.
 fn information<T: Copy>(fd: BorrowedFd<'_>, info: &mut T) -> io::Result<()> {
+    information_of(fd, info, size_of::<T>())
+}
+
+/// As [`information`], of the first bytes alone.
+fn information_of<T: Copy>(fd: BorrowedFd<'_>, info: &mut T, length: usize) -> io::Result<()> {
     #[repr(C)]
     struct Info {
         fd: u32,
@@ -410,7 +418,7 @@ fn information<T: Copy>(fd: BorrowedFd<'_>, info: &mut T) -> io::Result<()> {
     }
     let mut attributes = Info {
         fd: number(fd),
-        len: u32::try_from(size_of::<T>()).unwrap_or(0),
+        len: u32::try_from(length.min(size_of::<T>())).unwrap_or(0),
         info: address(ptr::from_mut(info)),
     };
     bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attributes).map(drop)

@@ -39,7 +39,7 @@ use aya::{
 use aya_obj::generated::bpf_prog_type;
 use bpf_bridge_common::layout::{
     ABI, Endpoint, IpKey, MAX_MEMBERS, Mac, MacKey, Member, MemberKey, Neighbor, PORT_GATEWAY,
-    PORT_MASQUERADED, PORT_PUBLISHED, PORT_ROUTED, Port, PortStats, Segment,
+    PORT_MASQUERADED, PORT_PUBLISHED, PORT_ROUTED, Port, PortStats, SEGMENT_ROUTED, Segment,
 };
 use thiserror::Error;
 
@@ -116,8 +116,7 @@ pub enum Error {
     },
     /// What an older version has made could not be carried over.
     #[error(
-        "carrying ports and flows over from the layout {from} to {to}: {source}; nothing was \
-         changed",
+        "carrying ports and flows over from the layout {from} to {to}: {source}; {state}",
         to = pins::Root::own().name()
     )]
     Carry {
@@ -125,6 +124,8 @@ pub enum Error {
         from: String,
         /// Why not.
         source: Box<Self>,
+        /// What holds now.
+        state: &'static str,
     },
     /// The kernel does not tell of a program.
     #[error("asking for the program of id {id}: {source}")]
@@ -306,6 +307,9 @@ impl Datapath {
         let mut fresh = false;
         let is_loaded = || attach::is_loaded(level) && parts.iter().copied().all(Part::is_loaded);
         let load = || {
+            // Both before either is loaded.
+            object::require_all_own(level)?;
+            nat::require_own(parts)?;
             if !attach::is_loaded(level) {
                 object::load(level)?;
             }
@@ -323,7 +327,10 @@ impl Datapath {
             let _alone = pins::lock(Mode::Exclusive)?;
             if !is_loaded() {
                 if let Err(error) = load() {
-                    let _ = remove_unused_pins();
+                    // What is not of our making is not ours to remove.
+                    if !matches!(error, Error::ForeignPin { .. }) {
+                        let _ = remove_unused_pins();
+                    }
                     return Err(error);
                 }
                 fresh = true;
@@ -503,20 +510,25 @@ impl Datapath {
     /// A table cannot be written.
     pub fn create_segment(&mut self, gateway: &PortSpec<'_>) -> Result<(), Error> {
         let segment = gateway.segment;
-        self.set_port(gateway, PORT_GATEWAY | gateway.flags, 0)?;
-        set(
-            &mut self.segments,
-            "SEGMENTS",
-            segment,
-            Segment {
-                members: 1,
-                gateway_port: gateway.ifindex,
-            },
-            ANY,
-        )
+        let entry = Segment {
+            members: 1,
+            gateway_port: gateway.ifindex,
+            flags: 0,
+        };
+        let created = self
+            .set_port(gateway, PORT_GATEWAY | gateway.flags, 0)
+            .and_then(|()| set(&mut self.segments, "SEGMENTS", segment, entry, ANY));
+        if created.is_err() {
+            // Nobody finds it by the segment. What cannot be removed a GC will.
+            let slot = MemberKey { segment, slot: 0 };
+            let _ = remove(&mut self.members, "MEMBERS", slot);
+            let _ = self.forget(gateway.ifindex, segment, gateway.mac, &[]);
+        }
+        created
     }
 
-    /// Lets the responder answer for an address of the gateway.
+    /// Gives the gateway an address: pods' questions for it are answered, and no pod may
+    /// say that it is a router.
     ///
     /// # Errors
     ///
@@ -527,12 +539,13 @@ impl Datapath {
         address: IpAddr,
         mac: Mac,
     ) -> Result<(), Error> {
-        let port = self
-            .segment(segment)?
-            .ok_or(Error::NoSegment(segment))?
-            .gateway_port;
+        let mut entry = self.segment(segment)?.ok_or(Error::NoSegment(segment))?;
+        if entry.flags & SEGMENT_ROUTED == 0 {
+            entry.flags |= SEGMENT_ROUTED;
+            set(&mut self.segments, "SEGMENTS", segment, entry, EXIST)?;
+        }
         let neighbor = Neighbor {
-            port,
+            port: entry.gateway_port,
             flags: PORT_GATEWAY,
             mac,
             reserved: [0; 2],
@@ -540,7 +553,7 @@ impl Datapath {
         self.set_neighbor(segment, address, neighbor)
     }
 
-    /// The responder no longer answers for an address of the gateway.
+    /// The gateway no longer has an address.
     ///
     /// # Errors
     ///
@@ -555,23 +568,19 @@ impl Datapath {
         Ok(())
     }
 
-    /// Removes a segment of which only the gateway port is left.
+    /// Removes a segment of which only the gateway port is left, or as much of it as was
+    /// made: `gateway` is as for [`Self::create_segment`], with the addresses that the
+    /// responder answers for.
     ///
     /// # Errors
     ///
     /// A table cannot be read or written.
-    pub fn remove_segment(
-        &mut self,
-        segment: u32,
-        mac: Mac,
-        addresses: &[IpAddr],
-    ) -> Result<(), Error> {
-        let Some(entry) = self.segment(segment)? else {
-            return Ok(());
-        };
-        remove(&mut self.segments, "SEGMENTS", segment)?;
-        self.forget(entry.gateway_port, segment, mac, addresses)?;
-        remove(&mut self.members, "MEMBERS", MemberKey { segment, slot: 0 })
+    pub fn remove_segment(&mut self, gateway: &PortSpec<'_>) -> Result<(), Error> {
+        let segment = gateway.segment;
+        let key = MemberKey { segment, slot: 0 };
+        remove(&mut self.members, "MEMBERS", key)?;
+        self.forget(gateway.ifindex, segment, gateway.mac, gateway.addresses)?;
+        remove(&mut self.segments, "SEGMENTS", segment)
     }
 
     /// Adds a port to its segment.

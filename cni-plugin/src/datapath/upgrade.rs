@@ -7,6 +7,8 @@
 //! port then ([`Datapath::is_own_program`](super::Datapath::is_own_program)) knows its program
 //! by the maps that it uses.
 
+use std::mem;
+
 use super::{
     Error, LogLevel,
     carry::{self, Carried},
@@ -49,6 +51,21 @@ pub fn upgrade() -> Result<Report, Error> {
         return Ok(report);
     }
     report.loaded = true;
+    if let Some(Carried {
+        whole: true, moved, ..
+    }) = &mut report.carried
+    {
+        // With the programs of this binary.
+        report.moved = mem::take(moved);
+        return Ok(report);
+    }
+    if report.carried.is_none() && carry::has_other_limits(&own)? {
+        report.carried = carry::from(&own.put_aside()?)?;
+        if let Some(Carried { moved, .. }) = &mut report.carried {
+            report.moved = mem::take(moved);
+        }
+        return Ok(report);
+    }
     // All are verified before any is used.
     let mut switches = Vec::new();
     for level in own.levels() {

@@ -13,7 +13,8 @@ pub enum DropReason {
     /// The source address is a group address or all zeroes (IEEE 802.3 §3.2.3;
     /// `br_handle_frame` drops these too).
     BadSource = 2,
-    /// `macspoofchk` is set and the source is not the address that was assigned.
+    /// `macspoofchk` is set, and the source is not the MAC address that was assigned, or
+    /// an IP address that was assigned to another port.
     Spoofed = 3,
     /// Both ports are isolated (`portIsolation`).
     Isolated = 4,
@@ -37,11 +38,15 @@ pub enum DropReason {
     /// A packet that cannot be masqueraded: a fragment without its first one, or a
     /// message about nothing that is known.
     NotTranslatable = 12,
+    /// It says of an address that was assigned to another port that it is at the
+    /// sender's, or that the sender knows a better router than the gateway; or it could
+    /// say so to its receiver, behind more headers than are looked at.
+    Claimed = 13,
 }
 
 impl DropReason {
     /// How many reasons there are.
-    pub const COUNT: usize = 13;
+    pub const COUNT: usize = 14;
 
     /// Every reason, in the order of its number.
     pub const ALL: [Self; Self::COUNT] = [
@@ -58,6 +63,7 @@ impl DropReason {
         Self::Exhausted,
         Self::NoAddress,
         Self::NotTranslatable,
+        Self::Claimed,
     ];
 
     /// The reason with this number.
@@ -77,6 +83,7 @@ impl DropReason {
             10 => Self::Exhausted,
             11 => Self::NoAddress,
             12 => Self::NotTranslatable,
+            13 => Self::Claimed,
             _ => return None,
         })
     }
@@ -97,6 +104,7 @@ impl DropReason {
             Self::Exhausted => "no port left to masquerade with",
             Self::NoAddress => "no address to masquerade with",
             Self::NotTranslatable => "cannot be masqueraded",
+            Self::Claimed => "claims an assigned address",
         }
     }
 }

@@ -10,6 +10,10 @@ pub const ETH_P_IP: u16 = 0x0800;
 pub const ETH_P_ARP: u16 = 0x0806;
 /// IPv6, RFC 2464.
 pub const ETH_P_IPV6: u16 = 0x86dd;
+/// A VLAN tag, IEEE 802.1Q.
+pub const ETH_P_8021Q: u16 = 0x8100;
+/// A provider's VLAN tag, IEEE 802.1ad.
+pub const ETH_P_8021AD: u16 = 0x88a8;
 
 /// What a switch does with a destination address before any table is asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,13 +39,15 @@ pub enum Destination {
 /// Spanning tree's own address is flooded, as `br_handle_frame` does when the
 /// bridge does not take part in the protocol.
 pub const fn destination(mac: &Mac) -> Destination {
+    if mac[0] & 1 == 0 {
+        return Destination::Unicast;
+    }
     match *mac {
         [0x01, 0x80, 0xc2, 0, 0, 0x01] => Destination::Nobody,
         [0x01, 0x80, 0xc2, 0, 0, 0x02..=0x0f]
         | [0x01, 0x00, 0x5e, 0, 0, 0x16]
         | [0x33, 0x33, 0, 0, 0, 0x16] => Destination::NodeOnly,
-        [first, ..] if first & 1 == 1 => Destination::Group,
-        _ => Destination::Unicast,
+        _ => Destination::Group,
     }
 }
 

@@ -11,6 +11,7 @@
 //! | `ENDPOINTS` | hash | [`MacKey`] | [`Endpoint`] |
 //! | `NEIGHBORS` | hash | [`IpKey`] | [`Neighbor`] |
 //! | `LEARNED` | LRU hash | [`MacKey`] | [`Learned`] |
+//! | `LEARNED_PLACES` | LRU hash | [`PlaceKey`] | [`LearnedPlace`] |
 //! | `SEGMENTS` | hash | segment | [`Segment`] |
 //! | `MEMBERS` | hash | [`MemberKey`] | [`Member`] |
 //! | `PROGRAMS` | program array | `PROGRAM_*` | the programs that others call |
@@ -18,6 +19,7 @@
 //! | `FLOWS` | LRU hash | [`FlowKey`] | [`Flow`] |
 //! | `FRAGMENTS` | LRU hash | [`FragmentKey`] | [`Fragments`] |
 //! | `HELD` | LRU hash | [`HeldKey`] | [`Held`] |
+//! | `PLACES` | LRU hash | [`PlaceKey`] | [`Place`] |
 //! | `ADDRESSES` | hash | an [`Address`] of the node | 1 ([`Present`]) |
 //! | `PEERS` | LRU hash | [`PeerKey`] | [`Socket`] |
 //! | `NODE` | array of one | 0 | [`Node`] |
@@ -74,8 +76,9 @@ pub const MAX_SEGMENTS: u32 = 1024;
 /// again for the next ones.
 pub const FLOOD_BATCH: u32 = 256;
 /// How many ports a segment can have: the kernel allows 33 tail calls in a row
-/// (`MAX_TAIL_CALL_CNT`), of which one may go to the responder.
-pub const MAX_MEMBERS: u32 = 32 * FLOOD_BATCH;
+/// (`MAX_TAIL_CALL_CNT`), of which two go to the guard and the
+/// responder.
+pub const MAX_MEMBERS: u32 = 31 * FLOOD_BATCH;
 /// How many ports can be published, each once for every address that it is
 /// published on.
 pub const MAX_PUBLISHED: u32 = 65_536;
@@ -88,7 +91,11 @@ pub const MAX_MASQUERADED: u32 = MAX_NEIGHBORS;
 /// How many destinations can be exempt from masquerade, once for every policy.
 pub const MAX_EXEMPT: u32 = 16_384;
 /// How many words of bits all ports are.
+#[cfg(not(feature = "next-layout"))]
 pub const USED_WORDS: u32 = 65_536 / 64;
+/// How many words of bits all ports are, and one that is not used.
+#[cfg(feature = "next-layout")]
+pub const USED_WORDS: u32 = 65_536 / 64 + 1;
 /// How many devices of the node can be uplinks.
 pub const MAX_UPLINKS: u32 = 4096;
 /// How many datagrams can arrive in fragments at once.
@@ -107,6 +114,14 @@ pub const MAX_XDP_UPLINKS: u32 = 256;
 /// How many sockets of the node can talk to published ports without a connection,
 /// or ask for their peer's name.
 pub const MAX_PEERS: u32 = 32_768;
+/// One of so many parts of a table is what one pod can have of it, unless the node's
+/// settings say otherwise.
+pub const POD_SHARE: u32 = 4;
+/// How many places can be taken of all shares together; more evict the oldest.
+pub const MAX_PLACES: u32 = MAX_FLOWS + MAX_FRAGMENTS + MAX_HELD_TOTAL;
+/// How long ago something must have been used to give its place to another, in ns, unless
+/// all are used. (A flow that only hears is written half as often as it may be silent.)
+pub const SPARED_NS: u64 = MASQUERADE_IDLE_NS / 2;
 /// How old a flow may be before it is written again, and before it is asked again
 /// whether what the client addresses is the node's, in ns.
 pub const FLOW_REFRESH_NS: u64 = 500_000_000;
@@ -143,8 +158,10 @@ pub const PROGRAM_FROM_POD: u32 = 2;
 pub const PROGRAM_FROM_HOST: u32 = 3;
 /// The slot of the program for what pods send each other past the host.
 pub const PROGRAM_BETWEEN: u32 = 4;
+/// The slot of the program that looks at what pods say of addresses.
+pub const PROGRAM_GUARD: u32 = 5;
 /// How many slots there are.
-pub const PROGRAM_COUNT: u32 = 5;
+pub const PROGRAM_COUNT: u32 = 6;
 
 /// The slot of `NEXT` of the program that sends masqueraded flows past the host's stack.
 pub const NEXT_FORWARD: u32 = 0;
@@ -155,7 +172,8 @@ pub const NEXT_COUNT: u32 = 1;
 pub const PORT_GATEWAY: u32 = 1 << 0;
 /// `hairpinMode`: what came from the port may go back to it.
 pub const PORT_HAIRPIN: u32 = 1 << 1;
-/// `macspoofchk`: only the assigned address may be a source.
+/// `macspoofchk`: only the assigned MAC address may be a source, and no IP address of
+/// another port.
 pub const PORT_MACSPOOFCHK: u32 = 1 << 2;
 /// `portIsolation`: no traffic with other isolated ports.
 pub const PORT_ISOLATED: u32 = 1 << 3;
@@ -429,7 +447,12 @@ pub struct Segment {
     pub members: u32,
     /// The ifindex of the gateway port (the far end of the gateway device).
     pub gateway_port: u32,
+    /// `SEGMENT_*` bits.
+    pub flags: u32,
 }
+
+/// The node is the segment's router (`isGateway`), and no pod is.
+pub const SEGMENT_ROUTED: u32 = 1 << 0;
 
 /// A slot in the list of a segment's ports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
@@ -706,6 +729,48 @@ pub struct Held {
     pub length: u32,
     /// The frame, and what was there before.
     pub frame: [u8; HELD_LEN],
+}
+
+/// A place in the share that an owner has of a table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
+#[repr(C)]
+pub struct PlaceKey {
+    /// The ifindex of a pod's host veth; of a gateway device for what netfilter translates;
+    /// 0 for what comes from outside, and for the node itself.
+    pub owner: u32,
+    /// Which table: `PLACES_*`.
+    pub table: u32,
+    /// The place's number, or [`PLACE_HAND`].
+    pub number: u32,
+}
+
+/// The number of the entry that says, in its first word, which place was taken last.
+pub const PLACE_HAND: u32 = u32::MAX;
+/// Of `FLOWS`, and what belongs to them of `REPLIES`.
+pub const PLACES_FLOWS: u32 = 0;
+/// Of `REPLIES`, without a flow of a pod.
+pub const PLACES_REPLIES: u32 = 1;
+/// Of `FRAGMENTS`.
+pub const PLACES_FRAGMENTS: u32 = 2;
+/// Of `HELD`.
+pub const PLACES_HELD: u32 = 3;
+/// Of `LEARNED`, in a map of their own.
+pub const PLACES_LEARNED: u32 = 4;
+
+/// What has a place: the key of an entry of its table, from the first word on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Place {
+    /// The key's words.
+    pub entry: [u32; 12],
+}
+
+/// What has a place of `LEARNED`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct LearnedPlace {
+    /// The key's words.
+    pub entry: [u32; 3],
 }
 
 /// What the first fragment said.

@@ -11,6 +11,7 @@ extern crate std;
 pub mod checksum;
 pub mod drops;
 pub mod frame;
+pub mod guard;
 pub mod layout;
 pub mod packet;
 pub mod responder;

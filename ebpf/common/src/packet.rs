@@ -401,6 +401,10 @@ pub fn quoted(packet: &impl Packet, outer: &Parsed) -> Option<Parsed> {
     if inner.length != 0 && own_end < end {
         end = own_end;
     }
+    if inner.l4 as usize > end {
+        // A part of its header is in the padding, which no checksum covers.
+        return None;
+    }
     transport(packet, &mut inner, end, true)?;
     Some(inner)
 }

@@ -21,7 +21,7 @@ use crate::{
     fragments::{self, Standing},
     maps::{ADDRESSES, FLOWS, REPLIES},
     masquerade::{self, GO_ON, Owner},
-    own,
+    own, share,
     shared::{PORTS, count_drop, ifindex, set_mark, skb},
     skb::{ETH_P_IP, Skb, is_marked},
     work::{From, Outcome, Work, apart},
@@ -287,6 +287,10 @@ fn standing(ctx: &TcContext, work: &mut Work) -> Other {
     // store is lost.
     let reply = unsafe { &mut *reply };
     if reply.port == 0 {
+        if reply.inner_port != work.parsed.tuple.source_port {
+            // One of the stack's own flows was given this port, when it had to give way.
+            return Other::Collides;
+        }
         masquerade::touch(reply, own::step(&Skb(ctx), &work.parsed));
         return Other::Alone;
     }
@@ -312,7 +316,7 @@ fn note_stack(work: &mut Work) {
     } else {
         true
     };
-    if noted && ADDRESSES.get_ptr(&work.parsed.tuple.source).is_some() {
+    if noted && ADDRESSES.get_ptr(&work.parsed.tuple.source).is_some() && share::of_reply(came_by) {
         masquerade::cede(work);
     }
 }

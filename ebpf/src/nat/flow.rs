@@ -9,7 +9,7 @@ use bpf_bridge_common::{
     packet::{IPPROTO_TCP, IPPROTO_UDP},
 };
 
-use crate::{maps::FLOWS, shared::PORTS, work::From};
+use crate::{maps::FLOWS, share, shared::PORTS, work::From};
 
 /// How many source ports are tried before a client is refused. The second is needed
 /// only by one who talks from one port to two addresses of the node that lead to the
@@ -125,7 +125,7 @@ pub(crate) fn refresh(key: &FlowKey, from: &From) {
     }
 }
 
-/// Remembers a flow that is not known, as `found` says; says whether it could. Another
+/// Remembers the flow in `work.key` (`key`), that is not known, as `found` says; says whether it could. Another
 /// CPU may do the same at the same time.
 #[inline(never)]
 pub(crate) fn make(key: &FlowKey, flow: &mut Flow, from: &From, found: Found) -> bool {
@@ -138,6 +138,9 @@ pub(crate) fn make(key: &FlowKey, flow: &mut Flow, from: &From, found: Found) ->
     flow.from = from.ifindex;
     flow.client_mac = from.client_mac;
     flow.gateway_mac = from.gateway_mac;
+    if found == Found::Free && !share::of_flow(share::owner(key, from)) {
+        return false;
+    }
     // A full table evicts.
     let _ = FLOWS.insert(key, &*flow, u64::from(flags));
     // Not only to be sure: a fresh entry that was never looked up counts as unused,

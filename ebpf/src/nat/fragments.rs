@@ -22,6 +22,7 @@ use bpf_bridge_common::{
 
 use crate::{
     maps::{ADDRESSES, FRAGMENTS, HELD, published},
+    share,
     shared::{ifindex, skb},
     work::Work,
 };
@@ -85,7 +86,14 @@ fn first(ctx: &TcContext, work: &mut Work, port: u32, hold: bool) -> Standing {
     // SAFETY: the value is read at once.
     let held = match unsafe { FRAGMENTS.get(&key) } {
         Some(before) if now.saturating_sub(before.seen) <= FRAGMENT_NS => before.held,
-        _ => 0,
+        Some(_) => 0,
+        None => {
+            work.share.fragment.datagram = key;
+            if !share::of_datagram(port) {
+                return Standing::Known;
+            }
+            0
+        }
     };
     let entry = Fragments {
         seen: now,
@@ -118,7 +126,9 @@ fn later(ctx: &TcContext, work: &mut Work, port: u32, hold: bool) -> Standing {
         reserved: 0,
     };
     // SAFETY: the value is read at once.
-    if let Some(before) = unsafe { FRAGMENTS.get(&key) }
+    let before = unsafe { FRAGMENTS.get(&key) };
+    let is_new = before.is_none();
+    if let Some(before) = before
         && now.saturating_sub(before.seen) <= FRAGMENT_NS
     {
         if before.protocol != 0 {
@@ -130,7 +140,17 @@ fn later(ctx: &TcContext, work: &mut Work, port: u32, hold: bool) -> Standing {
         entry.held = before.held;
     }
     let hold = hold || ADDRESSES.get_ptr(&key.destination).is_some();
-    if !hold || entry.held >= MAX_HELD || !keep(ctx, &key, entry.held) {
+    if !hold || entry.held >= MAX_HELD {
+        return Standing::Unknown;
+    }
+    work.share.fragment = HeldKey {
+        datagram: key,
+        number: u32::from(entry.held),
+    };
+    if is_new && !share::of_datagram(port)
+        || !share::of_fragment(port)
+        || !keep(ctx, &work.share.fragment)
+    {
         return Standing::Unknown;
     }
     entry.held += 1;
@@ -149,7 +169,7 @@ fn is_holdable(length: u32) -> bool {
 
 /// Lets the frame wait; says whether it could.
 #[inline(never)]
-fn keep(ctx: &TcContext, datagram: &FragmentKey, number: u16) -> bool {
+fn keep(ctx: &TcContext, key: &HeldKey) -> bool {
     let Some(holding) = HOLDING.get_ptr_mut(0) else {
         return false;
     };
@@ -157,16 +177,12 @@ fn keep(ctx: &TcContext, datagram: &FragmentKey, number: u16) -> bool {
     if !is_holdable(length) {
         return false;
     }
-    let key = HeldKey {
-        datagram: *datagram,
-        number: u32::from(number),
-    };
     // SAFETY: the buffer is this CPU's own, and as long as the longest length.
     unsafe {
         (*holding).length = length;
         let frame = (&raw mut (*holding).frame).cast();
         bpf_skb_load_bytes(skb(ctx).cast(), 0, frame, length) == 0
-            && HELD.insert(&key, &*holding, u64::from(BPF_ANY)).is_ok()
+            && HELD.insert(key, &*holding, u64::from(BPF_ANY)).is_ok()
     }
 }
 

@@ -17,6 +17,8 @@
 //! too, so that its replies go back to the stack. [`masquerade`] is done where packets
 //! leave the node, so the stack sees them as pods do.
 //!
+//! What is remembered has its place in somebody's [`share`].
+//!
 //! This object is loaded in parts, when a network needs them; [`shared`] has what it has
 //! in common with the one that switches.
 #![no_std]
@@ -39,6 +41,7 @@ mod masquerade;
 mod own;
 mod reply;
 mod request;
+mod share;
 #[path = "../shared.rs"]
 mod shared;
 mod skb;

@@ -6,9 +6,10 @@ use aya_ebpf::{
 };
 use bpf_bridge_common::layout::{
     Address, ExemptKey, Flow, FlowKey, FragmentKey, Fragments, Held, HeldKey, MAX_ADDRESSES,
-    MAX_EXEMPT, MAX_FLOWS, MAX_FRAGMENTS, MAX_HELD_TOTAL, MAX_MASQUERADED, MAX_PEERS,
+    MAX_EXEMPT, MAX_FLOWS, MAX_FRAGMENTS, MAX_HELD_TOTAL, MAX_MASQUERADED, MAX_PEERS, MAX_PLACES,
     MAX_PUBLISHED, MAX_REPLIES, MAX_UPLINKS, MAX_XDP_UPLINKS, Mac, Masqueraded, NEXT_COUNT, Node,
-    PeerKey, PodKey, Present, Published, PublishedKey, Reply, ReplyKey, Socket, USED_WORDS, Uplink,
+    PeerKey, Place, PlaceKey, PodKey, Present, Published, PublishedKey, Reply, ReplyKey, Socket,
+    USED_WORDS, Uplink,
 };
 
 use crate::shared::{PORTS, SEGMENTS};
@@ -32,6 +33,9 @@ pub(crate) static FRAGMENTS: LruHashMap<FragmentKey, Fragments, { MAX_FRAGMENTS 
 
 #[btf_map]
 pub(crate) static HELD: LruHashMap<HeldKey, Held, { MAX_HELD_TOTAL as usize }> = LruHashMap::new();
+
+#[btf_map]
+pub(crate) static PLACES: LruHashMap<PlaceKey, Place, { MAX_PLACES as usize }> = LruHashMap::new();
 
 #[btf_map]
 pub(crate) static ADDRESSES: HashMap<Address, Present, { MAX_ADDRESSES as usize }, ON_DEMAND> =

@@ -26,6 +26,7 @@ use crate::{
     fib::{self, Leaving},
     maps::{EXEMPT, FLOWS, MASQUERADED, REPLIES, UPLINKS, USED, published},
     own::{self, Step},
+    share,
     shared::PORTS,
     skb::Skb,
     work::{Outcome, Work},
@@ -518,6 +519,9 @@ fn remember_flow(work: &mut Work, sent: &Tuple, owner: &Owner) {
         gateway_mac: [0; 6],
         flags: FLOW_MASQUERADED | owner.flags,
     };
+    if FLOWS.get_ptr(&work.key).is_none() && !share::of_flow(work.key.port) {
+        return;
+    }
     let _ = FLOWS.insert(&work.key, &work.flow, u64::from(BPF_ANY));
     let _ = FLOWS.get_ptr(&work.key);
 }

@@ -17,7 +17,7 @@ use bpf_bridge_common::{
     translate::{rewrite, rewrite_inner, rewrite_outer},
 };
 
-use crate::{fib::Exit, masquerade::Owner, reply::Back, skb::Skb};
+use crate::{fib::Exit, masquerade::Owner, reply::Back, share::Share, skb::Skb};
 
 /// The state of one packet.
 pub(crate) struct Work {
@@ -53,6 +53,8 @@ pub(crate) struct Work {
     pub(crate) diff: u32,
     /// The port that a drop is counted against.
     pub(crate) account: u32,
+    /// What is at hand while an entry gets a place.
+    pub(crate) share: Share,
 }
 
 /// Where a packet comes in.

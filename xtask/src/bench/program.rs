@@ -34,8 +34,9 @@ pub(super) const PORT: &str = "port";
 const UPLINK: &str = "uplink";
 const CONNECT: &str = "connect4";
 /// All that may be loaded, by the names of the pins.
-const PROGRAMS: [&str; 11] = [
+const PROGRAMS: [&str; 12] = [
     PORT,
+    "guard",
     "responder",
     "flood",
     UPLINK,

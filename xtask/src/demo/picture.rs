@@ -16,8 +16,9 @@ use super::{list, text};
 const MAPS: &str = "/sys/fs/bpf/bpf-bridge/v1/maps";
 /// The programs that are shown: of every port, built without log lines, and those
 /// that came with the first published port.
-const PROGRAMS: [&str; 6] = [
+const PROGRAMS: [&str; 7] = [
     "/sys/fs/bpf/bpf-bridge/v1/off/port",
+    "/sys/fs/bpf/bpf-bridge/v1/off/guard",
     "/sys/fs/bpf/bpf-bridge/v1/off/responder",
     "/sys/fs/bpf/bpf-bridge/v1/off/flood",
     "/sys/fs/bpf/bpf-bridge/v1/nat/uplink",

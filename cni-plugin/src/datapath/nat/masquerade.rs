@@ -78,10 +78,7 @@ impl Nat<'_> {
         port: u32,
     ) -> Result<(), Error> {
         // What is exempt is known before the pod is.
-        for prefix in policy.prefixes() {
-            refilled("EXEMPT", || self.exempt.insert(&prefix, 1, ANY))
-                .map_err(|source| failed("writing", "EXEMPT", &policy.exempt, source))?;
-        }
+        self.introduce(policy)?;
         let key = key(address, segment);
         let entry = Masqueraded {
             policy: policy.number,
@@ -148,12 +145,40 @@ impl Nat<'_> {
         Ok(())
     }
 
+    /// Writes a policy, in place of those that no pod has any more if there is no room.
+    fn introduce(&mut self, policy: &Policy) -> Result<(), Error> {
+        let written = self.write(policy);
+        if !matches!(written, Err(Error::Full { .. })) {
+            return written;
+        }
+        let used = self.sweep_masqueraded()?;
+        // A full trie may refuse what it has already.
+        if used.contains(&policy.number) {
+            return Ok(());
+        }
+        let written = self.write(policy);
+        if written.is_err() {
+            self.sweep_masqueraded()?;
+        }
+        written
+    }
+
+    fn write(&mut self, policy: &Policy) -> Result<(), Error> {
+        policy.prefixes().try_for_each(|prefix| {
+            refilled("EXEMPT", || self.exempt.insert(&prefix, 1, ANY))
+                .map_err(|source| failed("writing", "EXEMPT", &policy.exempt, source))
+        })
+    }
+
     /// Removes the entries of pods that are gone, and the policies that no pod has.
-    pub(super) fn sweep_masqueraded(&mut self) -> Result<(), Error> {
+    /// Returns the numbers of the others.
+    pub(super) fn sweep_masqueraded(&mut self) -> Result<HashSet<u64>, Error> {
+        let mut policies = HashSet::new();
         let mut used = HashSet::new();
         for (key, entry) in entries(&self.masqueraded, "MASQUERADED")? {
             let port = self.datapath.port(entry.port)?;
             if port.is_some_and(|port| port.segment == key.segment) {
+                policies.insert(entry.policy);
                 used.extend(
                     [Address::UNSPECIFIED, Address::UNSPECIFIED_V4]
                         .map(|any| ExemptKey::new(entry.policy, any).policy),
@@ -175,7 +200,7 @@ impl Nat<'_> {
             removed("EXEMPT", || self.exempt.remove(&prefix))
                 .map_err(|source| failed("removing", "EXEMPT", &key, source))?;
         }
-        Ok(())
+        Ok(policies)
     }
 }
 

@@ -226,6 +226,32 @@ impl Nat<'_> {
         }
     }
 
+    /// Counts anew on how many addresses a number is published. It looks at every entry,
+    /// if there is a count.
+    fn recount(&mut self, port: &NodePort) -> Result<(), Error> {
+        let everywhere = port.everywhere();
+        let Some(counted) = self.entry(&everywhere)?.filter(|it| it.specific != 0) else {
+            return Ok(());
+        };
+        let key = everywhere.key();
+        let claims = entries(&self.published, "PUBLISHED")?
+            .into_iter()
+            .filter(|(_, entry)| entry.specific == 0)
+            .filter(|(other, _)| NodePort::of(*other).everywhere() == everywhere)
+            .count();
+        match u32::try_from(claims).unwrap_or(u32::MAX) {
+            0 => remove(&mut self.published, "PUBLISHED", key),
+            specific if specific == counted.specific => Ok(()),
+            specific => {
+                let counted = Published {
+                    specific,
+                    ..counted
+                };
+                set(&mut self.published, "PUBLISHED", key, counted, ANY)
+            }
+        }
+    }
+
     /// Gives a port back, if it is `owner`'s; says who served it.
     ///
     /// # Errors
@@ -234,6 +260,8 @@ impl Nat<'_> {
     pub fn withdraw(&mut self, port: &NodePort, owner: u32) -> Result<Option<SocketAddr>, Error> {
         let own = |entry: &Published| entry.port == owner && entry.specific == 0;
         let Some(entry) = self.entry(port)?.filter(own) else {
+            // A call that was killed may have counted it, and come no further.
+            self.recount(port)?;
             return Ok(None);
         };
         remove(&mut self.published, "PUBLISHED", port.key())?;

@@ -144,7 +144,7 @@ fn each_slot_is_reached_once() {
 #[test]
 fn the_longest_list_is_within_the_limit_of_tail_calls() {
     let frame = plain(BROADCAST, mac("a"));
-    // This one goes through the responder, which costs a call of its own.
+    // This one goes through the guard and the responder, which cost calls of their own.
     let question = who_has((mac("a"), v4("a")), [10, 0, 0, 200]);
     with_bench(LogLevel::Off, |bench| {
         let longest = usize::try_from(MAX_MEMBERS).unwrap();

@@ -71,7 +71,7 @@ pub(super) fn solicitation(
         to,
         from,
         IPV6,
-        &ipv6(sender, group, 58, &checksummed(sender, group, message)),
+        &ipv6(sender, group, 58, &icmpv6(sender, group, message)),
     )
 }
 
@@ -84,8 +84,24 @@ pub(super) fn advertisement(to: (Mac, [u8; 16]), owner: (Mac, [u8; 16]), flags: 
         &owner.0,
     ]
     .concat();
-    let packet = ipv6(owner.1, to.1, 58, &checksummed(owner.1, to.1, message));
+    let packet = ipv6(owner.1, to.1, 58, &icmpv6(owner.1, to.1, message));
     ethernet(to.0, owner.0, IPV6, &packet)
+}
+
+/// An IPv4 packet with so many words of options (no operation).
+pub(super) fn ipv4(
+    from: [u8; 4],
+    to: [u8; 4],
+    protocol: u8,
+    options: u8,
+    payload: &[u8],
+) -> Vec<u8> {
+    let options = vec![1; usize::from(options) * 4];
+    let words = u8::try_from(5 + options.len() / 4).unwrap();
+    let length = 20 + options.len() + payload.len();
+    let [high, low] = u16::try_from(length).unwrap().to_be_bytes();
+    let header = [0x40 | words, 0, high, low, 0, 0, 0, 0, 64, protocol, 0, 0];
+    [&header[..], &from, &to, &options, payload].concat()
 }
 
 /// An IPv6 packet with hop limit 255.
@@ -101,7 +117,7 @@ pub(super) fn ipv6(from: [u8; 16], to: [u8; 16], next_header: u8, payload: &[u8]
 }
 
 /// An ICMPv6 message with its checksum (RFC 4443 §2.3) filled in.
-fn checksummed(from: [u8; 16], to: [u8; 16], mut message: Vec<u8>) -> Vec<u8> {
+pub(super) fn icmpv6(from: [u8; 16], to: [u8; 16], mut message: Vec<u8>) -> Vec<u8> {
     let length = u32::try_from(message.len()).unwrap().to_be_bytes();
     let summed = [&from[..], &to, &length, &[0, 0, 0, 58], &message].concat();
     let mut sum: u64 = summed

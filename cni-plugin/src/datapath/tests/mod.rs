@@ -8,6 +8,7 @@
 //! | [`switching`] | `port`: what becomes of a frame |
 //! | [`learning`] | `port`: addresses that nobody was assigned |
 //! | [`neighbours`] | `responder` |
+//! | [`claims`] | `guard`: what pods say of addresses |
 //! | [`flooding`] | `flood`, for lists of all lengths |
 //! | [`wire`] | the same through real devices: where a redirect really leads |
 //! | [`published`] | the programs of published ports |
@@ -16,6 +17,7 @@
 //! They need root; the machine's bpffs and network namespace stay as they are.
 
 mod bench;
+mod claims;
 mod flooding;
 mod frames;
 mod learning;

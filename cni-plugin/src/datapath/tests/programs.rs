@@ -132,7 +132,7 @@ fn a_log_that_is_off_is_no_code() {
     let sizes = |level| {
         let mut sizes = Vec::new();
         with_bench(level, |bench| {
-            for name in ["port", "responder"] {
+            for name in ["port", "guard", "responder"] {
                 let info = program(bench, name).info().unwrap();
                 sizes.push((name, info.size_translated().unwrap(), info.size_jitted()));
             }

@@ -8,7 +8,10 @@ use std::collections::BTreeMap;
 
 use bpf_bridge_common::{
     drops::DropReason::{self, BadSource, Helper, Isolated, NotAPort, Pause, SamePort, Spoofed},
-    layout::{Mac, PORT_HAIRPIN, PORT_ISOLATED, PROGRAM_FLOOD, PROGRAM_RESPONDER, PortStats},
+    layout::{
+        Mac, PORT_HAIRPIN, PORT_ISOLATED, PROGRAM_FLOOD, PROGRAM_GUARD, PROGRAM_RESPONDER,
+        PortStats,
+    },
 };
 
 use super::{
@@ -479,12 +482,15 @@ fn flags_add_up() {
 fn a_missing_program_costs_the_frame_and_is_counted() {
     with_bench(LogLevel::Off, |bench| {
         let question = who_has((mac("a"), v4("a")), v4("b"));
-        bench.calls.clear_index(&PROGRAM_RESPONDER).unwrap();
-        check(bench, "no responder", "a", &question, Flood(NOT_A));
-        bench.reset();
-        bench.calls.clear_index(&PROGRAM_FLOOD).unwrap();
-        check(bench, "no flood", "a", &question, Drop(Helper));
-        bench.reset();
+        for (row, slot) in [
+            ("no responder", PROGRAM_RESPONDER),
+            ("no guard", PROGRAM_GUARD),
+            ("no flood", PROGRAM_FLOOD),
+        ] {
+            bench.calls.clear_index(&slot).unwrap();
+            check(bench, row, "a", &question, Drop(Helper));
+            bench.reset();
+        }
         let unknown = plain([2, 0, 0, 0, 1, 0], mac("a"));
         check(
             bench,

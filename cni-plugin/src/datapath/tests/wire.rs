@@ -13,7 +13,10 @@ use aya::programs::{
     SchedClassifier, TcAttachType,
     tc::{NlOptions, TcAttachOptions, TcHandle, qdisc_add_clsact},
 };
-use bpf_bridge_common::layout::{Mac, PortStats};
+use bpf_bridge_common::{
+    drops::DropReason::Claimed,
+    layout::{Mac, PortStats},
+};
 use nix::{
     libc,
     net::if_::if_nametoindex,
@@ -27,7 +30,10 @@ use nix::{
 use super::{
     super::{FILTER_HANDLE, FILTER_PRIORITY, LogLevel},
     bench::{Bench, PORTS, mac, one, sent, v4, v6, with_bench},
-    frames::{BROADCAST, advertisement, arp, plain, solicitation, source_option, tagged, who_has},
+    frames::{
+        BROADCAST, advertisement, arp, ethernet, ipv4, plain, solicitation, source_option, tagged,
+        who_has,
+    },
 };
 
 /// For whom a device took a frame (`linux/if_packet.h`).
@@ -527,5 +533,60 @@ fn short_frames_are_flooded() {
         );
         let frame = &plain(mac("b"), mac("a"))[..14];
         wire.check("a header only", "a", frame, &at(&["b"], frame, For::Host));
+    });
+}
+
+#[test]
+fn a_claim_with_a_priority_reaches_nobody() {
+    with_bench(LogLevel::Off, |bench| {
+        let mut wire = Wire::new(bench);
+        wire.bench.reset();
+        let claim = arp(mac("iso"), 2, (mac("a"), v4("b")), (mac("iso"), v4("iso")));
+        // The kernel takes the first tag out of the bytes before the program runs.
+        for (row, frame) in [
+            ("a priority", tagged(&claim, 0xe000)),
+            ("two of them", tagged(&tagged(&claim, 0), 0)),
+            ("three of them", tagged(&tagged(&tagged(&claim, 0), 0), 0)),
+        ] {
+            wire.check(row, "a", &frame, &[]);
+            let drops = wire.bench.counters()["a"].drops;
+            assert_eq!(drops[Claimed as usize], 1, "{row}");
+            wire.bench.reset();
+        }
+        wire.check(
+            "in a VLAN",
+            "a",
+            &tagged(&claim, 7),
+            &at(&["iso"], &claim, For::Host),
+        );
+    });
+}
+
+#[test]
+fn headers_that_end_too_soon_say_nothing() {
+    // BPF_PROG_TEST_RUN takes none of these since Linux 6.18.
+    with_bench(LogLevel::Off, |bench| {
+        let mut wire = Wire::new(bench);
+        let to_b = (mac("b"), v6("b"));
+        let claim = advertisement(to_b, (mac("spoof"), v6("a")), 0x60);
+        for length in [14, 20, 21, 22, 37, 53] {
+            let row = format!("{length} bytes of an advertisement");
+            let frame = &claim[..length];
+            let fate = if length < 38 {
+                at(&["b"], frame, For::Host)
+            } else {
+                // The source is there, and is another's.
+                Vec::new()
+            };
+            wire.check(&row, "spoof", frame, &fate);
+        }
+        let packet = ipv4(v4("a"), v4("b"), 1, 0, &[5, 0, 0, 0]);
+        let frame = ethernet(mac("b"), mac("a"), 0x0800, &packet);
+        for length in [15, 22, 23, 24, 33, 34] {
+            let row = format!("{length} bytes of a redirect");
+            let frame = &frame[..length];
+            wire.check(&row, "a", frame, &at(&["b"], frame, For::Host));
+        }
+        wire.check("enough of it", "a", &frame[..35], &[]);
     });
 }

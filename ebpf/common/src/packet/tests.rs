@@ -452,6 +452,27 @@ fn a_quoted_packet_without_its_ports_is_not_read() {
     }
 }
 
+#[test]
+fn a_quoted_header_that_is_padding_is_not_read() {
+    for version in VERSIONS {
+        // What has no ports is read without a look at what follows its header.
+        let whole = error(Shape::plain(version, Transport::Other), 3);
+        let packet = whole.build(&tuple(version, 1), &tuple(version, 2));
+        let (at, header) = match version {
+            Version::V4 => (2, 0),
+            Version::V6 => (4, 40),
+        };
+        let enough = whole.outer.header_len() + 8 + whole.inner.header_len();
+        for length in [enough - 1, enough] {
+            let mut frame = Frame::new(version, &packet, &[]);
+            let said = ((length - header) as u16).to_be_bytes();
+            frame.0[ETH_HLEN + at..][..2].copy_from_slice(&said);
+            let outer = frame.parse(version).unwrap();
+            assert_eq!(quoted(&frame, &outer).is_some(), length == enough);
+        }
+    }
+}
+
 /// An echo request.
 fn echo(version: Version) -> Transport {
     let kind = match version {

@@ -180,7 +180,7 @@ pub(super) fn with_stage(work: impl FnOnce(&mut Stage)) {
     let host = testing::netns();
     let before = LOADED.lock().unwrap().pop();
     host.run_in(|| {
-        let mut stage = Stage::new(&host, before.unwrap_or_else(load));
+        let mut stage = Stage::new(&host, before.unwrap_or_else(|| load(&Limits::default())));
         work(&mut stage);
         empty_maps(&stage.ebpf);
         LOADED.lock().unwrap().push(stage.ebpf);
@@ -188,10 +188,15 @@ pub(super) fn with_stage(work: impl FnOnce(&mut Stage)) {
     .unwrap();
 }
 
-fn load() -> Ebpf {
-    let mut ebpf = object::loader(&Limits::default())
-        .load(object::NAT)
+/// The same, with other limits.
+pub(super) fn with_stage_of(limits: &Limits, work: impl FnOnce(&mut Stage)) {
+    let host = testing::netns();
+    host.run_in(|| work(&mut Stage::new(&host, load(limits))))
         .unwrap();
+}
+
+fn load(limits: &Limits) -> Ebpf {
+    let mut ebpf = object::loader(limits).load(object::NAT).unwrap();
     for name in [
         "uplink",
         "uplink_l3",
