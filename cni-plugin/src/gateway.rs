@@ -287,7 +287,7 @@ fn create(
         mtu,
     })?;
     // The host must not learn routes from a pod, nor wait before it speaks.
-    for (key, value) in [("accept_ra", 0), ("accept_dad", 0)] {
+    for (key, value) in [("accept_ra", 0), ("accept_redirects", 0), ("accept_dad", 0)] {
         let _ = Sysctl::device(Family::Ipv6, bridge, key)?.set(value)?;
     }
     datapath.attach(level, host, pair.peer)?;
@@ -308,6 +308,7 @@ fn create(
         &LinkSettings {
             up: Some(true),
             alias: Some(ALIAS),
+            ipv4: &[(Ipv4Conf::AcceptRedirects, 0)],
             ..LinkSettings::default()
         },
     )?;

@@ -76,6 +76,8 @@ pub(super) fn run(
         }
         // The pod died without a DEL, or its ADD did.
         del::unplug(attachment, Some(record))?;
+        // Another IPAM plugin would refuse to give it addresses twice.
+        Ipam::of(call).del(call, attachment)?;
     }
     let mac = call.config.mac.unwrap_or_else(|| attachment.mac());
     let pair = match create_pair(&host, call.config, attachment, &sandbox, mac) {
@@ -145,7 +147,13 @@ fn create_pair(
             del::unplug(attachment, None)?;
             Ok(host.create_veth(&spec)?)
         }
-        made => Ok(made?),
+        Err(error @ LinkError::Exists { .. }) => Err(error.into()),
+        // It may be there although the answer did not come.
+        Err(error) => {
+            let _ = del::unplug(attachment, None);
+            Err(error.into())
+        }
+        Ok(made) => Ok(made),
     }
 }
 

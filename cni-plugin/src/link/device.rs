@@ -197,6 +197,9 @@ impl fmt::Display for LinkSettings<'_> {
 pub enum Ipv4Conf {
     /// `proxy_arp`.
     ProxyArp = 3,
+    /// `accept_redirects`, on a node that forwards; one that does not takes them if either
+    /// the device or `all` says so.
+    AcceptRedirects = 4,
     /// `send_redirects`.
     SendRedirects = 6,
     /// `rp_filter`; the kernel takes the larger of the device's and `all`'s.

@@ -141,6 +141,11 @@ impl StoreError {
         }
     }
 
+    fn is_read_only(&self) -> bool {
+        matches!(self, Self::Io { source, .. }
+            if source.kind() == io::ErrorKind::ReadOnlyFilesystem)
+    }
+
     fn all(errors: Vec<Self>) -> Result<(), Self> {
         if errors.is_empty() {
             Ok(())
@@ -410,7 +415,16 @@ impl Store {
     }
 
     fn lock(&self) -> Result<Session<'_>, StoreError> {
-        let file = self.network.open_file(LOCK)?;
+        let file = match self.network.open_file(LOCK) {
+            // Where nothing can be written, there may be nothing that must be.
+            Err(error) if error.is_read_only() => self
+                .network
+                .open_existing(LOCK)
+                .ok()
+                .flatten()
+                .ok_or(error)?,
+            opened => opened?,
+        };
         let path = self.network.path().join(LOCK);
         Ok(Session {
             store: self,
