@@ -4,7 +4,8 @@
 //! [`request`] before everything that asks something of the kernel and may be refused.
 //! Both stand where the request itself is made, and not where it is asked for, so that
 //! whatever is written later has its faults too. They do nothing unless the feature
-//! `faults` is on, which is for tests alone; then [`VARIABLE`] says what is to happen:
+//! `faults` is on, which is for tests alone; then the environment variable
+//! `BPF_BRIDGE_FAULT` says what is to happen:
 //!
 //! | value | |
 //! |---|---|
