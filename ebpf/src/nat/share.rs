@@ -223,7 +223,12 @@ fn vacate(share: &mut Share) -> bool {
         }
         PLACES_REPLIES => {
             // SAFETY: as above.
-            let _ = REPLIES.remove(unsafe { &*old.cast::<ReplyKey>() });
+            let key = unsafe { &*old.cast::<ReplyKey>() };
+            // A pod has it, if that needed the port when it was idle.
+            // SAFETY: as above.
+            if unsafe { REPLIES.get(key) }.is_some_and(|reply| reply.port == 0) {
+                let _ = REPLIES.remove(key);
+            }
         }
         PLACES_FRAGMENTS => {
             // SAFETY: as above.
