@@ -136,9 +136,12 @@ impl<'node> Scene<'node> {
 
     /// The sum of all counters that can have counted a frame that was not delivered.
     fn counted(&self) -> Result<u64> {
-        let stats = self.liar.stats(self.node)?;
-        let mut sum = stats.flooded + stats.drops.iter().sum::<u64>();
-        sum += kernel_counters(self.node)?;
+        let mut sum = kernel_counters(self.node)?;
+        // What is for a published port is counted against its pod.
+        for station in [&self.liar, &self.server] {
+            let stats = station.stats(self.node)?;
+            sum += stats.flooded + stats.drops.iter().sum::<u64>();
+        }
         Ok(sum)
     }
 }
