@@ -20,6 +20,7 @@ mod lint;
 mod process;
 mod record;
 mod setup;
+mod soak;
 mod test;
 
 use std::process::ExitCode;
@@ -59,6 +60,8 @@ enum Command {
     Bench(bench::Arguments),
     /// Give the parsers and the address store hostile input, looking for what breaks them.
     Fuzz(fuzz::Arguments),
+    /// Keep everything going for minutes or hours, and report what leaks (needs root).
+    Soak(soak::Arguments),
     /// Check format, lints and documentation.
     Lint,
 }
@@ -75,6 +78,7 @@ fn main() -> ExitCode {
         Command::Demo => demo::run(),
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Fuzz(arguments) => fuzz::run_all(&arguments),
+        Command::Soak(arguments) => soak::run(&arguments),
         Command::Lint => lint::run_all(),
     };
     match result {

@@ -26,6 +26,8 @@ pub(crate) enum Purpose {
     Test,
     /// `cargo xtask bench`.
     Bench,
+    /// `cargo xtask soak`.
+    Soak,
     /// `cargo xtask test --kernel`.
     Kernel,
 }
@@ -37,15 +39,15 @@ type Program = (&'static str, &'static str, &'static [Purpose]);
 /// Every program that tests and commands run, but Rust's and what every Debian
 /// has.
 const PROGRAMS: &[Program] = {
-    use Purpose::{Bench, Demo, Kernel, Test};
+    use Purpose::{Bench, Demo, Kernel, Soak, Test};
     &[
-        ("ip", "iproute2", &[Demo, Test, Bench]),
-        ("ping", "iputils-ping", &[Demo, Test]),
-        ("bpftool", "bpftool", &[Demo, Test]),
+        ("ip", "iproute2", &[Demo, Test, Bench, Soak]),
+        ("ping", "iputils-ping", &[Demo, Test, Soak]),
+        ("bpftool", "bpftool", &[Demo, Test, Soak]),
         ("iperf3", "iperf3", &[Demo]),
         ("strace", "strace", &[Test]),
         ("iptables", "iptables", &[Demo, Test, Bench]),
-        ("nft", "nftables", &[Test]),
+        ("nft", "nftables", &[Test, Soak]),
         ("busybox", "busybox-static", &[Demo, Test, Kernel]),
         ("runc", "runc", &[Test]),
         ("containerd", "containerd", &[Test]),

@@ -23,7 +23,7 @@ use super::{
     change, failed, nat, pins,
     shape::{Btf, Shape},
 };
-use crate::node::Limits;
+use crate::{fault, node::Limits};
 
 /// The programs, compiled by the build script.
 pub(super) static OBJECT: &[u8] =
@@ -131,7 +131,14 @@ impl Switch {
         }
         loader.map_pin_path("PROGRAMS", &calls);
         require_all_own(level)?;
-        let mut ebpf = loader.load(OBJECT)?;
+        let pins = || {
+            SHARED
+                .into_iter()
+                .map(pins::map)
+                .chain([calls.clone()])
+                .collect()
+        };
+        let mut ebpf = fault::pins(pins, || loader.load(OBJECT))?;
         count_strangers()?;
         let calls = match ebpf.take_map("PROGRAMS").map(ProgramArray::try_from) {
             Some(Ok(calls)) => calls,
@@ -217,8 +224,10 @@ fn constants(program: &bpf::Program) -> io::Result<Option<Vec<u8>>> {
     Ok(None)
 }
 
-/// What the maps of an object are like, by their names.
+/// What the maps of an object are like, by their names, if made by this node's limits.
 pub(super) fn expected(object: &[u8]) -> Result<HashMap<String, Shape>, Error> {
+    let limits = Limits::read()?;
+    let limits: HashMap<&str, u32> = limits.maps().collect();
     let object = Object::parse(object).map_err(|source| Error::from(EbpfError::from(source)))?;
     let bytes = object
         .btf
@@ -235,7 +244,7 @@ pub(super) fn expected(object: &[u8]) -> Result<HashMap<String, Shape>, Error> {
             kind: map.map_type(),
             key_size: map.key_size(),
             value_size: map.value_size(),
-            max_entries: map.max_entries(),
+            max_entries: limits.get(name).copied().unwrap_or(map.max_entries()),
             flags: map.map_flags(),
             key: described(|def| def.btf_key_type_id),
             value: described(|def| def.btf_value_type_id),

@@ -134,6 +134,35 @@ impl Root {
         create(&[self.path.join(UNFINISHED)])
     }
 
+    /// Puts this version's own pins aside, so that they can be made anew.
+    pub(super) fn put_aside(&self) -> Result<Self, Error> {
+        let old = Self::old();
+        self.rename(&old)?;
+        Ok(old)
+    }
+
+    /// Undoes that.
+    pub(super) fn put_back(&self) -> Result<(), Error> {
+        if *self == Self::old() {
+            self.rename(&Self::own())?;
+        }
+        Ok(())
+    }
+
+    /// Whether it is of this version's layout.
+    pub(super) fn is_put_aside(&self) -> bool {
+        *self == Self::old()
+    }
+
+    fn rename(&self, to: &Self) -> Result<(), Error> {
+        fs::rename(&self.path, &to.path).map_err(|source| Error::Pin {
+            path: self.path.clone(),
+            source,
+        })?;
+        fault::point(format_args!("put {} aside", self.path.display()));
+        Ok(())
+    }
+
     /// From now on it is in use.
     pub(super) fn complete(&self) -> Result<(), Error> {
         remove(&self.path.join(UNFINISHED))
@@ -346,7 +375,11 @@ pub(super) fn remove(path: &Path) -> Result<(), Error> {
 }
 
 fn remove_below(path: &Path) -> io::Result<()> {
-    let removed = if path.is_dir() {
+    let found = match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        found => found?,
+    };
+    let removed = if found.is_dir() {
         for entry in fs::read_dir(path)? {
             remove_below(&entry?.path())?;
         }

@@ -52,8 +52,14 @@ fn try_undo(ctx: &TcContext, work: &mut Work, port: &Port) -> Outcome {
         match choose(ctx, flow, &work.to, work.parsed.protocol, port, length) {
             Back::TooBig => refuse(Skb(ctx), &work.parsed, port.segment),
             Back::Nowhere => Err(DropReason::NoRoute),
-            back if work.rewrite(ctx) => back.go(Skb(ctx), flow, port),
-            _ => Err(DropReason::Helper),
+            back => {
+                work.back = back;
+                if work.rewrite(ctx) {
+                    go(Skb(ctx), work, flow, port)
+                } else {
+                    Err(DropReason::Helper)
+                }
+            }
         },
     )
 }
@@ -93,14 +99,21 @@ fn try_undo_error(ctx: &TcContext, work: &mut Work, port: &Port) -> Outcome {
         match choose(ctx, flow, &work.outer, work.parsed.protocol, port, 0) {
             Back::TooBig => Err(DropReason::Helper),
             Back::Nowhere => Err(DropReason::NoRoute),
-            back if work.rewrite_error(ctx) => back.go(Skb(ctx), flow, port),
-            _ => Err(DropReason::Helper),
+            back => {
+                work.back = back;
+                if work.rewrite_error(ctx) {
+                    go(Skb(ctx), work, flow, port)
+                } else {
+                    Err(DropReason::Helper)
+                }
+            }
         },
     )
 }
 
 /// Where a reply goes.
-enum Back {
+#[derive(Clone, Copy)]
+pub(crate) enum Back {
     /// To the host's stack, which brought the request, on the gateway device.
     Stack,
     /// Into the pod that asked.
@@ -113,18 +126,23 @@ enum Back {
     Nowhere,
 }
 
-impl Back {
-    #[inline(always)]
-    fn go(self, skb: Skb<'_>, flow: &Flow, port: &Port) -> Result<i32, DropReason> {
-        match self {
-            Self::Stack => Ok(to_host(port.segment)),
-            Self::Pod => skb.into_pod(flow.from, flow.client_mac, flow.gateway_mac),
-            Self::Out(verdict) => {
-                set_mark(skb.0, OURS);
-                Ok(verdict)
-            }
-            Self::TooBig | Self::Nowhere => Err(DropReason::NoRoute),
+/// Sends the packet, which is what it is to become, on the way that `work.back` says.
+///
+/// It is read from there for the verifier of Linux 6.1: of a way that it knew before the
+/// packet was rewritten it forgets that it matters, and takes the code for another way that
+/// comes to the same place later for dead.
+#[inline(always)]
+fn go(skb: Skb<'_>, work: &Work, flow: &Flow, port: &Port) -> Result<i32, DropReason> {
+    // SAFETY: a reference is valid and aligned. What was stored there is known to the
+    // compiler, but must not be to the verifier.
+    match unsafe { (&raw const work.back).read_volatile() } {
+        Back::Stack => Ok(to_host(port.segment)),
+        Back::Pod => skb.into_pod(flow.from, flow.client_mac, flow.gateway_mac),
+        Back::Out(verdict) => {
+            set_mark(skb.0, OURS);
+            Ok(verdict)
         }
+        Back::TooBig | Back::Nowhere => Err(DropReason::NoRoute),
     }
 }
 

@@ -3,6 +3,8 @@
 //! same container and one of another each leave exactly what should be there.
 
 mod killed;
+mod refused;
+mod storage;
 
 use std::{fs, os::unix::fs::symlink, path::Path};
 

@@ -2,18 +2,21 @@
 //! earlier one, to which nothing can be.
 
 use std::{
-    collections::BTreeSet, fs, os::unix::process::ExitStatusExt as _, path::Path, process::Command,
-    time::Duration,
+    collections::BTreeSet, fs, net::TcpStream, os::unix::process::ExitStatusExt as _, path::Path,
+    process::Command, time::Duration,
 };
 
 use anyhow::{Context as _, Result, ensure};
-use bpf_bridge_tests::{Network, Node, Pod, plugin_binary};
+use bpf_bridge_tests::{Network, Node, Outside, Pod, plugin_binary};
 use serde_json::{Value, json};
 
 use crate::{
-    another_build, entries, install, is_well, layouts, load::Stage, network, next_binary, ports,
-    program_of, upgrade, upgrade_error,
+    HOST_PORT, another_build, entries, install, is_well, layouts, load::Stage, network,
+    next_binary, ports, program_of, upgrade, upgrade_error,
 };
+
+/// Long enough for anything that does happen, on a busy machine too.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Maps that only the plugin writes, of which nothing may change but their layout.
 const CONFIGURED: [&str; 9] = [
@@ -285,6 +288,17 @@ fn points(node: &Node) -> Result<Vec<String>> {
         .collect())
 }
 
+/// Which of the points of an upgrade with everything, to the next layout, ends in these words.
+fn point(words: &str) -> Result<usize> {
+    let node = Node::new()?;
+    let outside = node.outside()?;
+    let _stage = Stage::new(&node, &outside, false)?;
+    install(&node, &next_binary()?)?;
+    let all = points(&node)?;
+    let found = all.iter().position(|point| point.ends_with(words));
+    Ok(found.with_context(|| format!("no {words} in {all:?}"))? + 1)
+}
+
 /// Tells files of tests apart that run at once.
 fn node_number() -> usize {
     static NUMBER: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
@@ -325,21 +339,34 @@ fn killed_anywhere_it_is_completed() -> Result<()> {
 }
 
 /// The same with everything that a network can have, at points far apart.
-fn killed_with_everything(from: &Path, to: &Path) -> Result<()> {
+fn killed_with_everything(from: &Path, to: &Path, mixed: bool) -> Result<()> {
     let node = Node::with_plugin(from)?;
     let outside = node.outside()?;
-    let stage = Stage::new(&node, &outside, true)?;
+    let stage = Stage::new(&node, &outside, mixed)?;
     let pods = [&stage.server, &stage.client];
     stage.carries_everything()?;
     install(&node, to)?;
+    if !mixed {
+        // All that says so is there, but the layout is not complete.
+        let last = point("replace /sys/fs/bpf/bpf-bridge/v2/off/port")?;
+        ensure!(upgrade_with(&node, &format!("kill:{last}"))?);
+        stage.carries_everything()?;
+    }
     // Each time it is killed some way after where it went on the time before.
     for point in [3, 20, 40, 33, 27, 21, 14, 8, 5, 2] {
         if !upgrade_with(&node, &format!("kill:{point}"))? {
             continue;
         }
-        stage
-            .carries_everything()
-            .with_context(|| format!("after one that was killed at {point}"))?;
+        let works = || {
+            stage.carries_everything()?;
+            // Programs of two builds of one layout are as they should be.
+            if mixed {
+                is_well(&stage.network, &pods)
+            } else {
+                Ok(())
+            }
+        };
+        works().with_context(|| format!("after one that was killed at {point}"))?;
     }
     upgrade(&node)?;
     is_well(&stage.network, &pods)?;
@@ -351,13 +378,81 @@ fn killed_with_everything(from: &Path, to: &Path) -> Result<()> {
 
 #[test]
 fn killed_with_everything_it_is_completed() -> Result<()> {
-    killed_with_everything(&plugin_binary()?, &next_binary()?)
+    killed_with_everything(&plugin_binary()?, &next_binary()?, false)
 }
 
 #[test]
 fn killed_within_one_layout_it_is_completed() -> Result<()> {
     let next = next_binary()?;
-    killed_with_everything(&next, &another_build(&next, 7)?)
+    killed_with_everything(&next, &another_build(&next, 7)?, true)
+}
+
+/// What old programs write after the first copy is not forgotten: a flow that begins, a port
+/// that masquerade has used, and that the host's stack has brought a pod a flow.
+#[test]
+fn what_is_written_meanwhile_is_carried_over() -> Result<()> {
+    // The moment in which the new maps are in use, and no hook has its new program.
+    let begun = point("v2/unfinished")?;
+    let node = Node::new()?;
+    let outside = node.outside()?;
+    let stage = Stage::new(&node, &outside, false)?;
+    let pods = [&stage.server, &stage.client];
+    install(&node, &next_binary()?)?;
+    ensure!(upgrade_with(&node, &format!("kill:{begun}"))?);
+    ensure!(layouts(&node)? == ["v1", "v2"], "{:?}", layouts(&node)?);
+
+    let published = (Outside::NODE_V4, HOST_PORT).into();
+    let stream = outside.within(|| Ok(TcpStream::connect_timeout(&published, PATIENCE)?))?;
+    let port = stream.local_addr()?.port();
+    let known = |layout| -> Result<bool> {
+        let flows = entries(&node, layout, "FLOWS")?;
+        Ok(flows
+            .iter()
+            .any(|flow| flow["formatted"]["key"]["client_port"] == port))
+    };
+    ensure!(known("v1")? && !known("v2")?);
+    let maps = format!("{}/v1/maps", crate::ROOT);
+    node.run(&format!(
+        "bpftool map update pinned {maps}/USED key hex 07 00 00 00 value hex 01 02 03 04 05 06 07 08"
+    ))?;
+    let ports = entries(&node, "v1", "PORTS")?;
+    let address = stage.client.v4()?;
+    let index = node.device(stage.client.host_veth()?)?["ifindex"].clone();
+    let entry = ports
+        .iter()
+        .find(|entry| entry["formatted"]["key"] == index)
+        .with_context(|| format!("no port of {address}"))?;
+    let hex = |bytes: &Value| -> Result<Vec<String>> {
+        let bytes = bytes.as_array().context("no bytes")?;
+        bytes
+            .iter()
+            .map(|byte| Ok(byte.as_str().context("no byte")?.replace("0x", "")))
+            .collect()
+    };
+    let (key, mut value) = (hex(&entry["key"])?, hex(&entry["value"])?);
+    // `PORT_ROUTED`, in the second word.
+    let flags = u8::from_str_radix(&value[4], 16)? | 0x80;
+    value[4] = format!("{flags:02x}");
+    node.run(&format!(
+        "bpftool map update pinned {maps}/PORTS key hex {} value hex {}",
+        key.join(" "),
+        value.join(" ")
+    ))?;
+
+    upgrade(&node)?;
+    ensure!(layouts(&node)? == ["v2"], "{:?}", layouts(&node)?);
+    ensure!(known("v2")?, "the flow of port {port} is forgotten");
+    let used = &entries(&node, "v2", "USED")?[7]["formatted"]["value"];
+    ensure!(used.as_u64() == Some(0x0807_0605_0403_0201), "{used}");
+    for map in ["PORTS", "ENDPOINTS"] {
+        let routed = entries(&node, "v2", map)?
+            .iter()
+            .filter_map(|entry| entry["formatted"]["value"]["flags"].as_u64())
+            .filter(|flags| flags & 0x80 != 0)
+            .count();
+        ensure!(routed == 1, "{map} has {routed} such ports");
+    }
+    is_well(&stage.network, &pods)
 }
 
 /// An entry that has no place in the new layout is told of, and nothing changes.

@@ -369,7 +369,8 @@ fn load_object(limits: &Limits) -> Result<Ebpf, Error> {
     for name in MAPS.into_iter().chain(SHARED) {
         loader.map_pin_path(name, pins::map(name));
     }
-    Ok(loader.load(object::NAT)?)
+    let pins = || MAPS.into_iter().map(pins::map).collect();
+    Ok(fault::pins(pins, || loader.load(object::NAT))?)
 }
 
 fn sockets<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut CgroupSockAddr, Error> {
