@@ -50,8 +50,8 @@ fn try_undo(ctx: &TcContext, work: &mut Work, port: &Port) -> Outcome {
     let length = wire_length(Skb(ctx), &work.parsed);
     Some(
         match choose(ctx, flow, &work.to, work.parsed.protocol, port, length) {
-            Back::TooBig => refuse(Skb(ctx), &work.parsed, port.segment),
-            Back::Nowhere => Err(DropReason::NoRoute),
+            Back::TOO_BIG => refuse(Skb(ctx), &work.parsed, port.segment),
+            Back::NOWHERE => Err(DropReason::NoRoute),
             back => {
                 work.back = back;
                 if work.rewrite(ctx) {
@@ -97,8 +97,8 @@ fn try_undo_error(ctx: &TcContext, work: &mut Work, port: &Port) -> Outcome {
     work.outer.destination_port = 0;
     Some(
         match choose(ctx, flow, &work.outer, work.parsed.protocol, port, 0) {
-            Back::TooBig => Err(DropReason::Helper),
-            Back::Nowhere => Err(DropReason::NoRoute),
+            Back::TOO_BIG => Err(DropReason::Helper),
+            Back::NOWHERE => Err(DropReason::NoRoute),
             back => {
                 work.back = back;
                 if work.rewrite_error(ctx) {
@@ -111,19 +111,25 @@ fn try_undo_error(ctx: &TcContext, work: &mut Work, port: &Port) -> Outcome {
     )
 }
 
-/// Where a reply goes.
-#[derive(Clone, Copy)]
-pub(crate) enum Back {
+/// Where a reply goes: a verdict, or one of these.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Back(u64);
+
+impl Back {
     /// To the host's stack, which brought the request, on the gateway device.
-    Stack,
+    const STACK: Self = Self(1 << 32);
     /// Into the pod that asked.
-    Pod,
-    /// Out of the node, by this verdict.
-    Out(i32),
+    const POD: Self = Self(2 << 32);
     /// It is too long for the way.
-    TooBig,
+    const TOO_BIG: Self = Self(3 << 32);
     /// There is no way.
-    Nowhere,
+    const NOWHERE: Self = Self(4 << 32);
+
+    /// Out of the node, by this verdict.
+    #[inline(always)]
+    fn out(verdict: i32) -> Self {
+        Self(u64::from(verdict as u32))
+    }
 }
 
 /// Sends the packet, which is what it is to become, on the way that `work.back` says.
@@ -133,16 +139,15 @@ pub(crate) enum Back {
 /// comes to the same place later for dead.
 #[inline(always)]
 fn go(skb: Skb<'_>, work: &Work, flow: &Flow, port: &Port) -> Result<i32, DropReason> {
-    // SAFETY: a reference is valid and aligned. What was stored there is known to the
-    // compiler, but must not be to the verifier.
+    // SAFETY: a reference is valid and aligned. The compiler knows what was stored there,
+    // but the verifier is not to.
     match unsafe { (&raw const work.back).read_volatile() } {
-        Back::Stack => Ok(to_host(port.segment)),
-        Back::Pod => skb.into_pod(flow.from, flow.client_mac, flow.gateway_mac),
-        Back::Out(verdict) => {
+        Back::STACK => Ok(to_host(port.segment)),
+        Back::POD => skb.into_pod(flow.from, flow.client_mac, flow.gateway_mac),
+        Back(verdict) => {
             set_mark(skb.0, OURS);
-            Ok(verdict)
+            Ok(verdict as i32)
         }
-        Back::TooBig | Back::Nowhere => Err(DropReason::NoRoute),
     }
 }
 
@@ -157,10 +162,10 @@ fn choose(
     length: u16,
 ) -> Back {
     if flow.from == 0 {
-        return Back::Stack;
+        return Back::STACK;
     }
     if PORTS.get_ptr(flow.from).is_some() {
-        return Back::Pod;
+        return Back::POD;
     }
     let question = Question {
         protocol,
@@ -173,9 +178,9 @@ fn choose(
         fib::send(ctx, to, &question)
     };
     match way {
-        Way::Out(verdict) => Back::Out(verdict),
-        Way::TooBig => Back::TooBig,
-        Way::None => Back::Nowhere,
+        Way::Out(verdict) => Back::out(verdict),
+        Way::TooBig => Back::TOO_BIG,
+        Way::None => Back::NOWHERE,
     }
 }
 

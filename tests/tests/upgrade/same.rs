@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use bpf_bridge_tests::{EchoServer, Network, Node, Outside, Pod};
+use bpf_bridge_tests::{EchoServer, Network, Node, Outside, Pod, Tunnel};
 use serde_json::json;
 
 use crate::{
@@ -117,6 +117,43 @@ fn programs_that_work_together_are_loaded_together() -> Result<()> {
     install(&node, &another_plugin(1)?)?;
     upgrade(&node)?;
     works()
+}
+
+/// What a tunnel carries has no Ethernet header: its programs stay those for that.
+#[test]
+fn a_tunnel_keeps_programs_of_its_own() -> Result<()> {
+    let node = Node::new()?;
+    let _outside = node.outside()?;
+    let _tunnel = Tunnel::new(&node, "tun0")?;
+    node.ip("addr add 192.0.2.1/24 dev tun0")?;
+    let network = network(&node, false);
+    let pod = network.pod_with_ports("pod", ports())?;
+    let names = || -> Result<BTreeMap<String, String>> {
+        links(&node, "v1")?
+            .into_iter()
+            .map(|(link, id)| {
+                let program = node.json(&format!("bpftool -j prog show id {id}"))?;
+                let name = program["name"].as_str().context("no name")?;
+                Ok((link, name.to_owned()))
+            })
+            .collect()
+    };
+    let before = names()?;
+    ensure!(
+        before.values().any(|name| name == "egress_l3"),
+        "{before:?}"
+    );
+    let old = hooks(&node, &[&pod])?;
+    install(&node, &another_plugin(5)?)?;
+    upgrade(&node)?;
+    let after = names()?;
+    ensure!(before == after, "{before:?} became {after:?}");
+    let new = hooks(&node, &[&pod])?;
+    ensure!(
+        old.iter().all(|(hook, program)| new[hook] != *program),
+        "{old:?} became {new:?}"
+    );
+    is_well(&network, &[&pod])
 }
 
 /// Several at once, and pods that come and go meanwhile.
