@@ -1,7 +1,7 @@
 //! From one layout of the maps to another, while packets flow.
 //!
 //! 1. The new maps are made beside the old ones, and what the old ones have is written into
-//!    them, field by field ([`shape`](super::shape)). A map of the same shape is not copied:
+//!    them, field by field ([`shape`]). A map of the same shape is not copied:
 //!    it is pinned in the new place as well, and old and new programs share it.
 //! 2. The new programs are loaded for the new maps. From then on the new layout is in use
 //!    (`unfinished` is gone).

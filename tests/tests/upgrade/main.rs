@@ -9,7 +9,7 @@ mod same;
 
 use std::{
     collections::BTreeMap,
-    env,
+    env, fs,
     net::{IpAddr, Ipv4Addr},
     path::{Path, PathBuf},
     process::Command,
@@ -83,6 +83,7 @@ fn upgrade_error(node: &Node) -> Result<String> {
 
 /// Another build of a plugin.
 fn another_build(of: &Path, number: u8) -> Result<PathBuf> {
+    tidy()?;
     let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!(
         "upgrade-{}-{number}-{}",
         std::process::id(),
@@ -92,6 +93,24 @@ fn another_build(of: &Path, number: u8) -> Result<PathBuf> {
             .to_string_lossy()
     ));
     bpf_bridge_tests::another_build(of, &directory, number)
+}
+
+/// Removes what tests have left whose process is gone.
+fn tidy() -> Result<()> {
+    for entry in fs::read_dir(env!("CARGO_TARGET_TMPDIR"))? {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let pid = name
+            .strip_prefix("upgrade-")
+            .and_then(|name| name.split('-').next());
+        if let Some(pid) = pid
+            && !Path::new("/proc").join(pid).exists()
+        {
+            // Another test may have been faster.
+            let _ = fs::remove_dir_all(&path);
+        }
+    }
+    Ok(())
 }
 
 /// The same, of the plugin under test.
