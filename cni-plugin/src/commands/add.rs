@@ -51,6 +51,9 @@ use crate::{
 const READY: Duration = Duration::from_secs(2);
 /// The least MTU, in bytes, with which the kernel lets a device have IPv6.
 const IPV6_MTU: u32 = 1280;
+/// How many addresses an interface gets at most, of which the kernel sets no limit: each
+/// costs time, and entries in tables that all pods share.
+const ADDRESSES_MAX: usize = 256;
 /// `RT_SCOPE_LINK` of `linux/rtnetlink.h`: what has this scope has no next hop.
 const SCOPE_LINK: u8 = 253;
 /// How long duplicate address detection may take (`enabledad`), as with the stock
@@ -493,6 +496,12 @@ impl Add<'_> {
 /// Refuses addresses of an IPAM plugin that mean something else to the node, or to the
 /// programs, than they say.
 fn believable(ips: &[IpConfig]) -> Result<(), CniError> {
+    if ips.len() > ADDRESSES_MAX {
+        return Err(CniError::internal(format!(
+            "the IPAM plugin gave {} addresses: one interface gets {ADDRESSES_MAX} at most",
+            ips.len()
+        )));
+    }
     for ip in ips {
         let address = ip.address.addr();
         let both = [Some(address), ip.gateway];

@@ -286,10 +286,7 @@ impl Successor {
     where
         E: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
-        // bpffs refuses names with dots in them.
-        let mut at = path.as_os_str().to_owned();
-        at.push("-new");
-        let at = PathBuf::from(at);
+        let at = Self::beside(path);
         // What a call that was killed has left.
         remove(&at)?;
         pin(&at, by)?;
@@ -297,6 +294,18 @@ impl Successor {
             at,
             path: path.to_owned(),
         })
+    }
+
+    /// Whether one is left of a call that was killed.
+    pub(super) fn is_left(path: &Path) -> bool {
+        Self::beside(path).exists()
+    }
+
+    fn beside(path: &Path) -> PathBuf {
+        // bpffs refuses names with dots in them.
+        let mut at = path.as_os_str().to_owned();
+        at.push("-new");
+        at.into()
     }
 
     /// Takes the place.

@@ -347,6 +347,41 @@ pub fn parse_plain(packet: &impl Packet, l3: usize, ethertype: u16) -> Option<Pa
     Some(parsed)
 }
 
+/// Whether the host's stack would take the packet from a wire: what goes past it must be
+/// looked at in its place (RFC 1812 §5.2.2). It cannot be told by what [`parse`] says alone:
+/// `room` is how many bytes the frame has from the first of the IP header on, and
+/// `segmented` says that it will be cut into packets, whose length is not in the header.
+#[inline(always)]
+pub fn is_sound(packet: &impl Packet, parsed: &Parsed, room: usize, segmented: bool) -> bool {
+    let length = parsed.length as usize;
+    length <= room
+        && (length != 0 || segmented)
+        && match parsed.version {
+            Version::V4 => is_sound_v4(packet, parsed) == Some(true),
+            Version::V6 => {
+                let next_and_hops = packet.load((parsed.l3 as usize).wrapping_add(6));
+                next_and_hops.is_some_and(|[_, hops]: [u8; 2]| hops != 0)
+            }
+        }
+}
+
+#[inline(always)]
+fn is_sound_v4(packet: &impl Packet, parsed: &Parsed) -> Option<bool> {
+    let l3 = parsed.l3 as usize;
+    let header: [u8; IPV4_HEADER_LEN] = packet.load(l3)?;
+    let [_, _, _, _, _, _, _, _, hops, ..] = header;
+    let mut sum = checksum::sum(header);
+    for words in 5..15 {
+        let at = l3.wrapping_add(words * 4);
+        if at >= parsed.l4 as usize {
+            break;
+        }
+        sum = sum.wrapping_add(checksum::sum(packet.load::<4>(at)?));
+    }
+    // Of all words, the checksum among them, the sum is all ones.
+    Some(hops != 0 && checksum::is_sum([0xff; 2], sum))
+}
+
 /// Whether the packet looks like one whose transport checksum a device is still to
 /// complete (`CHECKSUM_PARTIAL`): in place of the checksum it has the sum of the
 /// pseudo-header. One finished checksum in 65536 looks the same.

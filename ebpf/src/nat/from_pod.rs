@@ -52,7 +52,7 @@ pub(crate) fn from_pod(ctx: TcContext) -> i32 {
 
 #[inline(always)]
 fn translate(ctx: &TcContext, work: &mut Work, port: &Port) -> Outcome {
-    if Skb(ctx).is_tagged() || !work.read(ctx, ETH_HLEN) {
+    if Skb(ctx).is_tagged() || !work.read_received(ctx, ETH_HLEN) {
         return None;
     }
     let publishes = port.flags & PORT_PUBLISHED != 0;

@@ -12,7 +12,7 @@ use bpf_bridge_common::{
 use crate::{
     fib,
     flow::{self, Found},
-    maps::published,
+    maps::{ADDRESSES, published},
     own::{self, Step},
     skb::Skb,
     work::{From, Outcome, Work, apart},
@@ -112,9 +112,15 @@ fn admit(
     if step != Step::Begins && own::is_own(ctx, tuple, work.parsed.protocol) {
         return Err(None);
     }
-    if work.from.segment != pod.segment
-        && !fib::leads_back(ctx, pod.segment, &tuple.destination, &tuple.source)
-    {
+    let has_way = if work.from.segment == pod.segment {
+        // A pod of the network, but not one that calls itself by the node's name, or by one
+        // that nobody has.
+        let source = &tuple.source;
+        !source.is_group() && !source.is_loopback() && ADDRESSES.get_ptr(source).is_none()
+    } else {
+        fib::leads_back(ctx, pod.segment, &tuple.destination, &tuple.source)
+    };
+    if !has_way {
         return Err(Some(DropReason::NoRoute));
     }
     if flow::make(&work.key, &mut work.flow, &work.from, found) {

@@ -67,7 +67,7 @@ fn receive(ctx: &TcContext, l3: usize) -> i32 {
 
 #[inline(always)]
 fn lead(ctx: &TcContext, work: &mut Work, l3: usize) -> Outcome {
-    if !work.read(ctx, l3) {
+    if !work.read_received(ctx, l3) {
         return None;
     }
     match fragments::complete(ctx, work, 0, false) {

@@ -13,7 +13,7 @@ use aya_ebpf::{
 use bpf_bridge_common::{
     drops::DropReason,
     layout::{ExemptKey, Flow, FlowKey, Mac, PodKey, Reply, ReplyKey},
-    packet::{Packet as _, Parsed, Tuple, parse, quoted},
+    packet::{Packet as _, Parsed, Tuple, is_sound, parse, quoted},
     translate::{rewrite, rewrite_inner, rewrite_outer},
 };
 
@@ -140,6 +140,20 @@ impl Work {
             None => return false,
         }
         true
+    }
+
+    /// The same for a packet that the host's stack has not looked at: one that it would
+    /// drop is left to it.
+    #[inline(always)]
+    pub(crate) fn read_received(&mut self, ctx: &TcContext, l3: usize) -> bool {
+        self.read(ctx, l3) && self.is_sound(ctx)
+    }
+
+    #[inline(never)]
+    fn is_sound(&self, ctx: &TcContext) -> bool {
+        let skb = Skb(ctx);
+        let room = (ctx.len() as usize).saturating_sub(self.parsed.l3 as usize);
+        is_sound(&skb, &self.parsed, room, skb.segment_size() != 0)
     }
 
     /// Notes where a client on the same link is, so that it can be answered there.

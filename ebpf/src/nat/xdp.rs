@@ -12,7 +12,7 @@ use aya_ebpf::{
         BPF_F_INGRESS,
         xdp_action::{XDP_DROP, XDP_PASS},
     },
-    helpers::{bpf_check_mtu, bpf_redirect},
+    helpers::{bpf_check_mtu, bpf_redirect, bpf_xdp_get_buff_len},
     macros::xdp,
     programs::XdpContext,
 };
@@ -20,7 +20,7 @@ use bpf_bridge_common::{
     drops::DropReason,
     frame::{ETH_HLEN, ETH_P_IPV6},
     layout::{PUBLISHED_XDP, Published},
-    packet::{Packet, Parsed, looks_unfinished, parse_plain},
+    packet::{Packet, Parsed, is_sound, looks_unfinished, parse_plain},
     translate::rewrite,
 };
 
@@ -110,6 +110,11 @@ fn read<const ETHERTYPE: u16>(ctx: &XdpContext, work: &mut Work) -> bool {
     let Some(parsed) = parse_plain(&frame, ETH_HLEN, ETHERTYPE) else {
         return false;
     };
+    // SAFETY: the context is the program's own.
+    let length = unsafe { bpf_xdp_get_buff_len(ctx.as_ptr().cast()) } as usize;
+    if !is_sound(&frame, &parsed, length.saturating_sub(ETH_HLEN), false) {
+        return false;
+    }
     work.parsed = parsed;
     work.from = From {
         ifindex: ctx.ingress_ifindex() as u32,

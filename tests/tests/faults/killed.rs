@@ -20,7 +20,7 @@ fn kill_from(
         found.map_or(usize::MAX, |(number, _)| *number)
     };
     let attached = match victim {
-        Victim::Add => number_of("answer") + 1..usize::MAX,
+        Victim::Add => number_of("answer").saturating_add(1)..usize::MAX,
         Victim::FailingAdd => 0..0,
         Victim::Del | Victim::Gc => 0..number_of("delete link"),
     };

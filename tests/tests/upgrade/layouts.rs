@@ -288,6 +288,17 @@ fn points(node: &Node) -> Result<Vec<String>> {
         .collect())
 }
 
+/// Which of the points of an upgrade with everything, to the next layout, ends in these words.
+fn point(words: &str) -> Result<usize> {
+    let node = Node::new()?;
+    let outside = node.outside()?;
+    let _stage = Stage::new(&node, &outside, false)?;
+    install(&node, &next_binary()?)?;
+    let all = points(&node)?;
+    let found = all.iter().position(|point| point.ends_with(words));
+    Ok(found.with_context(|| format!("no {words} in {all:?}"))? + 1)
+}
+
 /// Tells files of tests apart that run at once.
 fn node_number() -> usize {
     static NUMBER: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
@@ -331,10 +342,16 @@ fn killed_anywhere_it_is_completed() -> Result<()> {
 fn killed_with_everything(from: &Path, to: &Path, mixed: bool) -> Result<()> {
     let node = Node::with_plugin(from)?;
     let outside = node.outside()?;
-    let stage = Stage::new(&node, &outside, true)?;
+    let stage = Stage::new(&node, &outside, mixed)?;
     let pods = [&stage.server, &stage.client];
     stage.carries_everything()?;
     install(&node, to)?;
+    if !mixed {
+        // All that says so is there, but the layout is not complete.
+        let last = point("replace /sys/fs/bpf/bpf-bridge/v2/off/port")?;
+        ensure!(upgrade_with(&node, &format!("kill:{last}"))?);
+        stage.carries_everything()?;
+    }
     // Each time it is killed some way after where it went on the time before.
     for point in [3, 20, 40, 33, 27, 21, 14, 8, 5, 2] {
         if !upgrade_with(&node, &format!("kill:{point}"))? {
@@ -375,17 +392,7 @@ fn killed_within_one_layout_it_is_completed() -> Result<()> {
 #[test]
 fn what_is_written_meanwhile_is_carried_over() -> Result<()> {
     // The moment in which the new maps are in use, and no hook has its new program.
-    let begun = {
-        let node = Node::new()?;
-        let outside = node.outside()?;
-        let _stage = Stage::new(&node, &outside, false)?;
-        install(&node, &next_binary()?)?;
-        let all = points(&node)?;
-        let begun = all
-            .iter()
-            .position(|point| point.ends_with("v2/unfinished"));
-        begun.context("nothing begins")? + 1
-    };
+    let begun = point("v2/unfinished")?;
     let node = Node::new()?;
     let outside = node.outside()?;
     let stage = Stage::new(&node, &outside, false)?;

@@ -107,16 +107,21 @@ fn program_of(node: &Node, pod: &Pod) -> Result<u64> {
         .with_context(|| format!("no program in {all}"))
 }
 
-/// The id of the program that each link of a layout runs, by the link's name.
+/// The id of the program that each link of a layout runs, by the link's name; before Linux 6.6
+/// what uplinks run is pinned itself.
 fn links(node: &Node, layout: &str) -> Result<BTreeMap<String, u64>> {
     let names = node.run(&format!("ls {ROOT}/{layout}/links"))?;
     names
         .split_whitespace()
         .map(|name| {
-            let link = node.json(&format!(
-                "bpftool -j link show pinned {ROOT}/{layout}/links/{name}"
+            let (kind, id) = match name.starts_with("filter-") {
+                true => ("prog", "id"),
+                false => ("link", "prog_id"),
+            };
+            let object = node.json(&format!(
+                "bpftool -j {kind} show pinned {ROOT}/{layout}/links/{name}"
             ))?;
-            let id = link["prog_id"].as_u64().context("no program")?;
+            let id = object[id].as_u64().context("no program")?;
             Ok((name.to_owned(), id))
         })
         .collect()

@@ -3,12 +3,13 @@
 use std::{
     collections::BTreeMap,
     net::{SocketAddr, TcpStream, UdpSocket},
+    panic::resume_unwind,
     thread,
     time::Duration,
 };
 
 use anyhow::{Context as _, Result, ensure};
-use bpf_bridge_tests::{EchoServer, Network, Node, Outside, Pod};
+use bpf_bridge_tests::{EchoServer, Network, Node, Outside, Pod, Tunnel};
 use serde_json::json;
 
 use crate::{
@@ -116,6 +117,75 @@ fn programs_that_work_together_are_loaded_together() -> Result<()> {
     install(&node, &another_plugin(1)?)?;
     upgrade(&node)?;
     works()
+}
+
+/// What a tunnel carries has no Ethernet header: its programs stay those for that.
+#[test]
+fn a_tunnel_keeps_programs_of_its_own() -> Result<()> {
+    let node = Node::new()?;
+    let _outside = node.outside()?;
+    let _tunnel = Tunnel::new(&node, "tun0")?;
+    node.ip("addr add 192.0.2.1/24 dev tun0")?;
+    let network = network(&node, false);
+    let pod = network.pod_with_ports("pod", ports())?;
+    let names = || -> Result<BTreeMap<String, String>> {
+        links(&node, "v1")?
+            .into_iter()
+            .map(|(link, id)| {
+                let program = node.json(&format!("bpftool -j prog show id {id}"))?;
+                let name = program["name"].as_str().context("no name")?;
+                Ok((link, name.to_owned()))
+            })
+            .collect()
+    };
+    let before = names()?;
+    ensure!(
+        before.values().any(|name| name == "egress_l3"),
+        "{before:?}"
+    );
+    let old = hooks(&node, &[&pod])?;
+    install(&node, &another_plugin(5)?)?;
+    upgrade(&node)?;
+    let after = names()?;
+    ensure!(before == after, "{before:?} became {after:?}");
+    let new = hooks(&node, &[&pod])?;
+    ensure!(
+        old.iter().all(|(hook, program)| new[hook] != *program),
+        "{old:?} became {new:?}"
+    );
+    is_well(&network, &[&pod])
+}
+
+/// Several at once, and pods that come and go meanwhile.
+#[test]
+fn two_at_once_do_no_harm() -> Result<()> {
+    let node = Node::new()?;
+    let network = network(&node, false);
+    let first = network.pod_with_ports("first", ports())?;
+    install(&node, &another_plugin(4)?)?;
+    let words = thread::scope(|scope| {
+        let upgrades = [(); 3].map(|()| scope.spawn(|| upgrade(&node)));
+        let pods = ["a", "b"].map(|name| {
+            let network = &network;
+            scope.spawn(move || -> Result<()> {
+                let pod = network.pod(name)?;
+                network.check(pod.attachment())?;
+                network.del(pod.attachment())
+            })
+        });
+        for pod in pods {
+            pod.join().unwrap_or_else(|panic| resume_unwind(panic))?;
+        }
+        upgrades
+            .into_iter()
+            .map(|upgrade| upgrade.join().unwrap_or_else(|panic| resume_unwind(panic)))
+            .collect::<Result<Vec<_>>>()
+    })?;
+    let replaced = words.iter().filter(|words| words.contains("replaced"));
+    ensure!(replaced.count() == 1, "{words:?}");
+    let last = network.pod("last")?;
+    last.ping(first.v4()?.into(), 1)?;
+    is_well(&network, &[&first, &last])
 }
 
 /// How many entries a map has room for.

@@ -41,10 +41,11 @@ use self::{
     traffic::{Said, Stayers},
 };
 
-/// How long a storm rages between two pauses.
+/// How long a storm rages between two pauses, of which there are so many in a shorter time.
 const LAP: Duration = Duration::from_secs(20);
-/// So many pauses are made even in a short time.
 const LAPS: u32 = 8;
+/// But no shorter than this.
+const LEAST: Duration = Duration::from_secs(5);
 /// How often there is another binary.
 const UPGRADE: Duration = Duration::from_secs(4);
 /// How often running calls are looked at.
@@ -211,7 +212,7 @@ impl Soak {
     ) -> Result<()> {
         let bar = progress(self.duration)?;
         let began = Instant::now();
-        let lap = (self.duration / LAPS).min(LAP);
+        let lap = (self.duration / LAPS).clamp(LEAST, LAP);
         let mut watch = Watch::default();
         let mut first = None;
         let mut told = Duration::ZERO;

@@ -255,11 +255,19 @@ impl Store {
         boot: String,
     ) -> Result<Self, StoreError> {
         check_network(network)?;
-        let leases = Directory::create(data_dir.join(network), 0o755)?;
-        let indexes = Directory::create(data_dir.join(INDEX), 0o700)?;
+        let path = data_dir.join(INDEX).join(network);
+        // First, so that whoever finds leases of ours need not make it, on a full disk.
+        let index = match Directory::open(path.clone())? {
+            Some(index) => index,
+            None => {
+                Directory::create(data_dir.to_owned(), 0o755)?;
+                Directory::create(data_dir.join(INDEX), 0o700)?;
+                Directory::create(path, 0o700)?
+            }
+        };
         Ok(Self {
-            network: leases,
-            index: Directory::create(indexes.path().join(network), 0o700)?,
+            network: Directory::create(data_dir.join(network), 0o755)?,
+            index,
             boot,
         })
     }
@@ -312,7 +320,14 @@ impl Store {
         let Ok(names) = owner.names() else {
             return Ok(Vec::new());
         };
-        let session = self.lock()?;
+        let session = match self.lock() {
+            // Whoever wrote a lease had a lock: there is none to be freed, and no room for
+            // another.
+            Err(_) if matches!(self.network.open_existing(LOCK), Ok(None)) => {
+                return Ok(Vec::new());
+            }
+            locked => locked?,
+        };
         let indexed = session.ensure_index();
         for name in &names {
             let entry = match &indexed {
