@@ -190,47 +190,6 @@ fn check_and_status_miss_a_lost_entry() -> Result<()> {
     has(&node, 0, 2, 1)
 }
 
-/// A link outlives its attachment: its pin says nothing.
-#[test]
-fn a_detached_uplink_is_missed_and_put_right() -> Result<()> {
-    let node = Node::new()?;
-    let _outside = node.outside()?;
-    let network = network(&node, &json!({}));
-    let pod = network.pod("pod")?;
-    let links = node.run(&format!("ls {PINS}/links"))?;
-    for kind in ["uplink", "egress"] {
-        let pin = links
-            .split_whitespace()
-            .find(|pin| pin.starts_with(kind))
-            .context("no pin")?;
-        let pin = format!("{PINS}/links/{pin}");
-        // One that is attached anew is another link.
-        let link = || node.json(&format!("bpftool -j link show pinned {pin}"));
-        let detach = || {
-            let link = link()?;
-            node.run(&format!("bpftool link detach pinned {pin}"))?;
-            Ok::<_, anyhow::Error>(link)
-        };
-        let detached = detach()?;
-        ensure!(link()? == detached, "the pin went too");
-        let error = fault(network.check(pod.attachment()))?;
-        ensure!(
-            error.contains("uplink0") && error.contains("detached"),
-            "{error}"
-        );
-        ensure!(link()? != detached, "CHECK did not put {kind} right");
-        network.check(pod.attachment())?;
-
-        let detached = detach()?;
-        for reply in network.status()? {
-            ensure!(reply.status.success(), "{}", reply.stdout);
-        }
-        ensure!(link()? != detached, "STATUS did not put {kind} right");
-        network.check(pod.attachment())?;
-    }
-    Ok(())
-}
-
 /// Devices come and go, and change their addresses.
 #[test]
 fn uplinks_are_followed() -> Result<()> {

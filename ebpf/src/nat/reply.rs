@@ -141,7 +141,8 @@ impl Back {
 fn go(skb: Skb<'_>, work: &Work, flow: &Flow, port: &Port) -> Result<i32, DropReason> {
     // SAFETY: a reference is valid and aligned. The compiler knows what was stored there,
     // but the verifier is not to.
-    match unsafe { (&raw const work.back).read_volatile() } {
+    let back = unsafe { (&raw const work.back).read_volatile() };
+    match back {
         Back::STACK => Ok(to_host(port.segment)),
         Back::POD => skb.into_pod(flow.from, flow.client_mac, flow.gateway_mac),
         Back(verdict) => {
