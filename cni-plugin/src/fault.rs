@@ -13,7 +13,7 @@
 //! | `fail:KIND:N:ERRNO` | the N-th request of that kind fails, with that error number |
 //! | `fail:KIND:N+:ERRNO` | and so do all that follow |
 
-use std::{fmt, io};
+use std::{fmt, io, path::PathBuf};
 
 /// What is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,6 +31,14 @@ pub enum Kind {
 #[inline(always)]
 pub fn point(_: impl fmt::Display) {}
 
+/// Pins by `work` what is not there yet of these paths. There is a point after each of
+/// them, which shows what a kill between two pins would: the later ones do not exist.
+#[cfg(not(feature = "faults"))]
+#[inline(always)]
+pub fn pins<T>(_: impl FnOnce() -> Vec<PathBuf>, work: impl FnOnce() -> T) -> T {
+    work()
+}
+
 /// Something is about to be asked for.
 ///
 /// # Errors
@@ -43,12 +51,12 @@ pub fn request(_: Kind, _: impl fmt::Display) -> io::Result<()> {
 }
 
 #[cfg(feature = "faults")]
-pub use armed::{VARIABLE, arm, point, request};
+pub use armed::{VARIABLE, arm, pins, point, request};
 
 #[cfg(feature = "faults")]
 mod armed {
     use std::{
-        fs::{File, OpenOptions},
+        fs::{self, File, OpenOptions},
         ops::RangeInclusive,
         sync::{
             OnceLock,
@@ -60,7 +68,7 @@ mod armed {
 
     use nix::sys::signal::{Signal, raise};
 
-    use super::{Kind, fmt, io};
+    use super::{Kind, PathBuf, fmt, io};
 
     /// The environment variable that says what is to happen.
     pub const VARIABLE: &str = "BPF_BRIDGE_FAULT";
@@ -122,10 +130,32 @@ mod armed {
 
     /// Something outside of this process was changed, or will be unless it dies here.
     pub fn point(what: impl fmt::Display) {
+        pass(what, || ());
+    }
+
+    /// Pins by `work` what is not there yet of these paths. There is a point after each of
+    /// them, which shows what a kill between two pins would: the later ones do not exist.
+    pub fn pins<T>(paths: impl FnOnce() -> Vec<PathBuf>, work: impl FnOnce() -> T) -> T {
+        let mut new = paths();
+        new.retain(|path| !path.exists());
+        let done = work();
+        for (number, path) in (1..).zip(&new) {
+            pass(format_args!("pin {}", path.display()), || {
+                for later in &new[number..] {
+                    let _ = fs::remove_file(later);
+                }
+            });
+        }
+        done
+    }
+
+    /// A point, with what is to be done before the end.
+    fn pass(what: impl fmt::Display, last: impl FnOnce()) {
         match PLAN.get() {
             Some(Plan::List(file)) => note(file, format_args!("point {what}\n")),
             Some(Plan::Kill(number)) if count() == *number => {
                 note(io::stderr(), format_args!("fault: killed at {what}\n"));
+                last();
                 let _ = raise(Signal::SIGKILL);
                 // Other threads may run until the signal is seen; this one does not.
                 loop {

@@ -53,8 +53,9 @@ pub enum GatewayError {
     },
     /// The device is of a datapath whose pins were removed.
     #[error(
-        "bridge {0:?} belongs to a datapath whose pins are gone: pods that are attached to it keep \
-         running, but no more can join; `ip link delete {0}` when they are gone"
+        "bridge {0:?} belongs to a datapath whose pins are gone: pods that are attached to it reach \
+         the neighbours that they know, but no others, and no more can join; `ip link delete {0}` \
+         when they are gone"
     )]
     Orphaned(String),
     /// The gateway has another address.

@@ -5,9 +5,9 @@
 //! ([`crate::datapath`]), that of what translates ([`crate::datapath::nat`]). The
 //! address store's ([`crate::ipam::host_local`]) is held alone, or with the first.
 //!
-//! A call waits for all of them together no longer than [`PATIENCE`]; what a failed ADD
-//! made is taken back with some more ([`allow_for_undoing`]). So whoever hangs delays
-//! another call by 25 s at most, however many locks that one needs.
+//! A call waits for all of them together no longer than 20 s, and takes back what a failed
+//! ADD made with 5 s more ([`allow_for_undoing`]). So whoever hangs delays another call by
+//! 25 s at most, however many locks that one needs.
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions},

@@ -224,6 +224,15 @@ impl Limits {
         Self::read_from(Path::new(PATH))
     }
 
+    /// Those of a file with this text.
+    #[cfg(test)]
+    pub fn of(text: &str) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("node.json");
+        std::fs::write(&path, text).unwrap();
+        Self::read_from(&path).unwrap()
+    }
+
     fn read_from(path: &Path) -> Result<Self, NodeError> {
         let Some(text) = read(path)? else {
             return Ok(Self::default());
@@ -317,8 +326,8 @@ impl Limits {
 pub fn remedy(map: &str) -> Option<String> {
     let limit = ALL.iter().find(|limit| limit.maps.contains(&map))?;
     Some(format!(
-        "{}; remove some, or raise {LIMITS}.{} in {PATH}, which tables follow that are made \
-         after that: at the next boot, or by `bpf-bridge upgrade`",
+        "{}; remove some, or raise {LIMITS}.{} in {PATH}, which holds for tables that are \
+         made after that: from the next boot on",
         limit.holders, limit.key
     ))
 }
@@ -417,6 +426,7 @@ mod tests {
             ("HELD", 256),
             ("FLOWS", 4096),
             ("REPLIES", 4096),
+            ("PLACES", 4096 + 2048 + 256),
         ]);
         let text = br#"{"limits": {"ports": 7, "fragments": 2048, "flows": 4096}}"#;
         assert_eq!(parse(text).unwrap(), expected);
@@ -424,13 +434,7 @@ mod tests {
 
     #[test]
     fn a_pod_has_a_quarter_if_nothing_else_is_said() {
-        let shares = |text: &str| {
-            let directory = tempfile::tempdir().unwrap();
-            let path = directory.path().join("node.json");
-            fs::write(&path, text).unwrap();
-            let limits = Limits::read_from(&path).unwrap();
-            limits.globals().map(|(_, &share)| share)
-        };
+        let shares = |text: &str| Limits::of(text).globals().map(|(_, &share)| share);
         assert_eq!(shares("{}"), [16_384, 32_768, 1024, 128]);
         let small = r#"{"limits": {"flows": 4096, "fragments": 1024}}"#;
         assert_eq!(shares(small), [16_384, 1024, 256, 45]);

@@ -34,11 +34,14 @@ fn tell(out: &mut impl Write, report: &Report) -> io::Result<()> {
         return writeln!(out, "no programs are loaded: there is nothing to upgrade");
     }
     if let Some(carried) = &report.carried {
-        writeln!(
-            out,
-            "carried over from the layout {}: {} entries",
-            carried.from, carried.entries
-        )?;
+        let entries = carried.entries;
+        match &carried.from {
+            Some(from) => writeln!(
+                out,
+                "carried over from the layout {from}: {entries} entries"
+            )?,
+            None => writeln!(out, "made anew by the node's limits: {entries} entries")?,
+        }
     }
     let mut replaced: Vec<String> = report
         .levels

@@ -8,7 +8,8 @@
 
 use arbitrary::{Arbitrary, Unstructured};
 use bpf_bridge_common::{
-    frame::{ETH_P_IP, ETH_P_IPV6},
+    frame::{ETH_HLEN, ETH_P_ARP, ETH_P_IP, ETH_P_IPV6},
+    guard::{self, Payload, Said},
     layout::Address,
     packet::{
         Fragment, IPPROTO_ICMP, IPPROTO_SCTP, IPPROTO_TCP, IPPROTO_UDP, MAX_HEADERS, Packet,
@@ -52,6 +53,7 @@ struct Input<'a> {
 
 fuzz_target!(|data: &[u8]| {
     neighbors(data);
+    claims(data);
     // The frame is what is left when the rest was read.
     let Ok(input) = Input::arbitrary_take_rest(Unstructured::new(data)) else {
         return;
@@ -389,6 +391,55 @@ fn forward(before: &Frame, parsed: &Parsed, ethertype: u16) {
     assert_eq!(frame.0[at], before.0[at] - 1);
     assert_eq!(parse(&frame, l3, ethertype).as_ref(), Some(parsed));
     as_right((before, parsed), (&frame, parsed));
+}
+
+/// What another implementation finds somebody to say of addresses, so do we.
+fn claims(data: &[u8]) {
+    let Payload::Packet(ethertype, l3) = guard::payload(data) else {
+        return;
+    };
+    assert!(l3 == ETH_HLEN || l3 == ETH_HLEN + 4);
+    let said = guard::said(data, ethertype, l3);
+    let packet = &data[l3..];
+    match ethertype {
+        ETH_P_ARP => {
+            let Ok(arp) = ArpPacketSlice::from_slice(packet) else {
+                return;
+            };
+            if let (6, Ok(sender)) = (arp.hw_addr_size(), arp.sender_protocol_addr().try_into()) {
+                assert_eq!(said, Said::V4(sender));
+            }
+        }
+        ETH_P_IPV6 => {
+            let Ok(packet) = Ipv6Slice::from_slice(packet) else {
+                return;
+            };
+            let (header, payload) = (packet.header(), packet.payload());
+            let message = payload.payload;
+            if payload.ip_number.0 != IPPROTO_ICMPV6 || message.len() < 24 {
+                return;
+            }
+            let target = message[8..24].try_into().unwrap_or_default();
+            let expected = match message[0] {
+                _ if header.hop_limit() != 255 => Said::Nothing,
+                133..=137 if payload.fragmented => Said::Hidden,
+                133 => Said::V6(header.source()),
+                134 => Said::Advertised(header.source()),
+                135 if header.source() == [0; 16] => Said::V6(target),
+                135 => Said::V6(header.source()),
+                136 => Said::V6(target),
+                137 => Said::Redirected(target),
+                _ => Said::Nothing,
+            };
+            // It skips more headers than we do.
+            let later = said == Said::Nothing && payload.fragmented;
+            assert!(
+                said == expected || said == Said::Hidden || later,
+                "{said:?} {expected:?}"
+            );
+        }
+        _ => {}
+    }
 }
 
 /// Questions of neighbours, and the answers to them.

@@ -19,6 +19,7 @@
 //! The network is set up with `ip` on purpose: the harness must not share code
 //! with what it tests.
 
+mod another;
 mod cgroup;
 mod ip;
 mod namespace;
@@ -33,6 +34,7 @@ mod tables;
 mod traffic;
 mod tunnel;
 
+pub use another::another_build;
 pub use ip::{Packet, internet_checksum};
 pub use namespace::{Namespace, Offload, Process, wait_for};
 pub use node::{Far, Node, Outside, Sandbox};

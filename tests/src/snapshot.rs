@@ -41,8 +41,8 @@ impl Snapshot {
 
     fn with(node: &Node, values: bool) -> Result<Self> {
         let mut seen = BTreeMap::new();
-        let script = "ip -j -d link; echo; ip -j addr; echo; ip -j -4 route show table all; \
-                      echo; ip -j -6 route show table all; echo; ip -j neigh show nud permanent";
+        let script = "ip -j -d addr; echo; ip -j -4 route show table all; echo; \
+                      ip -j -6 route show table all; echo; ip -j neigh show nud permanent";
         let answers = shell(node, script)?;
         // No output at all is an empty list.
         let mut answers = answers.split('\n').filter(|line| !line.is_empty());
@@ -50,9 +50,9 @@ impl Snapshot {
             let text = answers.next().context("an answer of ip is missing")?;
             serde_json::from_str(text).with_context(|| format!("ip printed {text:?}"))
         };
-        let links = next()?;
+        let devices = next()?;
         let mut names = BTreeMap::new();
-        for device in list(&links) {
+        for device in list(&devices) {
             let name = text(device, "ifname");
             let kind = device["linkinfo"]["info_kind"].as_str().unwrap_or("");
             let alias = device["ifalias"].as_str().unwrap_or("");
@@ -61,8 +61,6 @@ impl Snapshot {
                 format!("device {name}"),
                 format!("{kind} mtu {} {alias}", device["mtu"]),
             );
-        }
-        for device in list(&next()?) {
             for address in list(&device["addr_info"]) {
                 // The kernel gives a device its link-local address when it likes.
                 if address["scope"] != "link" {
@@ -227,8 +225,8 @@ fn maps(
         .zip(&shown)
         .map(|(pin, map)| (*pin, text(map, "type")))
         .collect();
-    // Not those that forget the oldest.
-    let lasting = ["hash", "percpu_hash", "lpm_trie", "prog_array", "array"];
+    // Not those that forget the oldest, nor those that always have all their entries.
+    let lasting = ["hash", "percpu_hash", "lpm_trie", "prog_array"];
     let kept: Vec<&PathBuf> = maps
         .into_iter()
         .filter(|pin| lasting.contains(&kinds[pin]))

@@ -63,8 +63,6 @@ pub struct Weather {
 pub struct Tally {
     /// How often each thing was done.
     pub done: BTreeMap<&'static str, u64>,
-    /// The most memory that a call of each verb had resident, in bytes.
-    pub peak_rss: BTreeMap<&'static str, u64>,
     /// The longest call of each verb.
     pub longest: BTreeMap<&'static str, Duration>,
 }
@@ -75,8 +73,6 @@ impl Tally {
     }
 
     fn note(&mut self, verb: Verb, reply: &Reply) {
-        let peak = self.peak_rss.entry(verb.as_str()).or_default();
-        *peak = (*peak).max(reply.peak_rss);
         let longest = self.longest.entry(verb.as_str()).or_default();
         *longest = (*longest).max(reply.duration);
     }

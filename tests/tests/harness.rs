@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use bpf_bridge_tests::{
     Client, EchoServer, Frame, MacAddr, Meeting, Namespace, Node, Offload, Packet, PacketSocket,
     Snapshot, Verb, wait_for,
@@ -371,4 +371,47 @@ fn a_process_ends_with_its_handle() -> Result<()> {
     ensure!(!running(&node)?);
     fs::remove_file(log)?;
     Ok(())
+}
+
+#[test]
+fn the_readme_names_tests_that_there_are() -> Result<()> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let readme = fs::read_to_string(root.join("../README.md"))?;
+    let (_, promises) = readme
+        .split_once("## What it promises")
+        .context("no promises")?;
+    let (promises, _) = promises.split_once("\n## ").context("no end of them")?;
+    let mut named = 0;
+    for row in promises
+        .lines()
+        .filter(|line| line.starts_with("| "))
+        .skip(1)
+    {
+        let (_, holders) = row
+            .trim_end_matches(" |")
+            .rsplit_once('|')
+            .context("no table")?;
+        for holder in holders.split('`').skip(1).step_by(2) {
+            if !holder.starts_with("cargo ") {
+                ensure!(is_test(&root.join("tests"), holder)?, "{holder}: {row}");
+                named += 1;
+            }
+        }
+    }
+    ensure!(named > 10, "{named}");
+    Ok(())
+}
+
+/// Whether `file::module::test`, or a beginning of it, is there.
+fn is_test(tests: &Path, name: &str) -> Result<bool> {
+    let path = name.replace("::", "/");
+    if tests.join(&path).is_dir() || tests.join(&path).with_extension("rs").is_file() {
+        return Ok(true);
+    }
+    let Some((file, test)) = path.rsplit_once('/') else {
+        return Ok(false);
+    };
+    let file = tests.join(file).with_extension("rs");
+    let text = fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()))?;
+    Ok(text.contains(&format!("#[test]\nfn {test}(")))
 }

@@ -59,10 +59,10 @@ fn check(network: &Network, pod: &Pod) -> Result<Call> {
         .attachment(pod.attachment()))
 }
 
-fn gc(network: &Network, valid: &[&Pod]) -> Result<Call> {
+fn gc(network: &Network, valid: &[&Attachment]) -> Result<Call> {
     let mut config = network.configs(None)?.remove(0);
-    let valid = valid.iter().map(|pod| pod.attachment());
     config["cni.dev/valid-attachments"] = valid
+        .iter()
         .map(|valid| json!({"containerID": valid.container_id, "ifname": valid.ifname}))
         .collect();
     network.call(&config, Verb::Gc)
@@ -206,7 +206,9 @@ fn case(path: &str) -> Result<()> {
         let add = |network: &Network, name: &Attachment| call(network, Verb::Add, name);
         let add_fresh = add(&network, &fresh.attachment())?;
         let add_new = add(&beside, &new.attachment())?;
-        let collect = gc(&network, &[&stays])?;
+        // A runtime tells GC of all that it is about to add.
+        let own = [stays.attachment(), leaves.attachment(), &fresh.attachment()];
+        let collect = gc(&network, &own)?;
         let delete = call(&network, Verb::Del, leaves.attachment())?;
         let checked = check(&network, &stays)?;
         let (waiting, going): (Vec<_>, Vec<_>) = match path {
@@ -214,7 +216,7 @@ fn case(path: &str) -> Result<()> {
                 vec![
                     ("ADD of the same", add(&network, &hung)?),
                     ("DEL of the same", call(&network, Verb::Del, &hung)?),
-                    ("GC", gc(&network, &[&stays, &leaves])?),
+                    ("GC", collect),
                 ],
                 vec![("ADD", add_fresh), ("CHECK", checked), ("DEL", delete)],
             ),
@@ -233,7 +235,10 @@ fn case(path: &str) -> Result<()> {
             ),
             PINS => (
                 vec![
-                    ("GC elsewhere", gc(&beside, &[&beside_it])?),
+                    (
+                        "GC elsewhere",
+                        gc(&beside, &[beside_it.attachment(), &new.attachment()])?,
+                    ),
                     ("first ADD with ipMasq", add(&other, &fresh.attachment())?),
                 ],
                 vec![("ADD elsewhere", add_new), ("CHECK", checked)],
@@ -336,7 +341,10 @@ fn several_at_once() -> Result<()> {
     let calls = [
         ("ADD", call(&network, Verb::Add, &fresh.attachment())?),
         ("DEL", call(&network, Verb::Del, leaves.attachment())?),
-        ("GC", gc(&network, &[&stays])?),
+        (
+            "GC",
+            gc(&network, &[stays.attachment(), &fresh.attachment()])?,
+        ),
         ("CHECK", check(&network, &stays)?),
     ];
     thread::scope(|scope| {

@@ -109,7 +109,7 @@ fn a_minute_of_everything_from_sixteen_callers_is_as_the_model() -> Result<()> {
         storm.pause()?;
     }
     let tally = storm.tally();
-    println!("{:#?}", tally.done);
+    println!("{:?}\nlongest: {:?}", tally.done, tally.longest);
     for (name, network) in storm.networks() {
         for (_, pod) in stayers.iter().filter(|(of, _)| of == name) {
             network.check(pod.attachment())?;

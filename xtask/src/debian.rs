@@ -1,7 +1,8 @@
 //! Packages from Debian.
 
 use std::{
-    path::Path,
+    fs,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
 };
 
@@ -26,11 +27,39 @@ pub(crate) fn install(packages: &[&str]) -> Result<()> {
     // The lists of a fresh machine are empty or old. Reading new ones takes
     // long, so only when it must be.
     if !succeeds(&mut apt_get("install", packages)) {
-        run(apt_get("update", &[]).stdout(Stdio::null()))
+        update()
             .and_then(|()| run(apt_get("install", packages).stdout(Stdio::null())))
             .with_context(|| format!("please run `apt-get install {names}`"))?;
     }
     disable_units(packages)
+}
+
+/// Reads the lists of packages anew.
+pub(crate) fn update() -> Result<()> {
+    run(apt_get("update", &[]).stdout(Stdio::null()))
+}
+
+/// Downloads a package into a directory, without installing it; returns its path.
+pub(crate) fn download(package: &str, directory: &Path) -> Result<PathBuf> {
+    println!("setup: downloading {package} (Debian)");
+    let download = || {
+        run(Command::new("apt-get")
+            // By this user, whom the directory belongs to.
+            .args([
+                "--quiet=2",
+                "-oAPT::Sandbox::User=root",
+                "download",
+                package,
+            ])
+            .current_dir(directory))
+    };
+    // The lists may be too old to tell where it is.
+    download().or_else(|_| update().and_then(|()| download()))?;
+    fs::read_dir(directory)
+        .with_context(|| format!("reading {}", directory.display()))?
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .find(|path| path.extension().is_some_and(|extension| extension == "deb"))
+        .ok_or_else(|| anyhow!("`apt-get download {package}` left no package"))
 }
 
 fn apt_get(verb: &str, packages: &[&str]) -> Command {

@@ -15,6 +15,10 @@ pub(crate) fn run_all() -> Result<()> {
     run(cargo()
         .args(["clippy", "--workspace", "--exclude=bpf-bridge-ebpf"])
         .args(["--all-targets", "--", "-Dwarnings"]))?;
+    // As tests call it.
+    run(cargo()
+        .args(["clippy", "--package=bpf-bridge", "--bin=bpf-bridge"])
+        .args(["--features=faults", "--", "-Dwarnings"]))?;
     // What the kernel runs exists for the bpf target alone. It is checked where
     // the build script builds it: with RUSTC_BOOTSTRAP some dependencies are
     // built otherwise, and would be built again for each change of it.

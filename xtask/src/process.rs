@@ -7,7 +7,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 
 /// The root of the workspace.
 pub(crate) fn workspace() -> &'static Path {
@@ -38,6 +38,20 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
         bail!("{} failed ({status})", line(command));
     }
     Ok(())
+}
+
+/// Runs `command` with our stderr; returns what it writes, and fails when it does.
+pub(crate) fn output(command: &mut Command) -> Result<String> {
+    let output = command
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit())
+        .output()
+        .with_context(|| format!("running {}", line(command)))?;
+    if !output.status.success() {
+        bail!("{} failed ({})", line(command), output.status);
+    }
+    String::from_utf8(output.stdout)
+        .map_err(|_| anyhow!("{} wrote something other than UTF-8", line(command)))
 }
 
 /// Whether `command` can be run and succeeds; what it writes is dropped.

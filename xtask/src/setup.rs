@@ -26,6 +26,10 @@ pub(crate) enum Purpose {
     Test,
     /// `cargo xtask bench`.
     Bench,
+    /// `cargo xtask soak`.
+    Soak,
+    /// `cargo xtask test --kernel`.
+    Kernel,
 }
 
 /// A program that a command runs: its name on the PATH or its absolute path,
@@ -35,16 +39,16 @@ type Program = (&'static str, &'static str, &'static [Purpose]);
 /// Every program that tests and commands run, but Rust's and what every Debian
 /// has.
 const PROGRAMS: &[Program] = {
-    use Purpose::{Bench, Demo, Test};
+    use Purpose::{Bench, Demo, Kernel, Soak, Test};
     &[
-        ("ip", "iproute2", &[Demo, Test, Bench]),
-        ("ping", "iputils-ping", &[Demo, Test]),
-        ("bpftool", "bpftool", &[Demo, Test]),
+        ("ip", "iproute2", &[Demo, Test, Bench, Soak]),
+        ("ping", "iputils-ping", &[Demo, Test, Soak]),
+        ("bpftool", "bpftool", &[Demo, Test, Soak]),
         ("iperf3", "iperf3", &[Demo]),
         ("strace", "strace", &[Test]),
         ("iptables", "iptables", &[Demo, Test, Bench]),
-        ("nft", "nftables", &[Test]),
-        ("busybox", "busybox-static", &[Demo, Test]),
+        ("nft", "nftables", &[Test, Soak]),
+        ("busybox", "busybox-static", &[Demo, Test, Kernel]),
         ("runc", "runc", &[Test]),
         ("containerd", "containerd", &[Test]),
         ("podman", "podman", &[Test]),
@@ -53,6 +57,9 @@ const PROGRAMS: &[Program] = {
             "containernetworking-plugins",
             &[Test, Bench],
         ),
+        ("qemu-system-x86_64", "qemu-system-x86", &[Kernel]),
+        ("modprobe", "kmod", &[Kernel]),
+        ("cpio", "cpio", &[Kernel]),
     ]
 };
 

@@ -51,6 +51,9 @@ use crate::{
 const READY: Duration = Duration::from_secs(2);
 /// The least MTU, in bytes, with which the kernel lets a device have IPv6.
 const IPV6_MTU: u32 = 1280;
+/// How many addresses an interface gets at most, of which the kernel sets no limit: each
+/// costs time, and entries in tables that all pods share.
+const ADDRESSES_MAX: usize = 256;
 /// `RT_SCOPE_LINK` of `linux/rtnetlink.h`: what has this scope has no next hop.
 const SCOPE_LINK: u8 = 253;
 /// How long duplicate address detection may take (`enabledad`), as with the stock
@@ -73,6 +76,8 @@ pub(super) fn run(
         }
         // The pod died without a DEL, or its ADD did.
         del::unplug(attachment, Some(record))?;
+        // Another IPAM plugin would refuse to give it addresses twice.
+        Ipam::of(call).del(call, attachment)?;
     }
     let mac = call.config.mac.unwrap_or_else(|| attachment.mac());
     let pair = match create_pair(&host, call.config, attachment, &sandbox, mac) {
@@ -142,7 +147,13 @@ fn create_pair(
             del::unplug(attachment, None)?;
             Ok(host.create_veth(&spec)?)
         }
-        made => Ok(made?),
+        Err(error @ LinkError::Exists { .. }) => Err(error.into()),
+        // It may be there although the answer did not come.
+        Err(error) => {
+            let _ = del::unplug(attachment, None);
+            Err(error.into())
+        }
+        Ok(made) => Ok(made),
     }
 }
 
@@ -299,6 +310,7 @@ impl Add<'_> {
                 "the IPAM plugin {name:?} gave no address"
             )));
         }
+        believable(&given.ips)?;
         if let Some(mtu) = self.config.mtu
             && mtu < IPV6_MTU
             && has_ipv6(&given)
@@ -479,6 +491,41 @@ impl Add<'_> {
         }
         .after(self.config.prev_result.clone().unwrap_or_default())
     }
+}
+
+/// Refuses addresses of an IPAM plugin that mean something else to the node, or to the
+/// programs, than they say.
+fn believable(ips: &[IpConfig]) -> Result<(), CniError> {
+    if ips.len() > ADDRESSES_MAX {
+        return Err(CniError::internal(format!(
+            "the IPAM plugin gave {} addresses: one interface gets {ADDRESSES_MAX} at most",
+            ips.len()
+        )));
+    }
+    for ip in ips {
+        let address = ip.address.addr();
+        let both = [Some(address), ip.gateway];
+        if let Some(mapped) = both
+            .into_iter()
+            .flatten()
+            .find(|ip| ip.to_canonical() != *ip)
+        {
+            return Err(CniError::internal(format!(
+                "the IPAM plugin gave {mapped}, which is an IPv4 address in IPv6's notation: it \
+                 must be {}",
+                mapped.to_canonical()
+            )));
+        }
+        if let Some(gateway) = ip.gateway
+            && gateway.is_ipv4() != address.is_ipv4()
+        {
+            return Err(CniError::internal(format!(
+                "the IPAM plugin gave {address} the gateway {gateway}: it must be of the same \
+                 family"
+            )));
+        }
+    }
+    Ok(())
 }
 
 fn has_ipv6(given: &CniResult) -> bool {

@@ -89,11 +89,12 @@ impl Program {
         let mut info: bpf_prog_info = zeroed();
         information_of(fd, &mut info, length)?;
         let mut maps = vec![0_u32; usize::try_from(info.nr_map_ids).unwrap_or(0)];
-        let mut info = bpf_prog_info {
-            nr_map_ids: info.nr_map_ids,
-            map_ids: address(maps.as_mut_ptr()),
-            ..zeroed()
-        };
+        let count = info.nr_map_ids;
+        // Not as a literal, which says nothing of the bytes behind the last field: the
+        // kernel wants zeroes there.
+        info = zeroed();
+        info.nr_map_ids = count;
+        info.map_ids = address(maps.as_mut_ptr());
         information_of(fd, &mut info, length)?;
         maps.truncate(usize::try_from(info.nr_map_ids).unwrap_or(0));
         Ok(Self {

@@ -9,12 +9,18 @@
 //! 4. What old programs have learned meanwhile is copied once more.
 //! 5. The old pins are removed.
 //!
+//! Maps of this version's own layout are made anew in the same way when the node's limits
+//! have changed ([`Root::put_aside`]).
+//!
 //! Killed before the second step's end, it begins anew; after that, the next call goes on.
 //! Nobody else changes anything while it lasts: the lock of the pins is held alone, and
 //! everybody who takes that lock comes by here first ([`settle`]).
 
+use std::{collections::HashMap, ops::Range, time::Duration};
+
 use aya_obj::generated::bpf_map_type;
 use bpf_bridge_common::layout::{Endpoint, MacKey, PORT_ROUTED, Port};
+use nix::time::{ClockId, clock_gettime};
 
 use super::{
     ANY, EXIST, Error, NOEXIST,
@@ -25,7 +31,7 @@ use super::{
     object::{self, Switch},
     pins::{self, Other, Root},
     set,
-    shape::{Conversion, Misfit, Type},
+    shape::{self, Conversion, Misfit, Shape, Type},
     table,
 };
 use crate::lock::Mode;
@@ -33,8 +39,8 @@ use crate::lock::Mode;
 /// What was carried over.
 #[derive(Debug)]
 pub struct Carried {
-    /// From which layout.
-    pub from: String,
+    /// From which layout; `None` if the maps were made anew with other limits.
+    pub from: Option<String>,
     /// All of it was done by this call.
     pub whole: bool,
     /// How many entries were written anew.
@@ -45,6 +51,12 @@ pub struct Carried {
 
 /// The map whose words programs set bits in.
 const BITS: &str = "USED";
+
+/// Maps that have keys of others in their values.
+const INDEXES: [(&str, &[&str]); 2] = [
+    ("PLACES", &["FLOWS", "REPLIES", "FRAGMENTS", "HELD"]),
+    ("LEARNED_PLACES", &["LEARNED"]),
+];
 
 /// Carries an older layout over if one is pinned; what was begun and not finished is
 /// finished.
@@ -85,6 +97,7 @@ pub(super) fn from(old: &Root) -> Result<Option<Carried>, Error> {
     };
     let own = Root::own();
     let mut entries = 0;
+    let begun = now();
     let whole = !own.is_complete();
     if whole {
         let made = own
@@ -93,14 +106,17 @@ pub(super) fn from(old: &Root) -> Result<Option<Carried>, Error> {
             .and_then(|()| make(old, &own))
             .and_then(|made| own.complete().map(|()| made));
         entries = made.map_err(|error| {
-            let _ = own.remove();
+            // Nobody can use what is aside.
+            let _ = own.remove().and_then(|()| old.put_back());
             failed("nothing was changed", error)
         })?;
     }
-    let moved = move_over(old, &own, &mut entries)
+    // One that was killed has begun at some time before.
+    let since = if whole { begun } else { 0 };
+    let moved = move_over(old, &own, since, &mut entries)
         .map_err(|error| failed("it is not finished, and the next call goes on", error))?;
     Ok(Some(Carried {
-        from: old.name(),
+        from: (!old.is_put_aside()).then(|| old.name()),
         whole,
         entries,
         moved,
@@ -108,14 +124,35 @@ pub(super) fn from(old: &Root) -> Result<Option<Carried>, Error> {
 }
 
 /// What is left to do when the new maps are in use.
-fn move_over(old: &Root, own: &Root, entries: &mut usize) -> Result<Moved, Error> {
+fn move_over(old: &Root, own: &Root, since: u64, entries: &mut usize) -> Result<Moved, Error> {
     if Part::Sockets.is_loaded_in(old) {
         Translators::load(&[Part::Sockets], &[])?.install(Some(old))?;
     }
     let moved = hooks::hand_over_all(Some(old))?;
-    *entries += catch_up(old, own)?;
+    *entries += catch_up(old, own, since)?;
     old.remove()?;
     Ok(moved)
+}
+
+/// Whether this version's maps have other limits than the node's settings say.
+pub(super) fn has_other_limits(own: &Root) -> Result<bool, Error> {
+    let expected = expected()?;
+    let mut other = false;
+    for name in maps() {
+        let path = own.map(name);
+        object::require_own(&path, &expected[name])?;
+        if let Some(map) = object::open_map(&path, name)? {
+            other |= map.shape.max_entries != expected[name].max_entries;
+        }
+    }
+    Ok(other)
+}
+
+/// What all maps should be like.
+fn expected() -> Result<HashMap<String, Shape>, Error> {
+    let mut expected = object::expected(object::OBJECT)?;
+    expected.extend(object::expected(object::NAT)?);
+    Ok(expected)
 }
 
 /// The maps that are carried over.
@@ -128,12 +165,12 @@ fn maps() -> impl Iterator<Item = &'static str> {
 
 /// Makes the new maps and programs; says how many entries were written.
 fn make(old: &Root, own: &Root) -> Result<usize, Error> {
-    let mut expected = object::expected(object::OBJECT)?;
-    expected.extend(object::expected(object::NAT)?);
+    let expected = expected()?;
     pins::create_maps()?;
     for name in maps() {
         if let Some(map) = object::open_map(&old.map(name), name)?
             && map.shape == expected[name]
+            && still_indexes(old, &expected, name)?
         {
             pins::pin(&own.map(name), |path| map.pin(path))?;
         }
@@ -142,8 +179,10 @@ fn make(old: &Root, own: &Root) -> Result<usize, Error> {
     let translators = Translators::load_as_in(old, Some(Part::Sockets))?;
     let mut entries = 0;
     for name in maps() {
-        if let Some((from, to)) = pair(old, own, name)? {
-            entries += copy(name, &from, &to, ANY)?;
+        if let Some((from, to)) = pair(old, own, name)?
+            && still_indexes(old, &expected, name)?
+        {
+            entries += copy(name, &from, &to, 0, ANY)?;
         }
     }
     for switch in switches {
@@ -153,6 +192,22 @@ fn make(old: &Root, own: &Root) -> Result<usize, Error> {
     Ok(entries)
 }
 
+/// Whether what a map has of others' keys, as mere words, still are such keys. If not, it
+/// begins empty: it says which entries count as whose share.
+fn still_indexes(old: &Root, expected: &HashMap<String, Shape>, name: &str) -> Result<bool, Error> {
+    let Some((_, of)) = INDEXES.iter().find(|(index, _)| *index == name) else {
+        return Ok(true);
+    };
+    for &name in *of {
+        if let Some(map) = object::open_map(&old.map(name), name)?
+            && map.shape.key != expected[name].key
+        {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
 /// An old map and the new one, if they are not one and the same.
 fn pair(old: &Root, own: &Root, name: &'static str) -> Result<Option<(AnyMap, AnyMap)>, Error> {
     let from = object::open_map(&old.map(name), name)?;
@@ -160,11 +215,18 @@ fn pair(old: &Root, own: &Root, name: &'static str) -> Result<Option<(AnyMap, An
     Ok(from.zip(to).filter(|(from, to)| from.id != to.id))
 }
 
-/// Writes the entries of one map into another.
-fn copy(name: &'static str, from: &AnyMap, to: &AnyMap, flags: u64) -> Result<usize, Error> {
+/// Writes the entries of one map into another, but for those that were last used before
+/// `since`.
+fn copy(
+    name: &'static str,
+    from: &AnyMap,
+    to: &AnyMap,
+    since: u64,
+    flags: u64,
+) -> Result<usize, Error> {
     let entry = Entry::new(from, to).map_err(|why| misfit(name, &why))?;
     let mut count = 0;
-    from.for_each(|key, value| {
+    let mut write = |key: &[u8], value: &[u8]| {
         let (key, value) = entry
             .convert(key, value)
             .map_err(|why| misfit(name, &why))?;
@@ -180,8 +242,41 @@ fn copy(name: &'static str, from: &AnyMap, to: &AnyMap, flags: u64) -> Result<us
             }
         }
         Ok(())
+    };
+    let Some(seen) = seen(from) else {
+        from.for_each(write)?;
+        return Ok(count);
+    };
+    // What has to be forgotten is what was written first.
+    let mut all = Vec::new();
+    from.for_each(|key, value| {
+        let seen = shape::number(&value[seen.clone()]);
+        // 0 is of those that are never used again, but hold their place.
+        if seen >= since || seen == 0 {
+            all.push((seen, key.to_vec(), value.to_vec()));
+        }
+        Ok::<_, Error>(())
     })?;
+    all.sort_by_key(|(seen, ..)| *seen);
+    for (_, key, value) in all {
+        write(&key, &value)?;
+    }
     Ok(count)
+}
+
+/// The programs' time (`bpf_ktime_get_ns`).
+fn now() -> u64 {
+    // The clock is there, and does not go back behind the boot.
+    clock_gettime(ClockId::CLOCK_MONOTONIC)
+        .ok()
+        .and_then(|now| u64::try_from(Duration::from(now).as_nanos()).ok())
+        .unwrap_or(0)
+}
+
+/// Where the entries of a map that forgets say when they were used.
+fn seen(map: &AnyMap) -> Option<Range<usize>> {
+    let forgets = map.shape.kind == bpf_map_type::BPF_MAP_TYPE_LRU_HASH as u32;
+    map.shape.value.as_ref().filter(|_| forgets)?.field("seen")
 }
 
 fn misfit(map: &'static str, why: &dyn std::fmt::Display) -> Error {
@@ -229,14 +324,18 @@ impl Entry {
 
 /// Copies what old programs have written after the first copy: all of it is memory that the
 /// new ones may have refreshed since.
-fn catch_up(old: &Root, own: &Root) -> Result<usize, Error> {
+fn catch_up(old: &Root, own: &Root, since: u64) -> Result<usize, Error> {
     let mut entries = 0;
     for name in maps() {
         let Some((from, to)) = pair(old, own, name)? else {
             continue;
         };
+        if INDEXES.iter().any(|(index, _)| *index == name) {
+            // What is without a place has none of the share.
+            continue;
+        }
         if from.shape.kind == bpf_map_type::BPF_MAP_TYPE_LRU_HASH as u32 {
-            entries += copy(name, &from, &to, NOEXIST)?;
+            entries += copy(name, &from, &to, since, NOEXIST)?;
         } else if name == BITS {
             join(name, &from, &to)?;
         } else if name == "PORTS" {

@@ -307,6 +307,9 @@ impl Datapath {
         let mut fresh = false;
         let is_loaded = || attach::is_loaded(level) && parts.iter().copied().all(Part::is_loaded);
         let load = || {
+            // Both before either is loaded.
+            object::require_all_own(level)?;
+            nat::require_own(parts)?;
             if !attach::is_loaded(level) {
                 object::load(level)?;
             }
@@ -324,7 +327,10 @@ impl Datapath {
             let _alone = pins::lock(Mode::Exclusive)?;
             if !is_loaded() {
                 if let Err(error) = load() {
-                    let _ = remove_unused_pins();
+                    // What is not of our making is not ours to remove.
+                    if !matches!(error, Error::ForeignPin { .. }) {
+                        let _ = remove_unused_pins();
+                    }
                     return Err(error);
                 }
                 fresh = true;

@@ -23,7 +23,7 @@ use super::{
     change, failed, nat, pins,
     shape::{Btf, Shape},
 };
-use crate::node::Limits;
+use crate::{fault, node::Limits};
 
 /// The programs, compiled by the build script.
 pub(super) static OBJECT: &[u8] =
@@ -130,13 +130,15 @@ impl Switch {
             loader.map_pin_path(name, pins::map(name));
         }
         loader.map_pin_path("PROGRAMS", &calls);
-        // The loader takes what is pinned, whatever it is.
-        let expected = expected(OBJECT)?;
-        for name in SHARED {
-            require_own(&pins::map(name), &expected[name])?;
-        }
-        require_own(&calls, &expected["PROGRAMS"])?;
-        let mut ebpf = loader.load(OBJECT)?;
+        require_all_own(level)?;
+        let pins = || {
+            SHARED
+                .into_iter()
+                .map(pins::map)
+                .chain([calls.clone()])
+                .collect()
+        };
+        let mut ebpf = fault::pins(pins, || loader.load(OBJECT))?;
         count_strangers()?;
         let calls = match ebpf.take_map("PROGRAMS").map(ProgramArray::try_from) {
             Some(Ok(calls)) => calls,
@@ -222,8 +224,10 @@ fn constants(program: &bpf::Program) -> io::Result<Option<Vec<u8>>> {
     Ok(None)
 }
 
-/// What the maps of an object are like, by their names.
+/// What the maps of an object are like, by their names, if made by this node's limits.
 pub(super) fn expected(object: &[u8]) -> Result<HashMap<String, Shape>, Error> {
+    let limits = Limits::read()?;
+    let limits: HashMap<&str, u32> = limits.maps().collect();
     let object = Object::parse(object).map_err(|source| Error::from(EbpfError::from(source)))?;
     let bytes = object
         .btf
@@ -240,7 +244,7 @@ pub(super) fn expected(object: &[u8]) -> Result<HashMap<String, Shape>, Error> {
             kind: map.map_type(),
             key_size: map.key_size(),
             value_size: map.value_size(),
-            max_entries: map.max_entries(),
+            max_entries: limits.get(name).copied().unwrap_or(map.max_entries()),
             flags: map.map_flags(),
             key: described(|def| def.btf_key_type_id),
             value: described(|def| def.btf_value_type_id),
@@ -255,6 +259,19 @@ pub(super) fn expected(object: &[u8]) -> Result<HashMap<String, Shape>, Error> {
 
 /// How much of a name the kernel keeps (`BPF_OBJ_NAME_LEN` with its NUL).
 const NAME: usize = 15;
+
+/// Refuses maps that are pinned where those of a log level are, or should be, and are not:
+/// the loader takes whatever is pinned.
+pub(super) fn require_all_own(level: LogLevel) -> Result<(), Error> {
+    let expected = expected(OBJECT)?;
+    for name in SHARED {
+        require_own(&pins::map(name), &expected[name])?;
+    }
+    require_own(
+        &pins::variant(level).join("PROGRAMS"),
+        &expected["PROGRAMS"],
+    )
+}
 
 /// Refuses a pin that is of something else than such a map. None at all is right.
 pub(super) fn require_own(path: &Path, expected: &Shape) -> Result<(), Error> {

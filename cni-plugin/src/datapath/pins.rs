@@ -134,6 +134,35 @@ impl Root {
         create(&[self.path.join(UNFINISHED)])
     }
 
+    /// Puts this version's own pins aside, so that they can be made anew.
+    pub(super) fn put_aside(&self) -> Result<Self, Error> {
+        let old = Self::old();
+        self.rename(&old)?;
+        Ok(old)
+    }
+
+    /// Undoes that.
+    pub(super) fn put_back(&self) -> Result<(), Error> {
+        if *self == Self::old() {
+            self.rename(&Self::own())?;
+        }
+        Ok(())
+    }
+
+    /// Whether it is of this version's layout.
+    pub(super) fn is_put_aside(&self) -> bool {
+        *self == Self::old()
+    }
+
+    fn rename(&self, to: &Self) -> Result<(), Error> {
+        fs::rename(&self.path, &to.path).map_err(|source| Error::Pin {
+            path: self.path.clone(),
+            source,
+        })?;
+        fault::point(format_args!("put {} aside", self.path.display()));
+        Ok(())
+    }
+
     /// From now on it is in use.
     pub(super) fn complete(&self) -> Result<(), Error> {
         remove(&self.path.join(UNFINISHED))
@@ -257,10 +286,7 @@ impl Successor {
     where
         E: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
-        // bpffs refuses names with dots in them.
-        let mut at = path.as_os_str().to_owned();
-        at.push("-new");
-        let at = PathBuf::from(at);
+        let at = Self::beside(path);
         // What a call that was killed has left.
         remove(&at)?;
         pin(&at, by)?;
@@ -268,6 +294,18 @@ impl Successor {
             at,
             path: path.to_owned(),
         })
+    }
+
+    /// Whether one is left of a call that was killed.
+    pub(super) fn is_left(path: &Path) -> bool {
+        Self::beside(path).exists()
+    }
+
+    fn beside(path: &Path) -> PathBuf {
+        // bpffs refuses names with dots in them.
+        let mut at = path.as_os_str().to_owned();
+        at.push("-new");
+        at.into()
     }
 
     /// Takes the place.
@@ -346,7 +384,11 @@ pub(super) fn remove(path: &Path) -> Result<(), Error> {
 }
 
 fn remove_below(path: &Path) -> io::Result<()> {
-    let removed = if path.is_dir() {
+    let found = match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        found => found?,
+    };
+    let removed = if found.is_dir() {
         for entry in fs::read_dir(path)? {
             remove_below(&entry?.path())?;
         }

@@ -5,7 +5,7 @@
 //! The kernel keeps the type information of every map that is made here, so a map that an
 //! older version has made says itself what is in it.
 
-use std::fmt;
+use std::{fmt, ops::Range};
 
 use thiserror::Error;
 
@@ -87,6 +87,15 @@ pub(super) struct Field {
 }
 
 impl Type {
+    /// Where a field of a struct is.
+    pub(super) fn field(&self, name: &str) -> Option<Range<usize>> {
+        let Self::Struct { fields, .. } = self else {
+            return None;
+        };
+        let field = fields.iter().find(|field| field.name == name)?;
+        Some(field.offset..field.offset + field.is.size())
+    }
+
     const fn size(&self) -> usize {
         match self {
             Self::Integer { size, .. } | Self::Struct { size, .. } => *size,
@@ -287,6 +296,11 @@ fn plan(
         }
     }
     Ok(())
+}
+
+/// A number of up to 8 bytes.
+pub(super) fn number(bytes: &[u8]) -> u64 {
+    read(bytes, false)
 }
 
 /// A number of up to 8 bytes, extended to all of them.

@@ -59,6 +59,13 @@ pub fn upgrade() -> Result<Report, Error> {
         report.moved = mem::take(moved);
         return Ok(report);
     }
+    if report.carried.is_none() && carry::has_other_limits(&own)? {
+        report.carried = carry::from(&own.put_aside()?)?;
+        if let Some(Carried { moved, .. }) = &mut report.carried {
+            report.moved = mem::take(moved);
+        }
+        return Ok(report);
+    }
     // All are verified before any is used.
     let mut switches = Vec::new();
     for level in own.levels() {

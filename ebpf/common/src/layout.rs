@@ -91,7 +91,11 @@ pub const MAX_MASQUERADED: u32 = MAX_NEIGHBORS;
 /// How many destinations can be exempt from masquerade, once for every policy.
 pub const MAX_EXEMPT: u32 = 16_384;
 /// How many words of bits all ports are.
+#[cfg(not(feature = "next-layout"))]
 pub const USED_WORDS: u32 = 65_536 / 64;
+/// How many words of bits all ports are, and one that is not used.
+#[cfg(feature = "next-layout")]
+pub const USED_WORDS: u32 = 65_536 / 64 + 1;
 /// How many devices of the node can be uplinks.
 pub const MAX_UPLINKS: u32 = 4096;
 /// How many datagrams can arrive in fragments at once.

@@ -287,6 +287,10 @@ fn standing(ctx: &TcContext, work: &mut Work) -> Other {
     // store is lost.
     let reply = unsafe { &mut *reply };
     if reply.port == 0 {
+        if reply.inner_port != work.parsed.tuple.source_port {
+            // One of the stack's own flows was given this port, when it had to give way.
+            return Other::Collides;
+        }
         masquerade::touch(reply, own::step(&Skb(ctx), &work.parsed));
         return Other::Alone;
     }

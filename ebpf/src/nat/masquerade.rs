@@ -257,7 +257,7 @@ fn begin(ctx: &TcContext, work: &mut Work, owner: &Owner, step: Step) -> u32 {
     let found = find(ctx, work, owner, thorough);
     work.to.source_port = work.reply_key.local_port;
     // If it cannot be remembered, another CPU was faster.
-    if found != Found::Full && remember(work, owner, found) {
+    if found != Found::Full && remember(work, owner, found, step) {
         BEGUN
     } else {
         DropReason::Exhausted as u32
@@ -454,9 +454,17 @@ fn describe(work: &mut Work, owner: &Owner, now: u64) {
 
 /// Remembers the flow both ways; says whether it could.
 #[inline(never)]
-fn remember(work: &mut Work, owner: &Owner, found: Found) -> bool {
+fn remember(work: &mut Work, owner: &Owner, found: Found, step: Step) -> bool {
     let now = now();
-    if found != Found::Known {
+    if found == Found::Known {
+        // It may have been silent for long: its answers are to be heard again.
+        if let Some(reply) = REPLIES.get_ptr_mut(&work.reply_key) {
+            // SAFETY: as in `settle`.
+            let reply = unsafe { &mut *reply };
+            note(reply, step);
+            reply.seen = now;
+        }
+    } else {
         describe(work, owner, now);
         let flags = if found == Found::Free {
             BPF_NOEXIST

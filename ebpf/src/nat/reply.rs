@@ -50,10 +50,16 @@ fn try_undo(ctx: &TcContext, work: &mut Work, port: &Port) -> Outcome {
     let length = wire_length(Skb(ctx), &work.parsed);
     Some(
         match choose(ctx, flow, &work.to, work.parsed.protocol, port, length) {
-            Back::TooBig => refuse(Skb(ctx), &work.parsed, port.segment),
-            Back::Nowhere => Err(DropReason::NoRoute),
-            back if work.rewrite(ctx) => back.go(Skb(ctx), flow, port),
-            _ => Err(DropReason::Helper),
+            Back::TOO_BIG => refuse(Skb(ctx), &work.parsed, port.segment),
+            Back::NOWHERE => Err(DropReason::NoRoute),
+            back => {
+                work.back = back;
+                if work.rewrite(ctx) {
+                    go(Skb(ctx), work, flow, port)
+                } else {
+                    Err(DropReason::Helper)
+                }
+            }
         },
     )
 }
@@ -91,39 +97,56 @@ fn try_undo_error(ctx: &TcContext, work: &mut Work, port: &Port) -> Outcome {
     work.outer.destination_port = 0;
     Some(
         match choose(ctx, flow, &work.outer, work.parsed.protocol, port, 0) {
-            Back::TooBig => Err(DropReason::Helper),
-            Back::Nowhere => Err(DropReason::NoRoute),
-            back if work.rewrite_error(ctx) => back.go(Skb(ctx), flow, port),
-            _ => Err(DropReason::Helper),
+            Back::TOO_BIG => Err(DropReason::Helper),
+            Back::NOWHERE => Err(DropReason::NoRoute),
+            back => {
+                work.back = back;
+                if work.rewrite_error(ctx) {
+                    go(Skb(ctx), work, flow, port)
+                } else {
+                    Err(DropReason::Helper)
+                }
+            }
         },
     )
 }
 
-/// Where a reply goes.
-enum Back {
-    /// To the host's stack, which brought the request, on the gateway device.
-    Stack,
-    /// Into the pod that asked.
-    Pod,
-    /// Out of the node, by this verdict.
-    Out(i32),
-    /// It is too long for the way.
-    TooBig,
-    /// There is no way.
-    Nowhere,
-}
+/// Where a reply goes: a verdict, or one of these.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Back(u64);
 
 impl Back {
+    /// To the host's stack, which brought the request, on the gateway device.
+    const STACK: Self = Self(1 << 32);
+    /// Into the pod that asked.
+    const POD: Self = Self(2 << 32);
+    /// It is too long for the way.
+    const TOO_BIG: Self = Self(3 << 32);
+    /// There is no way.
+    const NOWHERE: Self = Self(4 << 32);
+
+    /// Out of the node, by this verdict.
     #[inline(always)]
-    fn go(self, skb: Skb<'_>, flow: &Flow, port: &Port) -> Result<i32, DropReason> {
-        match self {
-            Self::Stack => Ok(to_host(port.segment)),
-            Self::Pod => skb.into_pod(flow.from, flow.client_mac, flow.gateway_mac),
-            Self::Out(verdict) => {
-                set_mark(skb.0, OURS);
-                Ok(verdict)
-            }
-            Self::TooBig | Self::Nowhere => Err(DropReason::NoRoute),
+    fn out(verdict: i32) -> Self {
+        Self(u64::from(verdict as u32))
+    }
+}
+
+/// Sends the packet, which is what it is to become, on the way that `work.back` says.
+///
+/// It is read from there for the verifier of Linux 6.1: of a way that it knew before the
+/// packet was rewritten it forgets that it matters, and takes the code for another way that
+/// comes to the same place later for dead.
+#[inline(always)]
+fn go(skb: Skb<'_>, work: &Work, flow: &Flow, port: &Port) -> Result<i32, DropReason> {
+    // SAFETY: a reference is valid and aligned. The compiler knows what was stored there,
+    // but the verifier is not to.
+    match unsafe { (&raw const work.back).read_volatile() } {
+        Back::STACK => Ok(to_host(port.segment)),
+        Back::POD => skb.into_pod(flow.from, flow.client_mac, flow.gateway_mac),
+        Back(verdict) => {
+            set_mark(skb.0, OURS);
+            Ok(verdict as i32)
         }
     }
 }
@@ -139,10 +162,10 @@ fn choose(
     length: u16,
 ) -> Back {
     if flow.from == 0 {
-        return Back::Stack;
+        return Back::STACK;
     }
     if PORTS.get_ptr(flow.from).is_some() {
-        return Back::Pod;
+        return Back::POD;
     }
     let question = Question {
         protocol,
@@ -155,9 +178,9 @@ fn choose(
         fib::send(ctx, to, &question)
     };
     match way {
-        Way::Out(verdict) => Back::Out(verdict),
-        Way::TooBig => Back::TooBig,
-        Way::None => Back::Nowhere,
+        Way::Out(verdict) => Back::out(verdict),
+        Way::TooBig => Back::TOO_BIG,
+        Way::None => Back::NOWHERE,
     }
 }
 

@@ -7,7 +7,8 @@
 //!
 //! A hand goes round over the places, so it comes to the oldest first. What is still in use
 //! is spared if one of a few others, found by chance, is not. Two CPUs may want one place at
-//! the same time: then the one that removes what was there, or is the first to write, has it.
+//! the same time: then the one that removes what was there, or is the first to write, has it,
+//! and the other tries another one.
 
 use aya_ebpf::{
     Global,
@@ -33,7 +34,7 @@ static FRAGMENTS_SHARE: Global<u32> = Global::new(MAX_FRAGMENTS / POD_SHARE);
 #[unsafe(no_mangle)]
 static HELD_SHARE: Global<u32> = Global::new(MAX_HELD_TOTAL / POD_SHARE);
 
-/// How many places are looked at.
+/// How many places are looked at, and how often one is tried for.
 const ATTEMPTS: u32 = 3;
 
 /// What is at hand while a place is looked for.
@@ -84,7 +85,7 @@ pub(crate) fn of_fragment(owner: u32) -> bool {
     take_place(owner, PLACES_HELD) != 0
 }
 
-/// Takes a place; 0 if another CPU was faster. A global function: the verifier looks at it
+/// Takes a place; 0 if other CPUs were faster each time. A global function: the verifier looks at it
 /// once, and not once for each way that leads here.
 #[unsafe(no_mangle)]
 #[inline(never)]
@@ -133,12 +134,23 @@ extern "C" fn take_place(owner: u32, table: u32) -> u32 {
         number = unsafe { bpf_get_prandom_u32() } % size;
         attempt += 1;
     }
-    share.key.number = best;
-    if least != FREE && !vacate(share) {
-        return 0;
+    let mut attempt = 0;
+    while attempt < ATTEMPTS {
+        share.key.number = best;
+        if (least == FREE || vacate(share))
+            && PLACES
+                .insert(&share.key, &share.entry, u64::from(BPF_NOEXIST))
+                .is_ok()
+        {
+            return 1;
+        }
+        // Another CPU has taken it meanwhile. They do not meet again.
+        // SAFETY: as above.
+        best = unsafe { bpf_get_prandom_u32() } % size;
+        least = OVER;
+        attempt += 1;
     }
-    let taken = PLACES.insert(&share.key, &share.entry, u64::from(BPF_NOEXIST));
-    u32::from(taken.is_ok())
+    0
 }
 
 /// The number of the next place, which need not be within the share.
@@ -223,7 +235,12 @@ fn vacate(share: &mut Share) -> bool {
         }
         PLACES_REPLIES => {
             // SAFETY: as above.
-            let _ = REPLIES.remove(unsafe { &*old.cast::<ReplyKey>() });
+            let key = unsafe { &*old.cast::<ReplyKey>() };
+            // A pod has it, if that needed the port when it was idle.
+            // SAFETY: as above.
+            if unsafe { REPLIES.get(key) }.is_some_and(|reply| reply.port == 0) {
+                let _ = REPLIES.remove(key);
+            }
         }
         PLACES_FRAGMENTS => {
             // SAFETY: as above.

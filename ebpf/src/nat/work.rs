@@ -17,7 +17,7 @@ use bpf_bridge_common::{
     translate::{rewrite, rewrite_inner, rewrite_outer},
 };
 
-use crate::{fib::Exit, masquerade::Owner, share::Share, skb::Skb};
+use crate::{fib::Exit, masquerade::Owner, reply::Back, share::Share, skb::Skb};
 
 /// The state of one packet.
 pub(crate) struct Work {
@@ -47,6 +47,8 @@ pub(crate) struct Work {
     pub(crate) exempt: Key<ExemptKey>,
     /// How it leaves the node.
     pub(crate) exit: Exit,
+    /// How a reply goes back.
+    pub(crate) back: Back,
     /// What changed under its checksum.
     pub(crate) diff: u32,
     /// The port that a drop is counted against.

@@ -63,18 +63,16 @@ fn says(error: &CniError, (key, table, entries): Limit<'_>) -> Result<()> {
 }
 
 /// That nothing was left behind but what any ADD of a network may leave: its store's notes,
-/// and its bridge's lock.
+/// its bridge's lock, and the node's addresses as it saw them.
 fn is_as_it_was(node: &Node, before: &Snapshot) -> Result<()> {
+    const NOTES: [&str; 4] = [
+        "/last_reserved_ip.",
+        "/networks/.bpf-bridge/",
+        "/run/bpf-bridge/bridges/",
+        "/maps/ADDRESSES",
+    ];
     let mut changes = before.changes(&Snapshot::take(node)?);
-    changes.retain(|change| {
-        ![
-            "/last_reserved_ip.",
-            "/networks/.bpf-bridge/",
-            "/run/bpf-bridge/bridges/",
-        ]
-        .iter()
-        .any(|note| change.contains(note))
-    });
+    changes.retain(|change| !NOTES.iter().any(|note| change.contains(note)));
     ensure!(changes.is_empty(), "left behind:\n{}", changes.join("\n"));
     Ok(())
 }

@@ -1,7 +1,9 @@
 //! Tables at their limits: an ADD that finds one full fails wholly and says which, and
 //! flows are forgotten and found again; no pod fills what it shares with others.
 
+mod forgotten;
 mod full;
+mod shares;
 
 use anyhow::{Context as _, Result};
 use bpf_bridge_tests::{Attachment, CniError, Network, Node, Verb};

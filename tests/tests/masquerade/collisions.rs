@@ -37,6 +37,7 @@ by_stack_and_programs! {
     ten_thousand_connections_of_a_pod_to_one_remote
     when_no_port_is_left_that_is_counted
     a_port_may_be_used_again
+    a_port_that_was_given_to_who_gave_way_is_taken
 }
 
 /// Who speaks to the outside.
@@ -165,6 +166,38 @@ fn flows_of_one_port_to_one_remote_are_told_apart(by: By) -> Result<()> {
     each(rows, |(order, kind, family)| {
         port += 1;
         all_are_told_apart(&all, order, &remotes[family], kind, port)
+    })
+}
+
+/// A flow that the stack has made gives way to a pod's, and so has a port that it does not
+/// know of. The next one of the stack's, which comes from that port, must not meet it there.
+fn a_port_that_was_given_to_who_gave_way_is_taken(by: By) -> Result<()> {
+    let node = Node::new()?;
+    let outside = node.outside()?;
+    let all = Everybody::new(&node, by)?;
+    let remotes = remotes(&outside)?;
+    let mut port = 6000;
+    let rows = [Guest, Who::Node].into_iter().flat_map(|who| {
+        both(&[Kind::Udp, Kind::Tcp])
+            .into_iter()
+            .map(move |(kind, family)| (who, kind, family))
+    });
+    each(rows, |(who, kind, family)| {
+        port += 1;
+        let remote = &remotes[family];
+        let mut flows = vec![remote.open(kind, &all.pod, port)?];
+        flows[0].exchange()?;
+        flows.push(remote.open(kind, all.who(who), port)?);
+        let given = flows[1].exchange()?.port();
+        ensure!(given != port, "it kept {port}");
+        flows.push(remote.open(kind, all.who(who), given)?);
+        for _ in 0..2 {
+            for flow in &mut flows {
+                flow.exchange()?;
+            }
+        }
+        let seen: Vec<_> = flows.iter().filter_map(|flow| flow.seen).collect();
+        all_differ(&seen)
     })
 }
 

@@ -128,7 +128,13 @@ fn an_answer_comes_in_time_or_is_none(by: By) -> Result<()> {
         let again = hears(&there)?;
         ensure!(again == seen, "seen as {again}, not {seen}");
         there.send_to(b"!", again)?;
-        hears(&here).context("in time again").map(drop)
+        hears(&here).context("in time again")?;
+        // The same if half of the flow was forgotten meanwhile.
+        age(&node, "REPLIES")?;
+        forget(&node, "FLOWS")?;
+        here.send_to(b"?", there.local_addr()?)?;
+        there.send_to(b"!", hears(&there)?)?;
+        hears(&here).context("half forgotten").map(drop)
     })
 }
 

@@ -9,7 +9,7 @@ mod same;
 
 use std::{
     collections::BTreeMap,
-    env, fs,
+    env,
     net::{IpAddr, Ipv4Addr},
     path::{Path, PathBuf},
     process::Command,
@@ -81,40 +81,8 @@ fn upgrade_error(node: &Node) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stderr).into_owned())
 }
 
-/// The released programs, as another build of them would be: in the copy of the binary,
-/// their idea of how long 300 s and 120 s are is longer by `number` ns.
+/// Another build of a plugin.
 fn another_build(of: &Path, number: u8) -> Result<PathBuf> {
-    let mut bytes = fs::read(of).with_context(|| format!("reading {}", of.display()))?;
-    let mut changed = 0;
-    // The compiler may ask for more than a nanosecond less.
-    for time in [
-        300_000_000_000_u64,
-        299_999_999_999,
-        120_000_000_000,
-        119_999_999_999,
-    ] {
-        let [low, high] = [time as u32, (time >> 32) as u32].map(u32::to_le_bytes);
-        // The only instruction of two words loads a number of 64 bits (`BPF_LD | BPF_DW`):
-        // opcode, registers, the lower half of the number, and in the same places of the
-        // second word nothing, nothing, the upper half.
-        for at in (0..bytes.len() - 16).step_by(4) {
-            if bytes[at] == 0x18
-                && bytes[at + 1] < 10
-                && bytes[at + 2..at + 4] == [0; 2]
-                && bytes[at + 4..at + 8] == low
-                && bytes[at + 8..at + 12] == [0; 4]
-                && bytes[at + 12..at + 16] == high
-            {
-                bytes[at + 4] = bytes[at + 4].wrapping_add(number);
-                changed += 1;
-            }
-        }
-    }
-    ensure!(
-        changed > 2,
-        "{changed} places in {} were changed",
-        of.display()
-    );
     let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!(
         "upgrade-{}-{number}-{}",
         std::process::id(),
@@ -123,18 +91,7 @@ fn another_build(of: &Path, number: u8) -> Result<PathBuf> {
             .unwrap_or_default()
             .to_string_lossy()
     ));
-    fs::create_dir_all(&directory)?;
-    let (raw, path) = (directory.join("raw"), directory.join("bpf-bridge"));
-    fs::write(&raw, bytes)?;
-    // Another process writes what will be executed: a descriptor of this one could be
-    // inherited by what other threads start, and the file be busy for that.
-    let copied = Command::new("install")
-        .args(["-m", "755"])
-        .args([&raw, &path])
-        .status()?;
-    ensure!(copied.success(), "copying {}", raw.display());
-    fs::remove_file(raw)?;
-    Ok(path)
+    bpf_bridge_tests::another_build(of, &directory, number)
 }
 
 /// The same, of the plugin under test.
@@ -150,16 +107,21 @@ fn program_of(node: &Node, pod: &Pod) -> Result<u64> {
         .with_context(|| format!("no program in {all}"))
 }
 
-/// The id of the program that each link of a layout runs, by the link's name.
+/// The id of the program that each link of a layout runs, by the link's name; before Linux 6.6
+/// what uplinks run is pinned itself.
 fn links(node: &Node, layout: &str) -> Result<BTreeMap<String, u64>> {
     let names = node.run(&format!("ls {ROOT}/{layout}/links"))?;
     names
         .split_whitespace()
         .map(|name| {
-            let link = node.json(&format!(
-                "bpftool -j link show pinned {ROOT}/{layout}/links/{name}"
+            let (kind, id) = match name.starts_with("filter-") {
+                true => ("prog", "id"),
+                false => ("link", "prog_id"),
+            };
+            let object = node.json(&format!(
+                "bpftool -j {kind} show pinned {ROOT}/{layout}/links/{name}"
             ))?;
-            let id = link["prog_id"].as_u64().context("no program")?;
+            let id = object[id].as_u64().context("no program")?;
             Ok((name.to_owned(), id))
         })
         .collect()

@@ -268,6 +268,9 @@ impl Translators {
 
     /// Whether these are the programs that are pinned.
     pub(super) fn is_pinned(&mut self) -> Result<bool, Error> {
+        if Successor::is_left(&pins::map(NEXT)) {
+            return Ok(false);
+        }
         for name in self.classifiers() {
             let program = object::classifier(&mut self.ebpf, name)?;
             if !object::is_same(name, program, &pins::nat(name))? {
@@ -344,18 +347,33 @@ impl Translators {
     }
 }
 
-/// Makes or finds the maps, and reads the programs; none is verified yet.
-fn load_object(limits: &Limits) -> Result<Ebpf, Error> {
-    // The loader takes what is pinned, whatever it is.
+/// As [`require_all_own`], if any part is to be loaded.
+pub(super) fn require_own(parts: &[Part]) -> Result<(), Error> {
+    if parts.iter().all(|part| part.is_loaded()) {
+        return Ok(());
+    }
+    require_all_own()
+}
+
+/// Refuses maps that are pinned where ours are, or should be, and are not: the loader takes
+/// whatever is pinned.
+fn require_all_own() -> Result<(), Error> {
     let expected = object::expected(object::NAT)?;
     for name in MAPS.into_iter().chain(SHARED) {
         object::require_own(&pins::map(name), &expected[name])?;
     }
+    Ok(())
+}
+
+/// Makes or finds the maps, and reads the programs; none is verified yet.
+fn load_object(limits: &Limits) -> Result<Ebpf, Error> {
+    require_all_own()?;
     let mut loader = object::loader(limits);
     for name in MAPS.into_iter().chain(SHARED) {
         loader.map_pin_path(name, pins::map(name));
     }
-    Ok(loader.load(object::NAT)?)
+    let pins = || MAPS.into_iter().map(pins::map).collect();
+    Ok(fault::pins(pins, || loader.load(object::NAT))?)
 }
 
 fn sockets<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut CgroupSockAddr, Error> {

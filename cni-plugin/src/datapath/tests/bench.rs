@@ -399,10 +399,14 @@ type Loaded = (
     ProgramArray<MapData>,
 );
 
+/// How many addresses can be learned at one port.
+pub(super) const LEARNED_SHARE: u32 = 64;
+
 /// What `object::load` does, without a pin.
 fn load(level: LogLevel) -> Loaded {
     let mut ebpf = EbpfLoader::new()
         .override_global("AYA_LOG_LEVEL", &level.number(), false)
+        .override_global("LEARNED_SHARE", &LEARNED_SHARE, true)
         .load(object::OBJECT)
         .unwrap();
     let mut calls = ProgramArray::try_from(ebpf.take_map("PROGRAMS").unwrap()).unwrap();

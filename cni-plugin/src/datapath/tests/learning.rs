@@ -1,6 +1,6 @@
 //! `port`: addresses that nobody was assigned are learned from their frames.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use bpf_bridge_common::{
     drops::DropReason::{BadSource, Isolated, SamePort, Spoofed},
@@ -9,7 +9,7 @@ use bpf_bridge_common::{
 
 use super::{
     super::{LogLevel, remove},
-    bench::{Bench, mac, now, with_bench},
+    bench::{Bench, LEARNED_SHARE, mac, now, with_bench},
     frames::{BROADCAST, plain, who_has},
     switching::{
         Fate::{self, Drop, Flood, Redirect, ToPod},
@@ -329,5 +329,36 @@ fn learned_addresses_are_isolated_as_their_ports_are() {
             &plain(STRANGE, mac("iso")),
             Flood(NOT_ISOLATED),
         );
+    });
+}
+
+#[test]
+fn a_port_forgets_its_oldest_address_for_one_too_many() {
+    let numbered = |number: u32| -> Mac {
+        let [a, b, c, d] = number.to_be_bytes();
+        [2, 1, a, b, c, d]
+    };
+    let at = |bench: &Bench, device| -> BTreeSet<Mac> {
+        let table = bench.table();
+        let own = table.into_iter().filter(|(_, port)| *port == device);
+        own.map(|((_, mac), _)| mac).collect()
+    };
+    with_bench(LogLevel::Off, |bench| {
+        bench.run("port", "b", &plain(mac("a"), STRANGE));
+        for number in 0..3 * LEARNED_SHARE {
+            bench.run("port", "a", &plain(mac("b"), numbered(number)));
+            let first = (number + 1).saturating_sub(LEARNED_SHARE);
+            let expected = (first..=number).map(numbered).collect();
+            assert_eq!(at(bench, "a"), expected);
+        }
+        assert_eq!(at(bench, "b"), BTreeSet::from([STRANGE]));
+
+        // One that has moved is another port's now.
+        let moved = numbered(3 * LEARNED_SHARE - 1);
+        bench.run("port", "b", &plain(mac("a"), moved));
+        for number in 0..2 * LEARNED_SHARE {
+            bench.run("port", "a", &plain(mac("b"), numbered(number)));
+        }
+        assert_eq!(at(bench, "b"), BTreeSet::from([STRANGE, moved]));
     });
 }

@@ -1,10 +1,12 @@
 //! What the verifier says of the programs, and what their log says.
 
-use std::sync::Mutex;
+use std::{collections::BTreeMap, env, fs, sync::Mutex};
 
-use aya::programs::SchedClassifier;
+use aya::programs::{Program, SchedClassifier};
 use aya_log::EbpfLogger;
 use log::{Level, Log, Metadata, Record};
+use nix::sys::utsname::uname;
+use serde_json::json;
 
 use super::{
     super::{LogLevel, object},
@@ -13,75 +15,116 @@ use super::{
 };
 use crate::node::Limits;
 
-/// How many instructions the verifier may have to look at: up to twice what the
-/// programs need on Linux 6.18. The time that the first ADD of a boot takes grows
-/// with it, and the verifier's own limit is a million.
-const BUDGET: [(&str, u32); 4] = [
-    ("port", 2_500),
-    ("guard", 16_000),
-    ("responder", 6_000),
-    ("flood", 60_000),
-];
-
 fn program<'a>(bench: &'a Bench, name: &str) -> &'a SchedClassifier {
     bench.ebpf.program(name).unwrap().try_into().unwrap()
 }
 
+/// How many instructions the verifier has to look at, by program. The time that the first
+/// ADD of a boot takes grows with it, and the verifier's own limit is a million.
+type Counts = BTreeMap<String, u32>;
+
+/// What that was, by kernel, when `cargo xtask record` was run last.
+const RECORD: &str = include_str!("../../../../ebpf/verified.json");
+/// Says where that command wants to have what is found, instead of the comparison.
+const RECORD_VARIABLE: &str = "BPF_BRIDGE_RECORD";
+
 #[test]
-fn the_verifier_has_little_to_do() {
-    let names: Vec<_> = object::PROGRAMS.iter().map(|(name, _)| *name).collect();
-    with_bench(LogLevel::Off, |bench| {
-        assert_eq!(names.len(), BUDGET.len());
-        for (name, limit) in BUDGET {
-            assert!(names.contains(&name), "{name}");
-            let info = program(bench, name).info().unwrap();
-            // Linux 5.16 and newer tell.
-            let Some(count) = info.verified_instruction_count() else {
-                continue;
-            };
-            println!("{name}: {count} instructions verified, at most {limit}");
-            assert!(count > 0 && count <= limit, "{name}: {count} instructions");
-        }
-    });
+fn the_verifier_looks_at_no_more_than_was_recorded() {
+    let found = counts();
+    let kernel = uname().unwrap().release().to_str().unwrap().to_owned();
+    let mut numbers = kernel.split('.');
+    let version = format!("{}.{}", numbers.next().unwrap(), numbers.next().unwrap());
+    println!("Linux {version}: {found:#?}");
+    if let Some(path) = env::var_os(RECORD_VARIABLE) {
+        fs::write(path, json!({version: found}).to_string()).unwrap();
+        return;
+    }
+    let record: BTreeMap<String, Counts> = serde_json::from_str(RECORD).unwrap();
+    // Elsewhere it is enough that the programs are taken.
+    if let Some(recorded) = record.get(&version) {
+        let wrong = differences(recorded, &found);
+        assert!(
+            wrong.is_empty(),
+            "{wrong:#?}; if that is as it should be: `cargo xtask record`"
+        );
+    }
 }
 
-/// The same for the programs that translate.
-const NAT_BUDGET: [(&str, u32); 8] = [
-    ("uplink", 300_000),
-    ("uplink_l3", 300_000),
-    ("egress", 400_000),
-    ("egress_l3", 400_000),
-    ("from_pod", 300_000),
-    ("from_host", 300_000),
-    ("between", 300_000),
-    ("forward", 300_000),
-];
-
-#[test]
-fn the_verifier_has_not_too_much_to_do() {
-    let mut ebpf = object::loader(&Limits::default())
-        .load(object::NAT)
-        .unwrap();
-    let mut failed = Vec::new();
-    for (name, limit) in NAT_BUDGET {
-        match object::load_program(&mut ebpf, name) {
-            Ok(program) => {
-                let Some(count) = program.info().unwrap().verified_instruction_count() else {
-                    continue;
-                };
-                println!("{name}: {count} instructions verified, at most {limit}");
-                if count > limit {
-                    failed.push(format!("{name}: {count} instructions"));
-                }
-            }
-            Err(error) => {
+/// Loads every program.
+fn counts() -> Counts {
+    let mut counts = Counts::new();
+    for object in [object::OBJECT, object::NAT] {
+        let mut ebpf = object::loader(&Limits::default())
+            .override_global("AYA_LOG_LEVEL", &LogLevel::Off.number(), false)
+            .load(object)
+            .unwrap();
+        for (name, program) in ebpf.programs_mut() {
+            let info = match program {
+                Program::SchedClassifier(program) => program.load().and_then(|()| program.info()),
+                Program::CgroupSockAddr(program) => program.load().and_then(|()| program.info()),
+                Program::Xdp(program) => program.load().and_then(|()| program.info()),
+                _ => panic!("{name} is of no kind that is known here"),
+            };
+            // The end of what the verifier writes says why.
+            let info = info.unwrap_or_else(|error| {
                 let error = error.to_string();
                 let end: Vec<_> = error.lines().rev().take(16).collect();
-                failed.push(format!("{name}: {end:?}"));
-            }
+                panic!("{name}: {end:#?}")
+            });
+            // Linux 5.16 and newer tell.
+            counts.extend(
+                info.verified_instruction_count()
+                    .map(|count| (name.to_owned(), count)),
+            );
         }
     }
-    assert!(failed.is_empty(), "{failed:#?}");
+    counts
+}
+
+/// Programs that need a tenth more than was recorded, or of which nothing was recorded; and
+/// what was recorded of programs that are no more.
+fn differences(recorded: &Counts, found: &Counts) -> Vec<String> {
+    let grown = found
+        .iter()
+        .filter_map(|(name, &count)| match recorded.get(name) {
+            Some(&before) if u64::from(count) * 10 < u64::from(before) * 11 => None,
+            Some(before) => Some(format!("{name}: {count} instructions, {before} before")),
+            None => Some(format!("{name}: {count} instructions, not recorded")),
+        });
+    let gone = recorded
+        .keys()
+        .filter(|name| !found.contains_key(*name))
+        .map(|name| format!("{name}: recorded, but not there"));
+    grown.chain(gone).collect()
+}
+
+#[test]
+fn growth_by_a_tenth_is_seen() {
+    let counts = |counts: &[(&str, u32)]| -> Counts {
+        counts
+            .iter()
+            .map(|&(name, count)| (name.to_owned(), count))
+            .collect()
+    };
+    let recorded = counts(&[("a", 1000), ("b", 500_000)]);
+    for (found, wrong) in [
+        (counts(&[("a", 1000), ("b", 500_000)]), [].as_slice()),
+        (counts(&[("a", 10), ("b", 549_999)]), &[]),
+        (
+            counts(&[("a", 1100), ("b", 500_000)]),
+            &["a: 1100 instructions, 1000 before"],
+        ),
+        (
+            counts(&[("b", 550_000), ("c", 1)]),
+            &[
+                "b: 550000 instructions, 500000 before",
+                "c: 1 instructions, not recorded",
+                "a: recorded, but not there",
+            ],
+        ),
+    ] {
+        assert_eq!(differences(&recorded, &found), wrong);
+    }
 }
 
 #[test]

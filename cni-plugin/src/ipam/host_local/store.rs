@@ -141,6 +141,11 @@ impl StoreError {
         }
     }
 
+    fn is_read_only(&self) -> bool {
+        matches!(self, Self::Io { source, .. }
+            if source.kind() == io::ErrorKind::ReadOnlyFilesystem)
+    }
+
     fn all(errors: Vec<Self>) -> Result<(), Self> {
         if errors.is_empty() {
             Ok(())
@@ -250,11 +255,19 @@ impl Store {
         boot: String,
     ) -> Result<Self, StoreError> {
         check_network(network)?;
-        let leases = Directory::create(data_dir.join(network), 0o755)?;
-        let indexes = Directory::create(data_dir.join(INDEX), 0o700)?;
+        let path = data_dir.join(INDEX).join(network);
+        // First, so that whoever finds leases of ours need not make it, on a full disk.
+        let index = match Directory::open(path.clone())? {
+            Some(index) => index,
+            None => {
+                Directory::create(data_dir.to_owned(), 0o755)?;
+                Directory::create(data_dir.join(INDEX), 0o700)?;
+                Directory::create(path, 0o700)?
+            }
+        };
         Ok(Self {
-            network: leases,
-            index: Directory::create(indexes.path().join(network), 0o700)?,
+            network: Directory::create(data_dir.join(network), 0o755)?,
+            index,
             boot,
         })
     }
@@ -307,7 +320,14 @@ impl Store {
         let Ok(names) = owner.names() else {
             return Ok(Vec::new());
         };
-        let session = self.lock()?;
+        let session = match self.lock() {
+            // Whoever wrote a lease had a lock: there is none to be freed, and no room for
+            // another.
+            Err(_) if matches!(self.network.open_existing(LOCK), Ok(None)) => {
+                return Ok(Vec::new());
+            }
+            locked => locked?,
+        };
         let indexed = session.ensure_index();
         for name in &names {
             let entry = match &indexed {
@@ -410,7 +430,16 @@ impl Store {
     }
 
     fn lock(&self) -> Result<Session<'_>, StoreError> {
-        let file = self.network.open_file(LOCK)?;
+        let file = match self.network.open_file(LOCK) {
+            // Where nothing can be written, there may be nothing that must be.
+            Err(error) if error.is_read_only() => self
+                .network
+                .open_existing(LOCK)
+                .ok()
+                .flatten()
+                .ok_or(error)?,
+            opened => opened?,
+        };
         let path = self.network.path().join(LOCK);
         Ok(Session {
             store: self,

@@ -1,10 +1,13 @@
 //! Two clients that would look the same to the pod, and memory that is lost.
 
-use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, SocketAddr, TcpListener, UdpSocket},
+};
 
 use bpf_bridge_common::{
     drops::DropReason,
-    layout::{FLOW_IDLE_NS, FLOW_REFRESH_NS},
+    layout::{FLOW_IDLE_NS, FLOW_REFRESH_NS, SPARED_NS},
 };
 
 use super::{
@@ -14,8 +17,12 @@ use super::{
     },
     packets::{ACK, FIN, RST, SCTP, SYN, TCP, UDP, flagged, whole},
     requests::with_each,
-    stage::{FAMILIES, Family, Stage, frame, inbound, into, mac, out_of, ports, wire, with_stage},
+    stage::{
+        FAMILIES, Family, Stage, frame, inbound, into, mac, out_of, ports, wire, with_stage,
+        with_stage_of,
+    },
 };
+use crate::node::Limits;
 
 /// A request by `up0`.
 fn request(protocol: u8, client: SocketAddr, original: SocketAddr) -> Vec<u8> {
@@ -556,5 +563,107 @@ fn nobody_outside_can_appear_as_a_neighbour_of_the_pod() {
                 stage.reset_counters();
             }
         }
+    });
+}
+
+/// How many flows a pod can have in the tests of shares.
+const SHARE: u16 = 256;
+
+fn with_shares(work: impl FnOnce(&mut Stage)) {
+    let limits = format!(r#"{{"podLimits": {{"flows": {SHARE}}}}}"#);
+    with_stage_of(&Limits::of(&limits), work);
+}
+
+/// The ports of the clients whose flows are a pod's.
+fn clients_of(stage: &Stage, pod: SocketAddr) -> BTreeSet<u16> {
+    let seen = stage.seen();
+    (seen.iter())
+        .filter(|flow| flow.0 == pod)
+        .map(|flow| flow.3.port())
+        .collect()
+}
+
+#[test]
+fn who_has_more_flows_than_its_share_loses_its_oldest() {
+    with_shares(|stage| {
+        let family = FAMILIES[0];
+        stage.publish(family.unspecified(), UDP, "a");
+        stage.publish_as(SocketAddr::new(family.unspecified(), 9090), UDP, "b", 80);
+        let ask = |stage: &Stage, client: u16, original: u16| {
+            let (client, original) = (family.end("x", client), family.end("up0", original));
+            let run = stage.run("uplink", "up0", &request(UDP, client, original));
+            assert_eq!(run.verdict, REDIRECT);
+        };
+        let (a, b) = (family.end("a", 80), family.end("b", 80));
+        ask(stage, 1, 9090);
+        for client in 1..=SHARE {
+            ask(stage, 1000 + client, 8080);
+        }
+        let expected = |first: u16| -> BTreeSet<u16> { (first..first + SHARE).collect() };
+        assert_eq!(
+            clients_of(stage, a),
+            expected(1001),
+            "there is room for all"
+        );
+        for more in 1..=2 * SHARE {
+            ask(stage, 1000 + SHARE + more, 8080);
+            assert_eq!(clients_of(stage, a), expected(1001 + more));
+        }
+        assert_eq!(clients_of(stage, b), BTreeSet::from([1]));
+    });
+}
+
+#[test]
+fn what_is_in_use_is_spared() {
+    with_shares(|stage| {
+        let family = FAMILIES[0];
+        stage.publish(family.unspecified(), UDP, "a");
+        let original = family.end("up0", 8080);
+        let ask = |stage: &Stage, client: u16| {
+            stage.run(
+                "uplink",
+                "up0",
+                &request(UDP, family.end("x", client), original),
+            );
+        };
+        for client in 1..=SHARE {
+            ask(stage, 1000 + client);
+        }
+        // The oldest one is the only one that has been used for long.
+        for client in 1..=SHARE {
+            change(stage, family.end("x", 1000 + client), original, |flow| {
+                let seen = if client == 1 {
+                    u64::MAX
+                } else {
+                    flow.seen.saturating_sub(SPARED_NS + 1)
+                };
+                Some(bpf_bridge_common::layout::Flow { seen, ..flow })
+            });
+        }
+        for more in 1..=2 * SHARE {
+            ask(stage, 2000 + more);
+            let clients = clients_of(stage, family.end("a", 80));
+            assert!(clients.contains(&1001), "after {more}: {clients:?}");
+            assert!(clients.contains(&(2000 + more)));
+            assert_eq!(clients.len(), usize::from(SHARE));
+        }
+    });
+}
+
+#[test]
+fn what_a_pod_asks_another_is_of_its_own_share() {
+    with_shares(|stage| {
+        let family = FAMILIES[0];
+        stage.publish(family.unspecified(), UDP, "a");
+        let original = family.end("up0", 8080);
+        stage.run("uplink", "up0", &request(UDP, family.end("x", 1), original));
+        let before = clients_of(stage, family.end("a", 80));
+        for client in 1..=2 * SHARE {
+            let asked = whole(UDP, family.end("b", 1000 + client), original, b"?");
+            stage.run("from_pod", "b", &out_of("b", &asked));
+        }
+        let after = clients_of(stage, family.end("a", 80));
+        assert_eq!(after.len(), usize::from(SHARE) + 1);
+        assert!(before.is_subset(&after));
     });
 }

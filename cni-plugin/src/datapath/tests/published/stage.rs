@@ -6,11 +6,13 @@ use std::{
     fs, io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::{AsFd as _, AsRawFd as _},
+    ptr,
+    sync::Mutex,
 };
 
 use aya::{
     Ebpf,
-    maps::{HashMap, PerCpuHashMap, PerCpuValues},
+    maps::{HashMap, Map, MapData, PerCpuHashMap, PerCpuValues},
     programs::{SchedClassifier, Xdp},
     util::nr_cpus,
 };
@@ -51,6 +53,8 @@ const MARK: u32 = 0x1234;
 /// `BPF_F_TEST_SKB_CHECKSUM_COMPLETE`: the kernel sums the packet up as a device would
 /// have, and fails the run if the program leaves it another packet than that sum.
 const CHECKSUM_COMPLETE: u32 = 1 << 2;
+const BPF_MAP_DELETE_ELEM: libc::c_int = 3;
+const BPF_MAP_GET_NEXT_KEY: libc::c_int = 4;
 const BPF_PROG_TEST_RUN: libc::c_int = 10;
 
 /// The version of IP.
@@ -163,14 +167,114 @@ pub(super) struct Stage {
     pub(super) fragments: Table<FragmentKey, Fragments>,
     pub(super) addresses: Table<Address, u8>,
     published: Table<PublishedKey, Published>,
-    stats: PerCpuHashMap<aya::maps::MapData, u32, Wire<PortStats>>,
+    stats: PerCpuHashMap<MapData, u32, Wire<PortStats>>,
     indices: BTreeMap<&'static str, u32>,
 }
+
+/// Programs that tests before have loaded, with empty maps: to have them verified takes
+/// longer than most tests.
+static LOADED: Mutex<Vec<Ebpf>> = Mutex::new(Vec::new());
 
 /// Runs `work` on a node of its own.
 pub(super) fn with_stage(work: impl FnOnce(&mut Stage)) {
     let host = testing::netns();
-    host.run_in(|| work(&mut Stage::new(&host))).unwrap();
+    let before = LOADED.lock().unwrap().pop();
+    host.run_in(|| {
+        let mut stage = Stage::new(&host, before.unwrap_or_else(|| load(&Limits::default())));
+        work(&mut stage);
+        empty_maps(&stage.ebpf);
+        LOADED.lock().unwrap().push(stage.ebpf);
+    })
+    .unwrap();
+}
+
+/// The same, with other limits.
+pub(super) fn with_stage_of(limits: &Limits, work: impl FnOnce(&mut Stage)) {
+    let host = testing::netns();
+    host.run_in(|| work(&mut Stage::new(&host, load(limits))))
+        .unwrap();
+}
+
+fn load(limits: &Limits) -> Ebpf {
+    let mut ebpf = object::loader(limits).load(object::NAT).unwrap();
+    for name in [
+        "uplink",
+        "uplink_l3",
+        "egress",
+        "egress_l3",
+        "from_pod",
+        "from_host",
+        "between",
+    ] {
+        object::load_program(&mut ebpf, name).unwrap();
+    }
+    let xdp: &mut Xdp = ebpf.program_mut("xdp").unwrap().try_into().unwrap();
+    xdp.load().unwrap();
+    ebpf
+}
+
+/// Opens a map a second time: the programs' own stays where it is.
+fn open(ebpf: &Ebpf, name: &str) -> Map {
+    let data = data(ebpf.map(name).unwrap()).unwrap();
+    let fd = data.fd().as_fd().try_clone_to_owned().unwrap();
+    Map::from_map_data(MapData::from_fd(fd).unwrap()).unwrap()
+}
+
+/// A table of the programs.
+pub(super) fn table<K: bytemuck::Pod, V: bytemuck::Pod>(ebpf: &Ebpf, name: &str) -> Table<K, V> {
+    HashMap::try_from(open(ebpf, name)).unwrap()
+}
+
+/// A map that holds what programs or their users write, if it is one.
+fn data(map: &Map) -> Option<&MapData> {
+    match map {
+        Map::HashMap(data)
+        | Map::LruHashMap(data)
+        | Map::PerCpuHashMap(data)
+        | Map::LpmTrie(data) => Some(data),
+        _ => None,
+    }
+}
+
+/// Removes every entry that was written.
+fn empty_maps(ebpf: &Ebpf) {
+    /// The part of `union bpf_attr` of commands on a map (`linux/bpf.h`).
+    #[repr(C)]
+    struct Attributes {
+        map: u32,
+        padding: u32,
+        key: u64,
+        next: u64,
+    }
+    let run = |command: libc::c_int, attributes: &mut Attributes| {
+        // SAFETY: the attributes are the commands', and their pointers null, or to buffers
+        // of a key's length that live until it returns.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_bpf,
+                command,
+                ptr::from_mut(attributes),
+                size_of::<Attributes>(),
+            )
+        };
+        result == 0
+    };
+    for data in ebpf.maps().filter_map(|(_, map)| data(map)) {
+        let mut key = vec![0u8; data.info().unwrap().key_size() as usize];
+        let key = key.as_mut_ptr() as u64;
+        let mut attributes = Attributes {
+            map: u32::try_from(data.fd().as_fd().as_raw_fd()).unwrap(),
+            padding: 0,
+            key: 0,
+            next: key,
+        };
+        // Again and again the first.
+        while run(BPF_MAP_GET_NEXT_KEY, &mut attributes) {
+            (attributes.key, attributes.next) = (key, 0);
+            assert!(run(BPF_MAP_DELETE_ELEM, &mut attributes));
+            (attributes.key, attributes.next) = (0, key);
+        }
+    }
 }
 
 fn sysctl(path: &str, value: &str) {
@@ -178,7 +282,7 @@ fn sysctl(path: &str, value: &str) {
 }
 
 impl Stage {
-    fn new(host: &Netns) -> Self {
+    fn new(host: &Netns, ebpf: Ebpf) -> Self {
         let peers = testing::netns();
         peers
             .run_in(|| sysctl("ipv6/conf/default/disable_ipv6", "1"))
@@ -222,26 +326,7 @@ impl Stage {
                 indices.insert(peer_name, made.peer);
             }
         }
-        let mut ebpf = object::loader(&Limits::default())
-            .load(object::NAT)
-            .unwrap();
-        for name in [
-            "uplink",
-            "uplink_l3",
-            "egress",
-            "egress_l3",
-            "from_pod",
-            "from_host",
-            "between",
-        ] {
-            object::load_program(&mut ebpf, name).unwrap();
-        }
-        let xdp: &mut Xdp = ebpf.program_mut("xdp").unwrap().try_into().unwrap();
-        xdp.load().unwrap();
-        fn table<K: bytemuck::Pod, V: bytemuck::Pod>(ebpf: &mut Ebpf, name: &str) -> Table<K, V> {
-            HashMap::try_from(ebpf.take_map(name).unwrap()).unwrap()
-        }
-        let mut known: Table<u32, Port> = table(&mut ebpf, "PORTS");
+        let mut known: Table<u32, Port> = table(&ebpf, "PORTS");
         let segments = (indices["cni0"], indices["cni1"]);
         for (name, segment, flags) in [
             ("gate", segments.0, PORT_GATEWAY),
@@ -264,12 +349,12 @@ impl Stage {
             };
             known.insert(Wire(indices[name]), Wire(port), ANY).unwrap();
         }
-        let stats = PerCpuHashMap::try_from(ebpf.take_map("STATS").unwrap()).unwrap();
+        let stats = PerCpuHashMap::try_from(open(&ebpf, "STATS")).unwrap();
         let mut stage = Self {
-            flows: table(&mut ebpf, "FLOWS"),
-            fragments: table(&mut ebpf, "FRAGMENTS"),
-            addresses: table(&mut ebpf, "ADDRESSES"),
-            published: table(&mut ebpf, "PUBLISHED"),
+            flows: table(&ebpf, "FLOWS"),
+            fragments: table(&ebpf, "FRAGMENTS"),
+            addresses: table(&ebpf, "ADDRESSES"),
+            published: table(&ebpf, "PUBLISHED"),
             ebpf,
             links,
             _peers: peers,

@@ -16,7 +16,7 @@ use super::{
     },
     flows::take_every_port,
     packets::{Header, SCTP, TCP, UDP, flagged, packet, segment, too_big, unfinished, whole},
-    stage::{FAMILIES, Family, Run, Stage, frame, inbound, into, mac, with_stage},
+    stage::{FAMILIES, Family, Run, Stage, frame, inbound, into, mac, table, with_stage},
 };
 
 /// Verdicts of `enum xdp_action` (`linux/bpf.h`).
@@ -33,8 +33,7 @@ const MD_INGRESS_IFINDEX: usize = 12;
 fn with_xdp(work: impl FnOnce(&mut Stage)) {
     with_stage(|stage| {
         let device = stage.index("up0");
-        let mut uplinks: Table<u32, Mac> =
-            Table::try_from(stage.ebpf.take_map("XDP_UPLINKS").unwrap()).unwrap();
+        let mut uplinks: Table<u32, Mac> = table(&stage.ebpf, "XDP_UPLINKS");
         uplinks.insert(Wire(device), Wire(mac("up0")), ANY).unwrap();
         let program: &mut Xdp = stage.ebpf.program_mut("xdp").unwrap().try_into().unwrap();
         // A veth has a queue that frames can come from only then.
