@@ -205,3 +205,51 @@ pub const fn mac_of(address: [u8; 16]) -> Option<Mac> {
         _ => None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_link_local_address_is_made_of_a_mac_address() {
+        let address = [
+            0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0x10, 2, 3, 0xff, 0xfe, 4, 5, 6,
+        ];
+        assert_eq!(mac_of(address), Some([0x12, 2, 3, 4, 5, 6]));
+        for at in [0, 1, 2, 7, 11, 12] {
+            let mut other = address;
+            other[at] ^= 1;
+            assert_eq!(mac_of(other), None, "byte {at}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_frame_makes_the_parser_panic(
+            mut frame in proptest::collection::vec(any::<u8>(), 0..200),
+            ethertype in prop_oneof![
+                Just(ETH_P_ARP),
+                Just(ETH_P_IP),
+                Just(ETH_P_IPV6),
+                Just(ETH_P_8021Q),
+            ],
+            next in prop_oneof![Just(58u8), Just(60), Just(0), Just(43), Just(44)],
+        ) {
+            for (at, byte) in [
+                (12, (ethertype >> 8) as u8),
+                (13, ethertype as u8),
+                (20, next),
+                (21, ND_HOP_LIMIT),
+            ] {
+                if let Some(place) = frame.get_mut(at) {
+                    *place = byte;
+                }
+            }
+            if let Payload::Packet(ethertype, l3) = payload(frame.as_slice()) {
+                let _ = said(frame.as_slice(), ethertype, l3);
+            }
+        }
+    }
+}

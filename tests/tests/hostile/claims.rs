@@ -461,9 +461,9 @@ fn redirect(
 ) -> Frame {
     let quoted = Packet::udp((victim.1, 1).into(), (remote, 1).into(), &[]).bytes();
     let mut quoted = quoted;
-    // Of a ping, for which nobody asks whether it was sent.
+    // The answer to a ping: Linux does not ask whether it has sent it.
     quoted[9] = 1;
-    quoted[20..28].copy_from_slice(&[8, 0, 0, 0, 0, 1, 0, 1]);
+    quoted[20..28].copy_from_slice(&[0, 0, 0, 0, 0, 1, 0, 1]);
     quoted[10..12].fill(0);
     let sum = internet_checksum(&quoted[..20]);
     quoted[10..12].copy_from_slice(&sum.to_be_bytes());

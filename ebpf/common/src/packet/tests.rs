@@ -505,3 +505,57 @@ fn read_quoted(error: &ErrorShape) -> Option<Parsed> {
     let frame = Frame::new(version, &packet, &[]);
     quoted(&frame, &frame.parse(version)?)
 }
+
+/// An IPv4 and an IPv6 packet with 8 bytes of UDP, behind an Ethernet header.
+fn datagrams() -> [Frame; 2] {
+    let udp = [0, 7, 0, 7, 0, 8, 0, 0];
+    let mut v4 = std::vec![
+        0x46, 0, 0, 32, 0, 0, 0, 0, 64, 17, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2, 1, 1, 1, 1
+    ];
+    let sum = v4.chunks(2).fold(0u32, |sum, word| {
+        sum + u32::from(u16::from_be_bytes([word[0], word[1]]))
+    });
+    let sum = !((sum & 0xffff) + (sum >> 16)) as u16;
+    v4[10..12].copy_from_slice(&sum.to_be_bytes());
+    v4.extend(udp);
+    let mut v6 = std::vec![0x60, 0, 0, 0, 0, 8, 17, 64];
+    v6.extend([0xfd; 32]);
+    v6.extend(udp);
+    [
+        Frame::new(Version::V4, &v4, &[]),
+        Frame::new(Version::V6, &v6, &[]),
+    ]
+}
+
+#[test]
+fn what_the_stack_would_drop_is_not_sound() {
+    let [v4, v6] = datagrams();
+    for (frame, version, length_at, hops_at) in
+        [(v4, Version::V4, 16, 22), (v6, Version::V6, 18, 21)]
+    {
+        let sound = |frame: &Frame, room: usize, segmented: bool| {
+            frame
+                .parse(version)
+                .is_some_and(|parsed| is_sound(frame, &parsed, room, segmented))
+        };
+        let room = frame.0.len() - ETH_HLEN;
+        assert!(sound(&frame, room, false), "{version:?}");
+        assert!(sound(&frame, room + 100, false), "{version:?} with padding");
+        assert!(!sound(&frame, room - 1, false), "{version:?} cut off");
+        let mut lie = frame.clone();
+        lie.0[hops_at] = 0;
+        assert!(!sound(&lie, room, false), "{version:?} without hops");
+        let mut open = frame.clone();
+        open.0[length_at..length_at + 2].fill(0);
+        if version == Version::V6 {
+            assert!(sound(&open, room, true), "segments of no length");
+            assert!(!sound(&open, room, false), "no segments, and no length");
+            continue;
+        }
+        for at in ETH_HLEN..ETH_HLEN + 24 {
+            let mut lie = frame.clone();
+            lie.0[at] ^= 0x80;
+            assert!(!sound(&lie, room, false), "byte {at} of the header");
+        }
+    }
+}
