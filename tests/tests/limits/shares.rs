@@ -259,8 +259,9 @@ fn fragments() -> Result<()> {
         good_wire.send(&whole.bytes())?;
         remote.recv_from(&mut [0; 64]).context("the remote")?;
 
-        // All come from the node, and not one after the other.
+        // All come from the node, many at once, and not one datagram's after the other's.
         outside.set_sysctl("net/ipv4/ipfrag_max_dist", "0")?;
+        outside.set_sysctl("net/ipv4/ipfrag_high_thresh", "268435456")?;
         let halves = Packet::udp(from, remote.local_addr()?, &[0; 1800]).fragments(ID, 1104);
         good_wire.send(&halves[0])?;
         for bad in [&bad, &worse] {
