@@ -2,7 +2,8 @@
 //! that they share.
 //!
 //! Each flood would be enough: the same is done on a node where a pod may have all of the
-//! table, and there it does take it.
+//! table, and there it does take it. (Two pods make it, as one that has a whole table forgets
+//! its own.)
 
 use std::{
     io::ErrorKind,
@@ -24,6 +25,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const SILENCE: Duration = Duration::from_millis(200);
 /// The least that the limits allow.
 const LIMIT: u32 = 1024;
+/// Of fragments an eighth as many can wait, and a table of less than that is not exact.
+const FRAGMENTS: u32 = 4096;
 /// More than enough to fill a table of that.
 const FLOOD: u16 = 8192;
 
@@ -33,7 +36,7 @@ const ID: u16 = 60_000;
 
 /// Runs a test with shares, where it must succeed, and without, where it must not.
 fn only_with_shares(work: impl Fn(&Node) -> Result<bool>) -> Result<()> {
-    let limits = json!({"learned": LIMIT, "flows": LIMIT, "fragments": LIMIT});
+    let limits = json!({"learned": LIMIT, "flows": LIMIT, "fragments": FRAGMENTS});
     let node = node(&limits)?;
     ensure!(work(&node)?, "it was lost");
     drop(node);
@@ -109,6 +112,16 @@ fn masquerading(node: &Node) -> Network<'_> {
     network(node, &json!({"ipMasq": true}))
 }
 
+/// Datagrams of a pod to many others outside.
+fn asks_many(pod: &Pod, wire: &Wire) -> Result<()> {
+    let from = pod.v4()?;
+    for number in 0..FLOOD {
+        let to = (Outside::V4, 10_000 + number).into();
+        wire.send(&Packet::udp((from, 5000 + number).into(), to, b"").bytes())?;
+    }
+    Ok(())
+}
+
 /// A pod sends to thousands of others outside; another one's remote, to which it has sent
 /// once, can speak first still.
 #[test]
@@ -116,17 +129,15 @@ fn flows_to_outside() -> Result<()> {
     only_with_shares(|node| {
         let outside = node.outside()?;
         let network = masquerading(node);
-        let (bad, good) = (network.pod("bad")?, network.pod("good")?);
+        let (bad, worse) = (network.pod("bad")?, network.pod("worse")?);
+        let good = network.pod("good")?;
         let remote = bound(&outside, (Outside::V4, 7).into())?;
         let socket = bound(&good, (good.v4()?, 4000).into())?;
         socket.send_to(b"hello", remote.local_addr()?)?;
         let (_, seen) = remote.recv_from(&mut [0; 64]).context("the remote")?;
 
-        let wire = Wire::of_pod(&bad, node)?;
-        let from = bad.v4()?;
-        for number in 0..FLOOD {
-            let to = (Outside::V4, 10_000 + number).into();
-            wire.send(&Packet::udp((from, 5000 + number).into(), to, b"").bytes())?;
+        for bad in [&bad, &worse] {
+            asks_many(bad, &Wire::of_pod(bad, node)?)?;
         }
         remote.send_to(b"are you there?", seen)?;
         hears(&socket, remote.local_addr()?, 14, patience(node)?)
@@ -142,18 +153,16 @@ fn flows_that_netfilter_translates() -> Result<()> {
         let network = masquerading(node);
         let by_netfilter = json!({"ipMasq": true, "ipMasqBackend": "nftables"});
         let other = other_network(node, &by_netfilter);
-        let (bad, good) = (other.pod("bad")?, network.pod("good")?);
+        let (bad, worse) = (other.pod("bad")?, network.pod("worse")?);
+        let good = network.pod("good")?;
         let remote = bound(&outside, (Outside::V4, 7).into())?;
         let socket = bound(&good, (good.v4()?, 4000).into())?;
         socket.send_to(b"hello", remote.local_addr()?)?;
         let (_, seen) = remote.recv_from(&mut [0; 64]).context("the remote")?;
 
-        let wire = Wire::new(&bad, MacAddr::of_device(node, "cni1")?)?;
-        let from = bad.v4()?;
-        for number in 0..FLOOD {
-            let to = (Outside::V4, 10_000 + number).into();
-            wire.send(&Packet::udp((from, 5000 + number).into(), to, b"").bytes())?;
-        }
+        let cni1 = MacAddr::of_device(node, "cni1")?;
+        asks_many(&worse, &Wire::of_pod(&worse, node)?)?;
+        asks_many(&bad, &Wire::new(&bad, cni1)?)?;
         let held =
             node.json("bpftool -j map dump pinned /sys/fs/bpf/bpf-bridge/v1/maps/REPLIES")?;
         ensure!(
@@ -177,9 +186,13 @@ fn flows_of_clients_outside() -> Result<()> {
             json!([{"hostPort": host, "containerPort": 80, "protocol": "udp"}])
         };
         let bad = network.pod_with_ports("bad", port(9090))?;
+        let worse = network.pod_with_ports("worse", port(9091))?;
         let good = network.pod_with_ports("good", port(8080))?;
         // That nobody listens would be told.
-        let _silent = bound(&bad, (bad.v4()?, 80).into())?;
+        let _silent = (
+            bound(&bad, (bad.v4()?, 80).into())?,
+            bound(&worse, (worse.v4()?, 80).into())?,
+        );
         let server = bound(&good, (good.v4()?, 80).into())?;
         let client = bound(&outside, (Outside::V4, 4000).into())?;
         let address = (Outside::NODE_V4, 8080).into();
@@ -189,8 +202,10 @@ fn flows_of_clients_outside() -> Result<()> {
         let wire = Wire::of_outside(&outside, node)?;
         for number in 0..FLOOD {
             let from = (Outside::V4, 5000 + number).into();
-            let to = (Outside::NODE_V4, 9090).into();
-            wire.send(&Packet::udp(from, to, b"").bytes())?;
+            for port in [9090, 9091] {
+                let to = (Outside::NODE_V4, port).into();
+                wire.send(&Packet::udp(from, to, b"").bytes())?;
+            }
         }
         server.send_to(b"are you there?", seen)?;
         // Untranslated it comes from the pod, which `hears` does not accept.
@@ -205,7 +220,7 @@ fn flows_of_clients_in_pods() -> Result<()> {
     only_with_shares(|node| {
         let outside = node.outside()?;
         let network = network(node, &json!({}));
-        let bad = network.pod("bad")?;
+        let (bad, worse) = (network.pod("bad")?, network.pod("worse")?);
         let ports = json!([{"hostPort": 8080, "containerPort": 80, "protocol": "udp"}]);
         let good = network.pod_with_ports("good", ports)?;
         let server = bound(&good, (good.v4()?, 80).into())?;
@@ -214,10 +229,12 @@ fn flows_of_clients_in_pods() -> Result<()> {
         client.send_to(b"hello", address)?;
         let (_, seen) = server.recv_from(&mut [0; 64]).context("the server")?;
 
-        let wire = Wire::of_pod(&bad, node)?;
-        for number in 0..FLOOD {
-            let from = (bad.v4()?, 5000 + number).into();
-            wire.send(&Packet::udp(from, address, b"").bytes())?;
+        for bad in [&bad, &worse] {
+            let wire = Wire::of_pod(bad, node)?;
+            for number in 0..FLOOD {
+                let from = (bad.v4()?, 5000 + number).into();
+                wire.send(&Packet::udp(from, address, b"").bytes())?;
+            }
         }
         server.send_to(b"are you there?", seen)?;
         let heard = hears(&client, address, 14, patience(node)?);
@@ -232,22 +249,27 @@ fn fragments() -> Result<()> {
     only_with_shares(|node| {
         let outside = node.outside()?;
         let network = masquerading(node);
-        let (bad, good) = (network.pod("bad")?, network.pod("good")?);
+        let (bad, worse) = (network.pod("bad")?, network.pod("worse")?);
+        let good = network.pod("good")?;
         let remote = bound(&outside, (Outside::V4, 7).into())?;
-        let (bad_wire, good_wire) = (Wire::of_pod(&bad, node)?, Wire::of_pod(&good, node)?);
+        let good_wire = Wire::of_pod(&good, node)?;
         // So that nobody has to be looked for while fragments wait.
         let from = (good.v4()?, 4000).into();
         let whole = Packet::udp(from, remote.local_addr()?, b"hello");
         good_wire.send(&whole.bytes())?;
         remote.recv_from(&mut [0; 64]).context("the remote")?;
 
-        // All come from the node, and not one after the other.
+        // All come from the node, many at once, and not one datagram's after the other's.
         outside.set_sysctl("net/ipv4/ipfrag_max_dist", "0")?;
+        outside.set_sysctl("net/ipv4/ipfrag_high_thresh", "268435456")?;
         let halves = Packet::udp(from, remote.local_addr()?, &[0; 1800]).fragments(ID, 1104);
         good_wire.send(&halves[0])?;
-        let begun = Packet::udp((bad.v4()?, 5000).into(), remote.local_addr()?, &[0; 64]);
-        for number in 0..u16::try_from(LIMIT)? + 400 {
-            bad_wire.send(&begun.fragments(number, 64)[0])?;
+        for bad in [&bad, &worse] {
+            let wire = Wire::of_pod(bad, node)?;
+            let begun = Packet::udp((bad.v4()?, 5000).into(), remote.local_addr()?, &[0; 64]);
+            for number in 0..u16::try_from(FRAGMENTS)? {
+                wire.send(&begun.fragments(number, 64)[0])?;
+            }
         }
         good_wire.send(&halves[1])?;
         let from = (Outside::NODE_V4, 4000).into();
@@ -262,9 +284,10 @@ fn fragments_that_wait() -> Result<()> {
     only_with_shares(|node| {
         let outside = node.outside()?;
         let network = masquerading(node);
-        let (bad, good) = (network.pod("bad")?, network.pod("good")?);
+        let (bad, worse) = (network.pod("bad")?, network.pod("worse")?);
+        let good = network.pod("good")?;
         let remote = bound(&outside, (Outside::V4, 7).into())?;
-        let (bad_wire, good_wire) = (Wire::of_pod(&bad, node)?, Wire::of_pod(&good, node)?);
+        let good_wire = Wire::of_pod(&good, node)?;
         let from = (good.v4()?, 4000).into();
         let whole = Packet::udp(from, remote.local_addr()?, b"hello");
         good_wire.send(&whole.bytes())?;
@@ -272,9 +295,12 @@ fn fragments_that_wait() -> Result<()> {
 
         let halves = Packet::udp(from, remote.local_addr()?, &[0; 1800]).fragments(ID, 1104);
         good_wire.send(&halves[1])?;
-        let begun = Packet::udp((bad.v4()?, 5000).into(), remote.local_addr()?, &[0; 64]);
-        for number in 0..u16::try_from(LIMIT)? {
-            bad_wire.send(&begun.fragments(number, 64)[1])?;
+        for bad in [&bad, &worse] {
+            let wire = Wire::of_pod(bad, node)?;
+            let begun = Packet::udp((bad.v4()?, 5000).into(), remote.local_addr()?, &[0; 64]);
+            for number in 0..u16::try_from(LIMIT)? {
+                wire.send(&begun.fragments(number, 64)[1])?;
+            }
         }
         good_wire.send(&halves[0])?;
         let from = (Outside::NODE_V4, 4000).into();
@@ -289,11 +315,13 @@ fn learned_addresses() -> Result<()> {
     const NESTED: MacAddr = MacAddr([2, 0, 0, 0, 0, 1]);
     only_with_shares(|node| {
         let network = network(node, &json!({}));
-        let pods = ["bad", "good", "asker", "other"].map(|name| network.pod(name));
-        let [bad, good, asker, other] = pods;
-        let (bad, good, asker, other) = (bad?, good?, asker?, other?);
+        let pods = ["bad", "worse", "good", "asker", "other"].map(|name| network.pod(name));
+        let [bad, worse, good, asker, other] = pods;
+        let (bad, worse, good) = (bad?, worse?, good?);
+        let (asker, other) = (asker?, other?);
         let open = |pod: &Pod| PacketSocket::open(pod, "eth0");
-        let (bad, good, asker, other) = (open(&bad)?, open(&good)?, open(&asker)?, open(&other)?);
+        let (bad, worse, good) = (open(&bad)?, open(&worse)?, open(&good)?);
+        let (asker, other) = (open(&asker)?, open(&other)?);
         let frame = |to, from, number: u16| {
             Frame::new(to, from, Frame::EXPERIMENTAL, &number.to_be_bytes())
         };
@@ -301,8 +329,10 @@ fn learned_addresses() -> Result<()> {
         for number in 0..FLOOD {
             let [high, low] = number.to_be_bytes();
             // To itself: it goes no further.
-            let from = MacAddr([2, 0, 0, 1, high, low]);
-            bad.send(&frame(from, from, number))?;
+            for (bad, socket) in [(1, &bad), (2, &worse)] {
+                let from = MacAddr([2, 0, 0, bad, high, low]);
+                socket.send(&frame(from, from, number))?;
+            }
         }
         let sent = frame(NESTED, MacAddr([2, 0, 0, 0, 0, 2]), 1);
         asker.send(&sent)?;
