@@ -338,7 +338,7 @@ fn several_at_once() -> Result<()> {
         ensure!(reply.duration < BOUND + SLACK, "{:?}", reply.duration);
         Ok(())
     };
-    let own = [stays.attachment(), leaves.attachment(), &fresh.attachment()];
+    let valid = [stays.attachment(), leaves.attachment(), &fresh.attachment()];
     let calls = [
         ("ADD", call(&network, Verb::Add, &fresh.attachment())?),
         ("DEL", call(&network, Verb::Del, leaves.attachment())?),
