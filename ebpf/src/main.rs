@@ -14,6 +14,10 @@
 //! Minimum kernel: 5.10 (`bpf_redirect_peer`).
 #![no_std]
 #![no_main]
+#![allow(
+    clippy::needless_borrows_for_generic_args,
+    reason = "a key that is not borrowed is copied once more"
+)]
 
 mod flood;
 mod guard;

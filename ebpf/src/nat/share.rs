@@ -131,6 +131,7 @@ extern "C" fn take_place(owner: u32, table: u32) -> u32 {
         if now.saturating_sub(seen) > SPARED_NS {
             break;
         }
+        // SAFETY: a helper that takes nothing.
         number = unsafe { bpf_get_prandom_u32() } % size;
         attempt += 1;
     }
