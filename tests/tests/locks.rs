@@ -342,10 +342,7 @@ fn several_at_once() -> Result<()> {
     let calls = [
         ("ADD", call(&network, Verb::Add, &fresh.attachment())?),
         ("DEL", call(&network, Verb::Del, leaves.attachment())?),
-        (
-            "GC",
-            gc(&network, &[stays.attachment(), &fresh.attachment()])?,
-        ),
+        ("GC", gc(&network, &valid)?),
         ("CHECK", check(&network, &stays)?),
     ];
     thread::scope(|scope| {
