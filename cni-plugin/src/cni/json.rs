@@ -368,6 +368,8 @@ mod tests {
         let text =
             r#"{"a":[1,-2,2.5,null,true,"x",{"B":{}}],"é":"\u0000","n":18446744073709551615}"#;
         assert_eq!(value(text), serde_json::from_str::<Value>(text).unwrap());
+        let last_digit = "1.4011111111111108e120";
+        assert_eq!(value(last_digit).as_f64(), last_digit.parse().ok());
     }
 
     #[test]
