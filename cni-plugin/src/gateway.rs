@@ -196,6 +196,7 @@ fn spec(bridge: &str, segment: u32, port: u32) -> PortSpec<'static> {
         flags: 0,
         mac: mac(bridge).octets(),
         addresses: &[],
+        tentative: false,
     }
 }
 

@@ -10,7 +10,10 @@ use bpf_bridge_common::{
     drops::DropReason,
     frame::{self, Destination, ETH_HLEN, ETH_P_ARP, ETH_P_IP, ETH_P_IPV6},
     guard::{self, Frame, Payload, Said},
-    layout::{IpKey, Mac, MacKey, PORT_GATEWAY, PORT_MACSPOOFCHK, PROGRAM_GUARD, SEGMENT_ROUTED},
+    layout::{
+        IpKey, Mac, MacKey, PORT_CLAIMED, PORT_GATEWAY, PORT_MACSPOOFCHK, PORT_TENTATIVE,
+        PROGRAM_GUARD, SEGMENT_ROUTED,
+    },
 };
 
 use crate::{
@@ -92,10 +95,29 @@ fn judge(ifindex: u32, segment: u32, to: Mac, said: Said) -> Result<(), DropReas
             IpKey::v6(segment, address)
         }
     };
-    if is_of_another(ifindex, &key) {
-        return Err(DropReason::Claimed);
+    match owner(&key) {
+        Some(owner) if owner != ifindex => Err(DropReason::Claimed),
+        Some(_) => Ok(()),
+        None => {
+            remember(segment);
+            Ok(())
+        }
     }
-    Ok(())
+}
+
+/// Somebody has an address that was not assigned, and others believe it: whoever is
+/// assigned it will have to announce himself.
+#[inline(always)]
+fn remember(segment: u32) {
+    // SAFETY: the plugin replaces entries of this map whole.
+    let Some(segment) = (unsafe { SEGMENTS.get(segment) }) else {
+        return;
+    };
+    if let Some(gateway) = PORTS.get_ptr_mut(segment.gateway_port) {
+        // SAFETY: an entry that is removed meanwhile is memory of the map still, and no
+        // program sets another bit of this one.
+        unsafe { (*gateway).flags |= PORT_CLAIMED };
+    }
 }
 
 /// `macspoofchk`: no IP address of another port is a source.
@@ -117,23 +139,20 @@ fn check_source(
         _ => None,
     };
     match key {
-        Some(key) if is_of_another(ifindex, &key) => Err(DropReason::Spoofed),
+        Some(key) if owner(&key).is_some_and(|owner| owner != ifindex) => Err(DropReason::Spoofed),
         _ => Ok(()),
     }
 }
 
-/// Whether an address was assigned to another port than this one.
+/// The port that an address was assigned to, for good.
 #[inline(always)]
-fn is_of_another(ifindex: u32, key: &IpKey) -> bool {
+fn owner(key: &IpKey) -> Option<u32> {
     if let Some(owner) = responder::assigned(key) {
-        return owner.port != ifindex;
+        return (owner.flags & PORT_TENTATIVE == 0).then_some(owner.port);
     }
-    let Some(mac) = guard::mac_of(key.address) else {
-        return false;
-    };
+    let mac = guard::mac_of(key.address)?;
     // SAFETY: the plugin replaces entries of this map whole.
-    unsafe { ENDPOINTS.get(MacKey::new(key.segment, mac)) }
-        .is_some_and(|owner| owner.port != ifindex)
+    unsafe { ENDPOINTS.get(MacKey::new(key.segment, mac)) }.map(|owner| owner.port)
 }
 
 /// Whether the node is the router.

@@ -35,6 +35,10 @@ fn pair(
     node.ip("link add eth0 netns a type veth peer name eth0 netns b")?;
     a.ip("link set eth0 up\naddr add 10.0.0.1/24 dev eth0")?;
     b.ip("link set eth0 up\naddr add 10.0.0.2/24 dev eth0")?;
+    // The carrier comes when the kernel has time.
+    wait_for("a carrier", 10 * SECOND, || {
+        Ok(a.ping(IpAddr::from([10, 0, 0, 2]), 1).is_ok())
+    })?;
     Ok((|| IpAddr::from([10, 0, 0, 2]), a, b))
 }
 
@@ -314,16 +318,16 @@ fn a_snapshot_shows_devices_addresses_routes_files_and_map_entries() -> Result<(
     node.ip("link add dummy0 type bridge\nlink set dummy0 up\naddr add 10.1.0.1/24 dev dummy0")?;
     node.run("mkdir -p /var/lib/cni/networks/net")?;
     node.run("touch /var/lib/cni/networks/net/10.1.0.2")?;
-    node.run("bpftool map create /sys/fs/bpf/m type hash key 4 value 4 entries 8 name m")?;
+    node.run("bpftool map create /sys/fs/bpf/M type hash key 4 value 4 entries 8 name m")?;
     let empty_map = Snapshot::take(&node)?;
-    node.run("bpftool map update pinned /sys/fs/bpf/m key 1 0 0 0 value 1 0 0 0")?;
+    node.run("bpftool map update pinned /sys/fs/bpf/M key 1 0 0 0 value 1 0 0 0")?;
     let after = Snapshot::take(&node)?;
     for word in [
         "+device dummy0",
         "+address 10.1.0.1/24 on dummy0",
         "+route -4  10.1.0.0/24",
         "+file /var/lib/cni/networks/net/10.1.0.2",
-        "+pin /sys/fs/bpf/m",
+        "+pin /sys/fs/bpf/M",
     ] {
         let changes = before.changes(&after);
         ensure!(

@@ -240,6 +240,7 @@ impl Add<'_> {
             }
             if self.config.enable_dad {
                 settle(&inside, self.pair.peer)?;
+                confirm(&record)?;
             }
             for &address in &record.addresses {
                 inside.wait_local(address, READY)?;
@@ -391,8 +392,14 @@ impl Add<'_> {
                 flags: flags(config, record),
                 mac: record.mac,
                 addresses: &record.addresses,
+                tentative: config.enable_dad && !config.disable_container_interface,
             },
         )?;
+        if datapath.has_claims(gateway.segment)? {
+            // Of the address, perhaps, before it was assigned.
+            let ifname = self.attachment.ifname;
+            self.sandbox.run_in(|| announce(ifname))??;
+        }
         self.serve(&mut datapath, &gateway, given)?;
         masquerade::begin(self.host, &datapath, config, record, &given.ips)?;
         self.host.set_up(record.host_ifindex)?;
@@ -624,11 +631,8 @@ fn link_local(mac: MacAddr) -> IpNet {
 }
 
 /// The sandbox's settings, in the order in which they must be made.
-fn settings(ifname: &str, dad: bool, ipv6: bool, announce: bool) -> Result<(), SysctlError> {
-    let on_interface = |family, key, value| {
-        // A kernel without the setting does without what it is for.
-        Sysctl::device(family, ifname, key)?.set(value).map(drop)
-    };
+fn settings(ifname: &str, dad: bool, ipv6: bool, announces: bool) -> Result<(), SysctlError> {
+    let on_interface = |family, key, value| set(family, ifname, key, value);
     if ipv6 {
         let _ = Sysctl::device(Family::Ipv6, "lo", "disable_ipv6")?.set(0)?;
         on_interface(Family::Ipv6, "disable_ipv6", 0)?;
@@ -638,13 +642,32 @@ fn settings(ifname: &str, dad: bool, ipv6: bool, announce: bool) -> Result<(), S
         on_interface(Family::Ipv6, "enhanced_dad", 1)?;
     }
     on_interface(Family::Ipv6, "accept_dad", u32::from(dad))?;
-    if announce {
-        on_interface(Family::Ipv4, "arp_notify", 1)?;
-        on_interface(Family::Ipv6, "ndisc_notify", 1)?;
+    if announces {
+        announce(ifname)?;
     }
     // Its routes come from this plugin, and every question for routers would be
     // flooded. What a router announces by itself is still heard.
     on_interface(Family::Ipv6, "router_solicitations", 0)
+}
+
+/// Lets the interface tell all others of its addresses when it goes up.
+fn announce(ifname: &str) -> Result<(), SysctlError> {
+    set(Family::Ipv4, ifname, "arp_notify", 1)?;
+    set(Family::Ipv6, ifname, "ndisc_notify", 1)
+}
+
+/// A kernel without the setting does without what it is for.
+fn set(family: Family, ifname: &str, key: &str, value: u32) -> Result<(), SysctlError> {
+    Sysctl::device(family, ifname, key)?.set(value).map(drop)
+}
+
+/// The addresses are the pod's alone: nobody may say otherwise any more.
+fn confirm(record: &Record) -> Result<(), CniError> {
+    let _lock = gateway::lock(&record.bridge)?;
+    if let Some(mut datapath) = Datapath::open()? {
+        datapath.confirm(record.segment, &record.addresses)?;
+    }
+    Ok(())
 }
 
 /// Waits until duplicate address detection has ended.

@@ -19,7 +19,7 @@
 use std::{collections::HashMap, ops::Range, time::Duration};
 
 use aya_obj::generated::bpf_map_type;
-use bpf_bridge_common::layout::{Endpoint, MacKey, PORT_ROUTED, Port};
+use bpf_bridge_common::layout::{Endpoint, MacKey, PORT_CLAIMED, PORT_ROUTED, Port};
 use nix::time::{ClockId, clock_gettime};
 
 use super::{
@@ -380,18 +380,18 @@ fn note_routed(from: &AnyMap, to: &AnyMap) -> Result<(), Error> {
             return Err(misfit("PORTS", &"its entries have another length"));
         };
         let (ifindex, old) = (u32::from_ne_bytes(ifindex), bytemuck::cast::<_, Port>(old));
-        if old.flags & PORT_ROUTED == 0 {
+        if old.flags & (PORT_ROUTED | PORT_CLAIMED) == 0 {
             return Ok(());
         }
         if let Some(mut port) = get(&ports, "PORTS", ifindex)? {
-            port.flags |= PORT_ROUTED;
+            port.flags |= old.flags & (PORT_ROUTED | PORT_CLAIMED);
             set(&mut ports, "PORTS", ifindex, port, EXIST)?;
         }
         let key = MacKey::new(old.segment, old.mac);
         if let Some(mut endpoint) = get(&endpoints, "ENDPOINTS", key)?
             && endpoint.port == ifindex
         {
-            endpoint.flags |= PORT_ROUTED;
+            endpoint.flags |= old.flags & PORT_ROUTED;
             set(&mut endpoints, "ENDPOINTS", key, endpoint, EXIST)?;
         }
         Ok(())

@@ -38,8 +38,9 @@ use aya::{
 };
 use aya_obj::generated::bpf_prog_type;
 use bpf_bridge_common::layout::{
-    ABI, Endpoint, IpKey, MAX_MEMBERS, Mac, MacKey, Member, MemberKey, Neighbor, PORT_GATEWAY,
-    PORT_MASQUERADED, PORT_PUBLISHED, PORT_ROUTED, Port, PortStats, SEGMENT_ROUTED, Segment,
+    ABI, Endpoint, IpKey, MAX_MEMBERS, Mac, MacKey, Member, MemberKey, Neighbor, PORT_CLAIMED,
+    PORT_GATEWAY, PORT_MASQUERADED, PORT_PUBLISHED, PORT_ROUTED, PORT_TENTATIVE, Port, PortStats,
+    SEGMENT_ROUTED, Segment,
 };
 use thiserror::Error;
 
@@ -279,6 +280,8 @@ pub struct PortSpec<'a> {
     pub mac: Mac,
     /// The pod's addresses.
     pub addresses: &'a [IpAddr],
+    /// Whether duplicate address detection of the IPv6 ones is yet to come.
+    pub tentative: bool,
 }
 
 /// The open datapath. While it lives, nobody removes the pins.
@@ -601,9 +604,13 @@ impl Datapath {
         let slot = segment.members;
         self.set_port(port, port.flags, slot)?;
         for &address in port.addresses {
+            let tentative = match address {
+                IpAddr::V6(_) if port.tentative => PORT_TENTATIVE,
+                _ => 0,
+            };
             let neighbor = Neighbor {
                 port: port.ifindex,
-                flags: port.flags,
+                flags: port.flags | tentative,
                 mac: port.mac,
                 reserved: [0; 2],
             };
@@ -611,6 +618,37 @@ impl Datapath {
         }
         segment.members += 1;
         set(&mut self.segments, "SEGMENTS", port.segment, segment, EXIST)
+    }
+
+    /// Nobody else has these addresses of a port: from now on nobody may say so.
+    ///
+    /// # Errors
+    ///
+    /// The table cannot be read or written.
+    pub fn confirm(&mut self, segment: u32, addresses: &[IpAddr]) -> Result<(), Error> {
+        for &address in addresses {
+            if let Some(mut neighbor) = self.neighbor(segment, address)?
+                && neighbor.flags & PORT_TENTATIVE != 0
+            {
+                neighbor.flags &= !PORT_TENTATIVE;
+                self.set_neighbor(segment, address, neighbor)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a pod of the segment has ever said of an address that nobody was assigned
+    /// that it is his.
+    ///
+    /// # Errors
+    ///
+    /// A table cannot be read.
+    pub fn has_claims(&self, segment: u32) -> Result<bool, Error> {
+        let Some(entry) = self.segment(segment)? else {
+            return Ok(false);
+        };
+        let gateway = self.port(entry.gateway_port)?;
+        Ok(gateway.is_some_and(|port| port.flags & PORT_CLAIMED != 0))
     }
 
     /// Nobody else has the port's addresses. An entry of a port that is not there
@@ -826,7 +864,7 @@ impl Datapath {
             };
             let member = Member {
                 port: *ifindex,
-                flags: port.flags & !PORT_ROUTED,
+                flags: port.flags & !(PORT_ROUTED | PORT_CLAIMED),
             };
             if get(&self.members, "MEMBERS", key)? != Some(member) {
                 set(&mut self.members, "MEMBERS", key, member, ANY)?;

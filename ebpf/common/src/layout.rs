@@ -193,6 +193,13 @@ pub const PORT_ROUTED: u32 = 1 << 7;
 pub const PORT_VIA_HOST: u32 = 1 << 8;
 /// `netfilter` is `none`: what is masqueraded does not go through the host's stack.
 pub const PORT_DIRECT: u32 = 1 << 9;
+/// Of an entry of `NEIGHBORS`: duplicate address detection has not ended, so whoever has the
+/// address may still say so.
+pub const PORT_TENTATIVE: u32 = 1 << 10;
+/// Of a gateway port: a pod of the segment has said of an address that nobody was assigned
+/// that it is his. When it is assigned, others must be told. Only programs set it, and it
+/// stays.
+pub const PORT_CLAIMED: u32 = 1 << 11;
 
 /// The pod's end of the veth takes what XDP redirects to it (its `NAPI` runs).
 pub const PUBLISHED_XDP: u16 = 1 << 0;

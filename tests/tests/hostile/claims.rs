@@ -357,25 +357,14 @@ fn duplicate_address_detection_works_both_ways() -> Result<()> {
     })?;
     liar.pod.ip(&format!("addr del {taken}/64 dev eth0"))?;
 
-    // And whoever is given one is not made to believe that it is taken.
-    let [.., last] = liar.pod.v6()?.octets();
-    let mut octets = liar.pod.v6()?.octets();
-    let next: Vec<Ipv6Addr> = (1..4)
-        .map(|more| {
-            octets[15] = last + more;
-            octets.into()
-        })
-        .collect();
+    // And so does whoever is given one that somebody has.
+    let next = after(liar.pod.v6()?, 1);
     let stop = AtomicBool::new(false);
-    let added = thread::scope(|scope| {
+    let error = thread::scope(|scope| {
         let sender = scope.spawn(|| -> Result<()> {
             while !stop.load(Ordering::Relaxed) {
-                for &address in &next {
-                    let group = Frame::solicitation(liar.mac, Ipv6Addr::UNSPECIFIED, address);
-                    liar.socket.send(&group)?;
-                    liar.socket
-                        .send(&Frame::unsolicited_advertisement(liar.mac, address))?;
-                }
+                liar.socket
+                    .send(&Frame::unsolicited_advertisement(liar.mac, next))?;
                 thread::sleep(std::time::Duration::from_millis(2));
             }
             Ok(())
@@ -385,13 +374,61 @@ fn duplicate_address_detection_works_both_ways() -> Result<()> {
         sender
             .join()
             .map_err(|_| anyhow::anyhow!("the sender failed"))??;
-        added
+        added.err().context("a duplicate was assigned")
     })?;
+    let error = format!("{error:#}");
     ensure!(
-        next.contains(&added.v6()?),
-        "the test guessed another address"
+        error.contains("duplicate") && error.contains(&next.to_string()),
+        "{error}"
     );
-    owner.pod.ping(added.v6()?.into(), 1)
+    // From the end of the detection on it is nobody else's.
+    let new = Station::new(&network, "new")?;
+    let before = liar.drops(&node, DropReason::Claimed)?;
+    liar.socket
+        .send(&Frame::unsolicited_advertisement(liar.mac, new.pod.v6()?))?;
+    ensure!(liar.drops(&node, DropReason::Claimed)? == before + 1);
+    owner.pod.ping(new.pod.v6()?.into(), 1)
+}
+
+/// The address so many after another.
+fn after(address: Ipv6Addr, more: u128) -> Ipv6Addr {
+    Ipv6Addr::from_bits(address.to_bits() + more)
+}
+
+#[test]
+fn what_was_said_before_an_address_was_assigned_is_corrected() -> Result<()> {
+    let node = Node::new()?;
+    let network = network(&node, &json!({}));
+    let (victim, liar) = (
+        Station::new(&network, "victim")?,
+        Station::new(&network, "liar")?,
+    );
+    // What will be assigned next is no secret.
+    let (v4, v6) = (liar.pod.v4()?, liar.pod.v6()?);
+    let next = [
+        IpAddr::V4(Ipv4Addr::from_bits(v4.to_bits() + 1)),
+        IpAddr::V6(after(v6, 1)),
+    ];
+    for (address, own) in next.into_iter().zip(victim.addresses()?) {
+        for (what, frame) in lies(liar.mac, (victim.mac, own), address) {
+            liar.socket.send(&frame).context(what)?;
+        }
+        bpf_bridge_tests::wait_for("a neighbour", PATIENCE, || {
+            Ok(neighbour(&victim.pod, address, "eth0")? == Some(liar.mac))
+        })?;
+    }
+    let owner = Station::new(&network, "owner")?;
+    ensure!(
+        owner.addresses()? == next,
+        "the test guessed other addresses"
+    );
+    for address in next {
+        bpf_bridge_tests::wait_for("the truth", PATIENCE, || {
+            Ok(neighbour(&victim.pod, address, "eth0")? == Some(owner.mac))
+        })?;
+        victim.pod.ping(address, 1)?;
+    }
+    Ok(())
 }
 
 /// RA with a router's lifetime, a prefix and a link-layer address.

@@ -186,6 +186,7 @@ impl Bench {
             flags: 0,
             mac: mac("gate"),
             addresses: &[],
+            tentative: false,
         };
         self.datapath.create_segment(&gate).unwrap();
         for address in addresses("gate") {
@@ -200,6 +201,7 @@ impl Bench {
                 flags,
                 mac: mac(name),
                 addresses: &addresses(name),
+                tentative: false,
             };
             self.datapath.add_port(&port).unwrap();
         }
@@ -210,6 +212,7 @@ impl Bench {
             flags: 0,
             mac: mac("foreign"),
             addresses: &[],
+            tentative: false,
         };
         self.datapath.create_segment(&foreign).unwrap();
         self.reset();
