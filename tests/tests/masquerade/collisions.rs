@@ -346,6 +346,8 @@ fn ten_thousand_connections_of_a_pod_to_one_remote(by: By) -> Result<()> {
 fn when_no_port_is_left_that_is_counted(by: By) -> Result<()> {
     const LATE: u16 = 200;
     let node = Node::new()?;
+    // Its share of flows is not what stops it.
+    node.set_settings(r#"{"podLimits": {"flows": 131072}}"#)?;
     let outside = node.outside()?;
     let network = by.network(&node);
     let greedy = network.pod("greedy")?;

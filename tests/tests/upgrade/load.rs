@@ -298,25 +298,23 @@ impl Sockets {
         let mut count = 0;
         while !stop.load(Ordering::Relaxed) {
             let began = Instant::now();
-            let mut stream =
-                TcpStream::connect_timeout(&self.server, PATIENCE).context("a new connection")?;
+            let talked = || -> Result<()> {
+                let mut stream = TcpStream::connect_timeout(&self.server, PATIENCE)?;
+                stream.set_read_timeout(Some(PATIENCE))?;
+                stream.write_all(b"ping")?;
+                Ok(stream.read_exact(&mut [0; 4])?)
+            };
+            if let Err(error) = talked() {
+                lost.push(format!("{path}: a new connection ({error})"));
             // Linux sends a SYN again after a second.
-            if began.elapsed() > Duration::from_millis(990) {
+            } else if began.elapsed() > Duration::from_millis(990) {
                 lost.push(format!("{path}: a SYN"));
             }
-            stream.set_read_timeout(Some(PATIENCE))?;
-            let mut back = [0; 4];
-            stream
-                .write_all(b"ping")
-                .context("sending on a new connection")?;
-            stream
-                .read_exact(&mut back)
-                .context("receiving on a new connection")?;
             let socket = steady_socket(self.server)?;
             // An answer that is late is no loss.
             socket.set_read_timeout(Some(Duration::from_secs(3)))?;
             socket.send(b"ping").context("a new UDP flow")?;
-            if let Err(error) = socket.recv(&mut back) {
+            if let Err(error) = socket.recv(&mut [0; 4]) {
                 lost.push(format!("{path}: a datagram ({error})"));
             }
             count += 1;

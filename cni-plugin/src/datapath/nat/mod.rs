@@ -497,7 +497,8 @@ fn unload_part(part: Part) -> Result<(), Error> {
         }
     }
     match part {
-        Part::Host | Part::Pods | Part::Forward => Ok(()),
+        Part::Host | Part::Forward => Ok(()),
+        Part::Pods => pins::remove(&pins::map(NEXT)),
         Part::Outside => uplinks::detach_all(),
         Part::Sockets => {
             for name in SOCKETS.iter().rev() {
