@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context as _, Result, anyhow, bail};
 
-use crate::process::{find, run, succeeds};
+use crate::process::{find, output, run, succeeds};
 
 /// Installs `packages`, none of which is installed; the error says what to
 /// install when that cannot be done here.
@@ -60,6 +60,33 @@ pub(crate) fn download(package: &str, directory: &Path) -> Result<PathBuf> {
         .filter_map(|entry| Some(entry.ok()?.path()))
         .find(|path| path.extension().is_some_and(|extension| extension == "deb"))
         .ok_or_else(|| anyhow!("`apt-get download {package}` left no package"))
+}
+
+/// Unpacks a package and all that it needs and is not installed into a directory, for
+/// what cannot be installed beside what is there.
+pub(crate) fn unpack(package: &str, directory: &Path) -> Result<()> {
+    let needed = || {
+        output(Command::new("apt-get").args([
+            "--simulate",
+            "--no-install-recommends",
+            "install",
+            package,
+        ]))
+    };
+    let needed = needed().or_else(|_| update().and_then(|()| needed()))?;
+    // `Inst NAME (VERSION …)`
+    let names = needed
+        .lines()
+        .filter_map(|line| line.strip_prefix("Inst ")?.split_whitespace().next());
+    for name in names {
+        let archive = download(name, directory)?;
+        run(Command::new("dpkg-deb")
+            .arg("--extract")
+            .arg(&archive)
+            .arg(directory))?;
+        fs::remove_file(&archive).with_context(|| format!("removing {}", archive.display()))?;
+    }
+    Ok(())
 }
 
 fn apt_get(verb: &str, packages: &[&str]) -> Command {

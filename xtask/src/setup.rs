@@ -57,7 +57,6 @@ const PROGRAMS: &[Program] = {
             "containernetworking-plugins",
             &[Test, Bench],
         ),
-        ("qemu-system-x86_64", "qemu-system-x86", &[Kernel]),
         ("modprobe", "kmod", &[Kernel]),
         ("cpio", "cpio", &[Kernel]),
     ]

@@ -18,9 +18,9 @@ options=trans=virtio,version=9p2000.L,msize=1048576
 mount -t 9p -o "ro,cache=loose,$options" host /host || fail mounting this machine\'s files
 mount -t tmpfs tmpfs /memory || fail mounting a tmpfs
 mkdir /memory/upper /memory/work
-mount -t overlay -o lowerdir=/host,upperdir=/memory/upper,workdir=/memory/work overlay /root ||
+mount -t overlay -o lowerdir=/host,upperdir=/memory/upper,workdir=/memory/work overlay /system ||
 	fail mounting an overlay
-mount --move /proc /root/proc
-mkdir -p /root/mnt
-mount -t 9p -o "$options" share /root/mnt || fail mounting the shared directory
-exec switch_root /root /bin/sh /mnt/guest.sh
+mount --move /proc /system/proc
+mkdir -p /system/mnt
+mount -t 9p -o "$options" share /system/mnt || fail mounting the shared directory
+exec switch_root /system /bin/sh /mnt/guest.sh

@@ -6,7 +6,7 @@ use std::{
     io::Write as _,
     os::unix::{ffi::OsStrExt as _, fs::PermissionsExt as _},
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{self, Child, Command, Stdio},
     thread,
     time::{Duration, Instant},
 };
@@ -15,7 +15,10 @@ use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use tempfile::TempDir;
 
 use super::image::Image;
-use crate::process::{find, line, target_directory};
+use crate::{
+    debian,
+    process::{find, line, target_directory},
+};
 
 /// What the machine needs to see this one's files, besides what is built in.
 const MODULES: [&str; 4] = ["virtio_pci", "9pnet_virtio", "9p", "overlay"];
@@ -89,7 +92,7 @@ impl Machine {
         guest.extend_from_slice(include_bytes!("guest.sh"));
         self.put("guest.sh", &guest)?;
         self.put("tests.sh", &self.script)?;
-        let mut machine = self.command(&initramfs);
+        let mut machine = self.command(&initramfs, emulator()?);
         let mut child = machine
             .spawn()
             .with_context(|| format!("running {}", line(&machine)))?;
@@ -109,7 +112,7 @@ impl Machine {
         }
     }
 
-    fn command(&self, initramfs: &Path) -> Command {
+    fn command(&self, initramfs: &Path, mut machine: Command) -> Command {
         let cpus = thread::available_parallelism()
             .map_or(1, usize::from)
             .min(4);
@@ -131,7 +134,6 @@ impl Machine {
             argument.push(path.to_string_lossy().replace(',', ",,"));
             argument
         };
-        let mut machine = Command::new("qemu-system-x86_64");
         machine
             .args(["-nodefaults", "-no-reboot", "-display", "none"])
             .args(["-serial", "stdio", "-m", MEMORY, "-smp", &cpus.to_string()])
@@ -155,7 +157,7 @@ impl Machine {
     fn initramfs(&self) -> Result<PathBuf> {
         let root = self.share().join("initramfs");
         let mut names = Vec::new();
-        for name in ["bin", "modules", "proc", "host", "memory", "root"] {
+        for name in ["bin", "modules", "proc", "host", "memory", "system"] {
             let directory = root.join(name);
             fs::create_dir_all(&directory)
                 .with_context(|| format!("creating {}", directory.display()))?;
@@ -207,6 +209,34 @@ impl Machine {
         fs::write(&path, content).with_context(|| format!("writing {}", path.display()))?;
         Ok(path)
     }
+}
+
+/// The emulator: the machine's own, else Debian's, unpacked and not installed, as it may not
+/// go together with other parts of it that are.
+fn emulator() -> Result<Command> {
+    const NAME: &str = "qemu-system-x86_64";
+    if find(NAME).is_some() {
+        return Ok(Command::new(NAME));
+    }
+    let directory = target_directory().join("kernels").join("qemu");
+    if !directory.exists() {
+        let new = directory.with_extension(format!("{}.new", process::id()));
+        fs::create_dir_all(&new).with_context(|| format!("creating {}", new.display()))?;
+        let result = debian::unpack("qemu-system-x86", &new).and_then(|()| {
+            fs::rename(&new, &directory)
+                .with_context(|| format!("creating {}", directory.display()))
+        });
+        let _ = fs::remove_dir_all(&new);
+        result?;
+    }
+    let libraries = ["usr/lib", "lib"].map(|library| {
+        let library = directory.join(library).join("x86_64-linux-gnu");
+        library.display().to_string()
+    });
+    // It finds the rest from where it is itself.
+    let mut emulator = Command::new(directory.join("usr/bin").join(NAME));
+    emulator.env("LD_LIBRARY_PATH", libraries.join(":"));
+    Ok(emulator)
 }
 
 /// Writes a word as a shell reads it.
