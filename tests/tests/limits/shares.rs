@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use bpf_bridge_tests::{
     Frame, MacAddr, Namespace, Network, Node, Outside, Packet, PacketSocket, Pod,
 };
@@ -40,11 +40,16 @@ fn only_with_shares(work: impl Fn(&Node) -> Result<bool>) -> Result<()> {
     let node = node(&limits)?;
     ensure!(work(&node)?, "it was lost");
     drop(node);
-    let node = Node::new()?;
     let settings = json!({"limits": limits, "podLimits": limits});
-    node.set_settings(&settings.to_string())?;
-    ensure!(!work(&node)?, "the flood was not enough");
-    Ok(())
+    // A busy machine may lose a part of the flood.
+    for _ in 0..4 {
+        let node = Node::new()?;
+        node.set_settings(&settings.to_string())?;
+        if !work(&node)? {
+            return Ok(());
+        }
+    }
+    bail!("the flood was not enough")
 }
 
 /// A way to send frames of one's own.
