@@ -546,8 +546,9 @@ pub(super) fn unload_unused() -> Result<(), Error> {
     if needed.is_empty() {
         return unload();
     }
+    // What a call that was killed has left of a part, too.
     for part in Part::ALL {
-        if part.is_loaded() && !needed.contains(&part) {
+        if !needed.contains(&part) {
             unload_part(part)?;
         }
     }
