@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use bpf_bridge_tests::{
-    Attachment, Call, EchoServer, Network, Node, Pod, Reply, Snapshot, Verb, wait_for,
+    Attachment, Call, EchoServer, Network, Node, Pod, Reply, Snapshot, Verb, at_once, wait_for,
 };
 use serde_json::{Value, json};
 
@@ -283,7 +283,9 @@ fn sixty_pods_at_once_get_sixty_addresses_and_leave_nothing() -> Result<()> {
         } else {
             (&node, &network)
         };
-        let pods: Vec<Pod> = at_once(60, |number| network.pod(&format!("pod-{number}")))?;
+        let pods: Vec<Pod> = at_once(60, |number| network.pod(&format!("pod-{number}")))
+            .into_iter()
+            .collect::<Result<_>>()?;
         let addresses: BTreeSet<IpAddr> = pods.iter().flat_map(Pod::addresses).collect();
         ensure!(addresses.len() == 120, "{} addresses", addresses.len());
         for pod in &pods {
@@ -294,8 +296,12 @@ fn sixty_pods_at_once_get_sixty_addresses_and_leave_nothing() -> Result<()> {
             let next = &pods[(number + 1) % 60];
             pods[number].ping(next.v4()?.into(), 1)?;
             pods[number].ping(next.v6()?.into(), 1)
-        })?;
-        at_once(60, |number| network.del(pods[number].attachment()))?;
+        })
+        .into_iter()
+        .collect::<Result<()>>()?;
+        at_once(60, |number| network.del(pods[number].attachment()))
+            .into_iter()
+            .collect::<Result<()>>()?;
         let after = Snapshot::take(node)?;
         if fresh {
             // The same as is left by one.
@@ -306,30 +312,6 @@ fn sixty_pods_at_once_get_sixty_addresses_and_leave_nothing() -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// Runs `work` this many times, all at the same time.
-fn at_once<T: Send>(count: usize, work: impl Fn(usize) -> Result<T> + Sync) -> Result<Vec<T>> {
-    let start = std::sync::Barrier::new(count);
-    thread::scope(|scope| {
-        let threads: Vec<_> = (0..count)
-            .map(|number| {
-                let (start, work) = (&start, &work);
-                scope.spawn(move || {
-                    start.wait();
-                    work(number)
-                })
-            })
-            .collect();
-        threads
-            .into_iter()
-            .map(|thread| {
-                thread
-                    .join()
-                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-            })
-            .collect()
-    })
 }
 
 // DEL.
