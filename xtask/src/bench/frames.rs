@@ -108,12 +108,9 @@ pub(super) fn measure(pairs: &[Pair], recipe: &Recipe, cpu: usize) -> Result<Vec
                 times[turn].1.push(time);
             }
         }
-        let measurement = |what: &str, unit, values| Measurement {
-            name: format!("{}, {what}", way.name()),
-            unit,
-            better: Better::Lower,
-            additive: false,
-            values,
+        let measurement = |what: &str, unit, values| {
+            let name = format!("{}, {what}", way.name());
+            Measurement::new(name, unit, Better::Lower, values)
         };
         measurements.push(measurement("a frame by BPF_PROG_TEST_RUN", "ns", times));
         measurements.push(measurement(

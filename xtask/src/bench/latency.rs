@@ -11,9 +11,10 @@ use bpf_bridge_tests::Sandbox;
 use serde_json::json;
 
 use super::{
-    Plan, Settings,
-    measurement::{Better, Contender, Measurement},
-    node::{Arena, Chain, Recipe},
+    Settings,
+    measurement::{Axis, Better, Contender, Measurement},
+    node::{Arena, Recipe},
+    run::{Found, Progress, Run, Step},
 };
 
 /// ADDs, and then DELs, that are made at once.
@@ -27,8 +28,24 @@ const ESTIMATED_ROUND: u64 = 130;
 const ESTIMATED_POD: u64 = 12;
 const ESTIMATED_CROWD: u64 = 2500;
 
+/// The only one.
+pub(super) fn steps(settings: &Settings) -> Vec<Step> {
+    vec![Step {
+        name: "calls".to_owned(),
+        estimate: estimate(settings),
+    }]
+}
+
+/// Measures this part.
+pub(super) fn measure(settings: &Settings, recipe: &Recipe, run: &mut Run) -> Result<()> {
+    for step in steps(settings) {
+        run.step(&step, |progress| all(settings, recipe, progress))?;
+    }
+    Ok(())
+}
+
 /// How long this part will take, in ms.
-pub(super) fn estimate(settings: &Settings) -> u64 {
+fn estimate(settings: &Settings) -> u64 {
     let levels = settings.levels.len() as u64;
     let rounds = (settings.calls + WARM_UP) as u64;
     let pods = settings.levels.last().copied().unwrap_or(0) as u64;
@@ -38,50 +55,44 @@ pub(super) fn estimate(settings: &Settings) -> u64 {
         + settings.crowds as u64 * ESTIMATED_CROWD
 }
 
-/// The results of this part.
-pub(super) struct Latency {
-    pub(super) measurements: Vec<Measurement>,
-    /// The most memory that a call had resident, in bytes: of the first pod of a
-    /// node, whose ADD has more to do, and of a later one.
-    pub(super) first_memory: Vec<(Contender, u64)>,
-    pub(super) memory: Vec<(Contender, u64)>,
-}
-
 /// Measures with more and more pods on the nodes.
-pub(super) fn measure(settings: &Settings, recipe: &Recipe, plan: &Plan) -> Result<Latency> {
+fn all(settings: &Settings, recipe: &Recipe, progress: &Progress<'_>) -> Result<Found> {
     let mut arenas = Vec::new();
     for &contender in &settings.contenders {
-        arenas.push(Arena::new(contender, recipe, Chain::Plain)?);
+        arenas.push(Arena::new(contender, recipe)?);
     }
-    let mut found = Latency {
-        measurements: Vec::new(),
-        first_memory: Vec::new(),
-        memory: Vec::new(),
-    };
+    let mut found = Found::default();
+    let (mut first, mut later) = (Vec::new(), Vec::new());
     for arena in &arenas {
         let sandbox = arena.node.sandbox("memory")?;
-        for found in [&mut found.first_memory, &mut found.memory] {
+        for found in [&mut first, &mut later] {
             let most = arena.memory(&sandbox.attachment())?;
             found.extend(most.map(|most| (arena.contender, most)));
         }
     }
+    found.facts = vec![
+        super::megabytes("peak memory, first pod of a node", &first),
+        super::megabytes("peak memory, later pods", &later),
+    ];
     if settings.crowds > 0 {
-        plan.say(format!("{AT_ONCE} calls at once"));
-        found.measurements.extend(crowds(settings, &arenas, plan)?);
-    }
-    for &pods in &settings.levels {
-        plan.say(format!("attaching {pods} pods"));
-        fill(&mut arenas, pods, plan)?;
-        plan.say(format!("ADD and DEL with {pods} pods"));
+        progress.say(format!("{AT_ONCE} calls at once"));
         found
             .measurements
-            .extend(alone(settings, &arenas, pods, plan)?);
+            .extend(crowds(settings, &arenas, progress)?);
+    }
+    for &pods in &settings.levels {
+        progress.say(format!("attaching {pods} pods"));
+        fill(&mut arenas, pods, progress)?;
+        progress.say(format!("ADD and DEL with {pods} pods"));
+        found
+            .measurements
+            .extend(alone(settings, &arenas, pods, progress)?);
     }
     Ok(found)
 }
 
 /// All nodes at the same time: it takes long.
-fn fill(arenas: &mut [Arena], pods: usize, plan: &Plan) -> Result<()> {
+fn fill(arenas: &mut [Arena], pods: usize, progress: &Progress<'_>) -> Result<()> {
     thread::scope(|scope| {
         let fillers: Vec<_> = arenas
             .iter_mut()
@@ -89,7 +100,7 @@ fn fill(arenas: &mut [Arena], pods: usize, plan: &Plan) -> Result<()> {
                 scope.spawn(move || {
                     let name = arena.contender.name();
                     arena
-                        .fill(pods, |_| json!([]), || plan.advance(ESTIMATED_POD))
+                        .fill(pods, |_| json!([]), || progress.advance(ESTIMATED_POD))
                         .with_context(|| format!("filling the node of {name}"))
                 })
             })
@@ -107,7 +118,7 @@ fn alone(
     settings: &Settings,
     arenas: &[Arena],
     pods: usize,
-    plan: &Plan,
+    progress: &Progress<'_>,
 ) -> Result<Vec<Measurement>> {
     // One sandbox serves all rounds: making and removing namespaces would go on
     // in the background while the next call is measured.
@@ -128,18 +139,17 @@ fn alone(
                 dels.push(deleted);
             }
         }
-        plan.advance(ESTIMATED_ROUND);
+        progress.advance(ESTIMATED_ROUND);
     }
-    let measurement = |verb: &str, costs: &dyn Fn(usize) -> Vec<f64>| Measurement {
-        name: format!("{verb}, {pods} pods"),
-        unit: "ms",
-        better: Better::Lower,
-        additive: true,
-        values: lanes
+    let measurement = |verb: &str, costs: &dyn Fn(usize) -> Vec<f64>| {
+        let values = lanes
             .iter()
             .enumerate()
             .map(|(lane, (arena, ..))| (arena.contender, costs(lane)))
-            .collect(),
+            .collect();
+        Measurement::new(format!("{verb}, {pods} pods"), "ms", Better::Lower, values)
+            .additive()
+            .at(&format!("{verb} alone"), Axis::Pods, pods)
     };
     Ok(vec![
         measurement("ADD", &|lane| milliseconds(&lanes[lane].2)),
@@ -152,7 +162,11 @@ fn milliseconds(times: &[Duration]) -> Vec<f64> {
 }
 
 /// Many calls at once: how long until the last has ended.
-fn crowds(settings: &Settings, arenas: &[Arena], plan: &Plan) -> Result<Vec<Measurement>> {
+fn crowds(
+    settings: &Settings,
+    arenas: &[Arena],
+    progress: &Progress<'_>,
+) -> Result<Vec<Measurement>> {
     let mut lanes = Vec::new();
     for arena in arenas {
         // Netlink requests at once are one after the other: there is no floor.
@@ -180,15 +194,11 @@ fn crowds(settings: &Settings, arenas: &[Arena], plan: &Plan) -> Result<Vec<Meas
             }
         }
         if round > 0 {
-            plan.advance(ESTIMATED_CROWD);
+            progress.advance(ESTIMATED_CROWD);
         }
     }
-    let measurement = |verb: &str, dels: bool| Measurement {
-        name: format!("{AT_ONCE} {verb}s at once"),
-        unit: "ms",
-        better: Better::Lower,
-        additive: true,
-        values: lanes
+    let measurement = |verb: &str, dels: bool| {
+        let values = lanes
             .iter()
             .map(|lane| {
                 (
@@ -196,7 +206,9 @@ fn crowds(settings: &Settings, arenas: &[Arena], plan: &Plan) -> Result<Vec<Meas
                     if dels { lane.3.clone() } else { lane.2.clone() },
                 )
             })
-            .collect(),
+            .collect();
+        let name = format!("{AT_ONCE} {verb}s at once");
+        Measurement::new(name, "ms", Better::Lower, values).additive()
     };
     Ok(vec![measurement("ADD", false), measurement("DEL", true)])
 }

@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    hash::{DefaultHasher, Hash as _, Hasher as _},
     path::Path,
     process::{Command, Stdio},
 };
@@ -35,6 +36,26 @@ pub(super) fn describe(recipe: &Recipe, cpu: usize) -> Value {
         "stockPortmap": banner(&recipe.stock.join("portmap")),
         "iptables": line("iptables", "--version"),
     })
+}
+
+/// What must be the same for an interrupted run to go on.
+pub(super) fn identity(recipe: &Recipe) -> Value {
+    let build = |file: &Path| fs::read(file).ok().map(|bytes| checksum(&bytes));
+    json!({
+        "kernel": uname().ok().map(|kernel| kernel.version().to_string_lossy().into_owned()),
+        "plugin": build(&recipe.plugin),
+        "against": recipe.against.as_deref().map(build),
+        "backend": recipe.backend.name(),
+        "stock": build(&recipe.stock.join("bridge")),
+        "bench": build(Path::new("/proc/self/exe")),
+    })
+}
+
+/// Tells builds apart.
+fn checksum(bytes: &[u8]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    bytes.hash(&mut hasher);
+    hasher.finish()
 }
 
 fn text(path: &str) -> Option<String> {

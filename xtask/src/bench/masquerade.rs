@@ -13,15 +13,16 @@ use anyhow::{Context as _, Result};
 use bpf_bridge_tests::{Outside, Sandbox};
 
 use super::{
-    Plan, Settings,
+    Settings,
     measurement::{Better, Contender, Measurement},
-    node::{Arena, Chain, Netfilter, Recipe},
+    node::{Arena, Recipe},
     peer::{Caller, Connector, Ends, Flow, Transport},
+    run::{Found, Progress, Run, Step},
     traffic::{CONNECT, TCP_RR, UDP_RR, WARM_UP},
 };
 
 /// What one must know to read the results.
-pub(super) const NOTE: &str = "Masquerade: a pod connects to a machine outside; new connections \
+const NOTE: &str = "Masquerade: a pod connects to a machine outside; new connections \
      go to eight addresses of it in turn, each datagram of UDP_CRR to another of 65,536. The rows of `netfilter` `none` have the same samples \
      of the others. kube-proxy's rules are those that every node has, and of a service.";
 
@@ -118,10 +119,25 @@ fn tests(settings: &Settings) -> impl Iterator<Item = &'static Test> {
 /// On nodes with no rules but those of the contender, and beside kube-proxy's.
 const SURROUNDINGS: [&str; 2] = ["", ", beside kube-proxy"];
 
+/// The only one.
+pub(super) fn steps(settings: &Settings) -> Vec<Step> {
+    vec![Step {
+        name: "masquerade".to_owned(),
+        estimate: estimate(settings),
+    }]
+}
+
+/// Measures this part.
+pub(super) fn measure(settings: &Settings, recipe: &Recipe, run: &mut Run) -> Result<()> {
+    for step in steps(settings) {
+        run.step(&step, |progress| all(settings, recipe, progress))?;
+    }
+    Ok(())
+}
+
 /// How long this part will take, in ms.
-pub(super) fn estimate(settings: &Settings) -> u64 {
-    // One of the contenders is there twice.
-    let lanes = settings.contenders.len() + 1;
+fn estimate(settings: &Settings) -> u64 {
+    let lanes = settings.contenders.len();
     let turns = (SURROUNDINGS.len() * settings.masquerade_rounds * lanes) as u64;
     let round: u64 = tests(settings)
         .map(|(transport, _)| turn(settings, *transport))
@@ -145,34 +161,18 @@ fn slice(settings: &Settings, transport: Transport) -> Duration {
 /// The node of a contender, the machine outside, and the pod that asks it.
 struct Lane {
     arena: Arena,
-    netfilter: Netfilter,
     outside: Outside,
     pod: Sandbox,
 }
 
 /// Measures all kinds of traffic, beside no rules first.
-pub(super) fn measure(
-    settings: &Settings,
-    recipe: &Recipe,
-    plan: &Plan,
-) -> Result<Vec<Measurement>> {
-    plan.say("making nodes".to_owned());
-    let mut lanes = Vec::new();
-    for &contender in &settings.contenders {
-        let runs_ours = match contender {
-            Contender::BpfBridge => true,
-            Contender::Stock => recipe.against.is_some(),
-            Contender::Floor => false,
-        };
-        lanes.push(Lane::new(contender, recipe, Netfilter::Routed)?);
-        if runs_ours {
-            lanes.push(Lane::new(contender, recipe, Netfilter::None)?);
-        }
-    }
-    let mut variants = vec![(Netfilter::Routed, "")];
-    if lanes.iter().any(|lane| lane.netfilter == Netfilter::None) {
-        variants.push((Netfilter::None, ", netfilter none"));
-    }
+fn all(settings: &Settings, recipe: &Recipe, progress: &Progress<'_>) -> Result<Found> {
+    progress.say("making nodes".to_owned());
+    let lanes = settings
+        .contenders
+        .iter()
+        .map(|&contender| Lane::new(contender, recipe))
+        .collect::<Result<Vec<_>>>()?;
     let mut measurements = Vec::new();
     for surroundings in SURROUNDINGS {
         if !surroundings.is_empty() {
@@ -182,46 +182,27 @@ pub(super) fn measure(
         }
         for (transport, rows) in tests(settings) {
             let what = format!("{}{surroundings}", rows[0].name());
-            plan.say(what.clone());
-            let samples = samples(settings, &lanes, *transport, plan).context(what)?;
+            progress.say(what.clone());
+            let samples = samples(settings, &lanes, *transport, progress).context(what)?;
             for (number, row) in rows.iter().enumerate() {
-                for &(netfilter, remark) in &variants {
-                    measurements.push(Measurement {
-                        name: format!("{}{remark}{surroundings}", row.name()),
-                        unit: row.unit,
-                        better: row.better,
-                        additive: false,
-                        values: values(settings, &lanes, netfilter, &samples, number),
-                    });
-                }
+                let values = lanes.iter().zip(&samples).map(|(lane, samples)| {
+                    let values = samples.iter().map(|sample| sample[number]).collect();
+                    (lane.arena.contender, values)
+                });
+                measurements.push(Measurement::new(
+                    format!("{}{surroundings}", row.name()),
+                    row.unit,
+                    row.better,
+                    values.collect(),
+                ));
             }
         }
     }
-    Ok(measurements)
-}
-
-/// The values of each contender's lane that has this `netfilter`; of its only one, if
-/// the choice means nothing to it.
-fn values(
-    settings: &Settings,
-    lanes: &[Lane],
-    netfilter: Netfilter,
-    samples: &[Vec<Vec<f64>>],
-    row: usize,
-) -> Vec<(Contender, Vec<f64>)> {
-    settings
-        .contenders
-        .iter()
-        .filter_map(|&contender| {
-            let of = |lane: &Lane| lane.arena.contender == contender;
-            let at = lanes
-                .iter()
-                .position(|lane| of(lane) && lane.netfilter == netfilter)
-                .or_else(|| lanes.iter().position(of))?;
-            let values = samples[at].iter().map(|sample| sample[row]).collect();
-            Some((contender, values))
-        })
-        .collect()
+    Ok(Found {
+        measurements,
+        notes: vec![NOTE.to_owned()],
+        ..Found::default()
+    })
 }
 
 /// What each lane achieved in each round: a value for each row.
@@ -229,7 +210,7 @@ fn samples(
     settings: &Settings,
     lanes: &[Lane],
     transport: Transport,
-    plan: &Plan,
+    progress: &Progress<'_>,
 ) -> Result<Vec<Vec<Vec<f64>>>> {
     let mut samples = vec![Vec::new(); lanes.len()];
     for round in 0..settings.masquerade_rounds {
@@ -238,22 +219,21 @@ fn samples(
             let at = (round + at) % lanes.len();
             let sample = lanes[at].run(settings, transport);
             samples[at].push(sample.with_context(|| lanes[at].whose())?);
-            plan.advance(turn(settings, transport));
+            progress.advance(turn(settings, transport));
         }
     }
     Ok(samples)
 }
 
 impl Lane {
-    fn new(contender: Contender, recipe: &Recipe, netfilter: Netfilter) -> Result<Self> {
-        let arena = Arena::new(contender, recipe, Chain::Masquerading(netfilter))?;
+    fn new(contender: Contender, recipe: &Recipe) -> Result<Self> {
+        let arena = Arena::new(contender, recipe)?;
         // Before the first ADD, as it is on a node.
         let outside = arena.node.outside()?;
         outside.ip(&format!("route add local {OTHERS} dev lo"))?;
         let pod = arena.node.sandbox("pod")?;
         let lane = Self {
             arena,
-            netfilter,
             outside,
             pod,
         };
@@ -311,11 +291,7 @@ impl Lane {
 
     /// For an error.
     fn whose(&self) -> String {
-        let netfilter = match self.netfilter {
-            Netfilter::Routed => "",
-            Netfilter::None => " without netfilter",
-        };
-        format!("the node of {}{netfilter}", self.arena.contender.name())
+        format!("the node of {}", self.arena.contender.name())
     }
 }
 

@@ -1,19 +1,27 @@
 //! What was measured: values of every contender, taken in turn.
 
 use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::statistics::{Comparison, Summary};
 
 /// Who is compared.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub(crate) enum Contender {
-    /// bpf-bridge with its embedded address store.
+    /// bpf-bridge as its defaults make it.
     BpfBridge,
-    /// The stock plugins bridge and host-local.
+    /// bpf-bridge with XDP on the uplink (`xdpUplinks`). It takes part where packets come
+    /// from outside.
+    Xdp,
+    /// bpf-bridge that masquerades past netfilter (`"netfilter": "none"`). It takes part
+    /// where packets leave the node.
+    NoNetfilter,
+    /// The stock plugins bridge, host-local, portmap and firewall.
     Stock,
-    /// What cannot be beaten: a veth pair from namespace to namespace for
-    /// packets, the netlink requests that make and delete one for ADD and DEL.
+    /// What cannot be beaten: a veth pair from namespace to namespace for packets, the
+    /// bare netlink requests for ADD and DEL.
     Floor,
 }
 
@@ -22,6 +30,8 @@ impl Contender {
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::BpfBridge => "bpf-bridge",
+            Self::Xdp => "bpf-bridge, XDP",
+            Self::NoNetfilter => "bpf-bridge, no netfilter",
             Self::Stock => "stock",
             Self::Floor => "floor",
         }
@@ -29,27 +39,111 @@ impl Contender {
 }
 
 /// Which values are the good ones.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub(super) enum Better {
     Lower,
     Higher,
 }
 
+/// What a cost may grow with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum Axis {
+    /// Pods on the node.
+    Pods,
+    /// Published ports on the node.
+    Ports,
+}
+
+/// A point of a curve: what one measurement is among those of its kind.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Point {
+    /// The name that all measurements of the curve have, as in "ADD alone".
+    pub(super) curve: String,
+    pub(super) axis: Axis,
+    /// So many pods or ports.
+    pub(super) at: u64,
+}
+
+/// What a transaction, a packet or a connection took of the CPU, in µs: of the whole run,
+/// by the accounts that the kernel keeps of the CPU on which both ends run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(super) struct Cpu {
+    pub(super) user: f64,
+    pub(super) system: f64,
+    pub(super) softirq: f64,
+}
+
 /// One property, measured of some contenders in turn.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Measurement {
-    /// What it is, as in "ADD, 100 pods".
+    /// What it is, as in "pod to pod, TCP_RR, IPv4".
     pub(super) name: String,
     /// What it is measured in.
-    pub(super) unit: &'static str,
+    pub(super) unit: String,
     pub(super) better: Better,
     /// The distance to the floor is told in the unit, not as a share.
     pub(super) additive: bool,
+    /// Where it lies on a curve.
+    pub(super) point: Option<Point>,
     /// The values at the same place in each list were taken one after another.
     pub(super) values: Vec<(Contender, Vec<f64>)>,
+    /// What it took of the CPU, where that was read.
+    pub(super) cpu: Vec<(Contender, Cpu)>,
+    /// How long each single transaction took: parts of 1 (0.5 is the median), and µs.
+    pub(super) latencies: Vec<(Contender, Vec<(f64, f64)>)>,
+}
+
+/// A figure that is not sampled: the size of a file, the memory of a table.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Fact {
+    pub(super) name: String,
+    pub(super) unit: String,
+    pub(super) values: Vec<(Contender, f64)>,
 }
 
 impl Measurement {
+    /// One that has nothing but values yet.
+    pub(super) fn new(
+        name: impl Into<String>,
+        unit: &str,
+        better: Better,
+        values: Vec<(Contender, Vec<f64>)>,
+    ) -> Self {
+        Self {
+            name: name.into(),
+            unit: unit.to_owned(),
+            better,
+            additive: false,
+            point: None,
+            values,
+            cpu: Vec::new(),
+            latencies: Vec::new(),
+        }
+    }
+
+    /// The same, whose distance to the floor is told in the unit.
+    pub(super) fn additive(self) -> Self {
+        Self {
+            additive: true,
+            ..self
+        }
+    }
+
+    /// The same, as a point of a curve.
+    pub(super) fn at(self, curve: &str, axis: Axis, at: usize) -> Self {
+        let point = Point {
+            curve: curve.to_owned(),
+            axis,
+            at: at as u64,
+        };
+        Self {
+            point: Some(point),
+            ..self
+        }
+    }
+
     pub(super) fn values(&self, contender: Contender) -> &[f64] {
         self.values
             .iter()
@@ -59,7 +153,12 @@ impl Measurement {
 
     /// How many times better bpf-bridge is than the stock plugins.
     pub(super) fn advantage(&self) -> Option<Comparison> {
-        let ours = self.values(Contender::BpfBridge);
+        self.advantage_of(Contender::BpfBridge)
+    }
+
+    /// How many times better another contender is than the stock plugins.
+    pub(super) fn advantage_of(&self, contender: Contender) -> Option<Comparison> {
+        let ours = self.values(contender);
         let stock = self.values(Contender::Stock);
         match self.better {
             Better::Lower => Comparison::ratio(stock, ours),
@@ -93,12 +192,30 @@ impl Measurement {
         json!({
             "name": self.name,
             "unit": self.unit,
-            "better": match self.better { Better::Lower => "lower", Better::Higher => "higher" },
+            "better": self.better,
+            "point": self.point,
+            "cpuMicroseconds": of_contenders(&self.cpu),
+            "latencyMicroseconds": of_contenders(&self.latencies),
             "contenders": contenders,
             "timesBetterThanStock": self.advantage().map(|found| comparison(&found)),
             (if self.additive { "differenceToFloor" } else { "shareOfFloor" }):
                 self.distance().map(|found| comparison(&found)),
         })
+    }
+}
+
+/// An object with a key for each contender.
+fn of_contenders<T: Serialize>(values: &[(Contender, T)]) -> Value {
+    values
+        .iter()
+        .map(|(contender, value)| (contender.name().to_owned(), json!(value)))
+        .collect::<serde_json::Map<String, Value>>()
+        .into()
+}
+
+impl Fact {
+    pub(super) fn to_json(&self) -> Value {
+        json!({"name": self.name, "unit": self.unit, "contenders": of_contenders(&self.values)})
     }
 }
 

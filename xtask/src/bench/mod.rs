@@ -19,6 +19,7 @@ mod peer;
 mod ports;
 mod program;
 mod report;
+mod run;
 mod statistics;
 mod traffic;
 
@@ -32,8 +33,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use bpf_bridge_tests::Node;
 use clap::{Args, ValueEnum};
-use indicatif::{ProgressBar, ProgressStyle};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::{
     build,
@@ -41,7 +41,13 @@ use crate::{
     setup::{self, Purpose},
 };
 
-use self::{measurement::Contender, node::Recipe, peer::PeerTask, report::Report, traffic::Pair};
+use self::{
+    measurement::{Contender, Fact},
+    node::{Backend, Recipe},
+    peer::PeerTask,
+    report::Report,
+    run::{Run, Step},
+};
 
 /// What to measure, and how long.
 #[derive(Args, Debug)]
@@ -52,6 +58,9 @@ pub(crate) struct Arguments {
     /// The directory of other stock plugins than Debian's.
     #[arg(long, value_name = "DIR", default_value = Node::STOCK_PLUGINS)]
     stock: PathBuf,
+    /// What the stock plugins write their rules with; Debian's know iptables only.
+    #[arg(long, value_enum, default_value = "iptables")]
+    stock_backend: Backend,
     /// Another build of bpf-bridge, which takes the place of the stock plugins:
     /// whether a change made it faster.
     #[arg(long, value_name = "FILE", conflicts_with = "stock")]
@@ -65,6 +74,9 @@ pub(crate) struct Arguments {
     /// Only traffic whose name contains this, as in "UDP_RR".
     #[arg(long, value_name = "TEXT", default_value = "")]
     matching: String,
+    /// Begin anew, even if the last run was interrupted and could go on.
+    #[arg(long)]
+    fresh: bool,
     /// A plugin that is built already, in place of the workspace's.
     #[arg(long, value_name = "FILE")]
     plugin: Option<PathBuf>,
@@ -73,7 +85,8 @@ pub(crate) struct Arguments {
     peer: Option<PeerTask>,
 }
 
-/// A part of the bench.
+/// A part of the bench. They are measured in this order: what takes down thousands of
+/// namespaces afterwards comes last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 enum Part {
     /// Packets, pod to pod and pod to host.
@@ -91,6 +104,8 @@ enum Part {
 /// How much is measured.
 struct Settings {
     contenders: Vec<Contender>,
+    /// In the order in which they are measured.
+    parts: Vec<Part>,
     /// What a kind of traffic must have in its name.
     matching: String,
     /// Rounds of traffic, and how long each contender's turn is.
@@ -114,29 +129,6 @@ struct Settings {
     cpu: usize,
 }
 
-/// The progress bar; its length is the estimated time in ms.
-struct Plan {
-    bar: ProgressBar,
-}
-
-impl Plan {
-    fn new(length: u64) -> Result<Self> {
-        let bar = ProgressBar::new(length);
-        bar.set_style(ProgressStyle::with_template(
-            "{bar:30} {percent:>3} %, {eta} left: {msg}",
-        )?);
-        Ok(Self { bar })
-    }
-
-    fn say(&self, what: String) {
-        self.bar.set_message(what);
-    }
-
-    fn advance(&self, milliseconds: u64) {
-        self.bar.inc(milliseconds);
-    }
-}
-
 /// `cargo xtask bench`.
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     if let Some(peer) = arguments.peer {
@@ -158,131 +150,86 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let recipe = Recipe {
         plugin,
         stock,
+        backend: arguments.stock_backend,
         against: arguments.against.clone(),
         disk,
     };
     let settings = Settings::new(arguments)?;
-    let report = measure(arguments, &settings, &recipe)?;
-    let path = workspace().join(format!(
-        "bench-results/{}.json",
+    let results = workspace().join("bench-results");
+    let journal = results.join("unfinished.jsonl");
+    if arguments.fresh && journal.exists() {
+        fs::remove_file(&journal).with_context(|| format!("removing {}", journal.display()))?;
+    }
+    let steps: Vec<Step> = settings
+        .parts
+        .iter()
+        .flat_map(|part| part.steps(&settings))
+        .collect();
+    let key = json!({"settings": settings.to_json(), "machine": machine::identity(&recipe)});
+    let mut run = Run::open(&journal, &key, &steps)?;
+    let machine = machine::describe(&recipe, settings.cpu);
+    for part in &settings.parts {
+        part.measure(&settings, &recipe, &mut run)?;
+    }
+    let report = Report {
+        machine,
+        settings: settings.to_json(),
+        against: recipe.against.clone(),
+        found: run.end(),
+    };
+    let path = results.join(format!(
+        "{}.json",
         SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs()
     ));
     report.write(&path)?;
     println!("{}", report.table());
-    for note in &report.notes {
-        println!("{note}");
-    }
     println!(
         "The interval of a comparison is that of the median, with 95 % confidence; \"same\": \
          the difference is smaller than the noise.\nAll samples: {}",
         path.display()
     );
-    Ok(())
+    run.forget()
 }
 
-fn measure(arguments: &Arguments, settings: &Settings, recipe: &Recipe) -> Result<Report> {
-    let wanted = |part| arguments.part.is_empty() || arguments.part.contains(&part);
-    let mut length = 0;
-    if wanted(Part::Traffic) {
-        length += traffic::estimate(settings);
+impl Part {
+    /// What is done in this part, in its order.
+    fn steps(self, settings: &Settings) -> Vec<Step> {
+        match self {
+            Self::Traffic => traffic::steps(settings),
+            Self::Programs => program::steps(),
+            Self::Ports => ports::steps(settings),
+            Self::Masquerade => masquerade::steps(settings),
+            Self::Calls => latency::steps(settings),
+        }
     }
-    if wanted(Part::Ports) {
-        length += ports::estimate(settings);
+
+    fn measure(self, settings: &Settings, recipe: &Recipe, run: &mut Run) -> Result<()> {
+        match self {
+            Self::Traffic => traffic::measure(settings, recipe, run),
+            Self::Programs => program::measure(settings, recipe, run),
+            Self::Ports => ports::measure(settings, recipe, run),
+            Self::Masquerade => masquerade::measure(settings, recipe, run),
+            Self::Calls => latency::measure(settings, recipe, run),
+        }
     }
-    if wanted(Part::Masquerade) {
-        length += masquerade::estimate(settings);
-    }
-    if wanted(Part::Calls) {
-        length += latency::estimate(settings);
-    }
-    let plan = Plan::new(length)?;
-    let mut report = Report {
-        machine: machine::describe(recipe, settings.cpu),
-        settings: settings.to_json(),
-        against: recipe.against.clone(),
-        measurements: Vec::new(),
-        notes: Vec::new(),
-        programs: None,
-        first_memory: Vec::new(),
-        memory: Vec::new(),
-        port_memory: Vec::new(),
-        sizes: settings
-            .contenders
+}
+
+/// Bytes, told in MB.
+fn megabytes(name: &str, bytes: &[(Contender, u64)]) -> Fact {
+    Fact {
+        name: name.to_owned(),
+        unit: "MB".to_owned(),
+        values: bytes
             .iter()
-            .filter_map(|&contender| Some((contender, size(contender, recipe)?)))
+            .map(|&(contender, bytes)| (contender, bytes as f64 / 1e6))
             .collect(),
-    };
-    if wanted(Part::Traffic) || wanted(Part::Programs) {
-        plan.say("making nodes".to_owned());
-        let mut pairs = Vec::new();
-        for &contender in &settings.contenders {
-            pairs.push(Pair::new(contender, recipe)?);
-        }
-        if wanted(Part::Traffic) {
-            report.measurements = traffic::measure(settings, &pairs, &plan)?;
-        }
-        let ours = pairs
-            .iter()
-            .find(|pair| pair.arena.contender == Contender::BpfBridge);
-        if let Some(ours) = ours.filter(|_| wanted(Part::Programs)) {
-            plan.say("run time of the programs".to_owned());
-            report.programs = Some(program::measure(
-                ours,
-                recipe,
-                settings.slice,
-                settings.cpu,
-            )?);
-            plan.say("one frame at a time".to_owned());
-            let frames = frames::measure(&pairs, recipe, settings.cpu)?;
-            report.measurements.extend(frames);
-            report.notes.push(frames::NOTE.to_owned());
-        }
     }
-    if wanted(Part::Masquerade) {
-        let masquerade = masquerade::measure(settings, recipe, &plan)?;
-        report.measurements.extend(masquerade);
-        report.notes.push(masquerade::NOTE.to_owned());
-    }
-    let mut published = None;
-    if wanted(Part::Ports) {
-        let ports = published.insert(ports::measure(settings, recipe, &plan)?);
-        report.measurements.append(&mut ports.measurements);
-        report.notes.append(&mut ports.notes);
-        report.port_memory.append(&mut ports.memory);
-    }
-    // Last, because thousands of namespaces are taken down afterwards.
-    if wanted(Part::Calls) {
-        let latency = latency::measure(settings, recipe, &plan)?;
-        report.measurements.extend(latency.measurements);
-        report.first_memory = latency.first_memory;
-        report.memory = latency.memory;
-    }
-    plan.bar.finish_and_clear();
-    // Taking its nodes down would have disturbed the calls.
-    drop(published);
-    Ok(report)
-}
-
-/// The size of what a contender runs for a call.
-fn size(contender: Contender, recipe: &Recipe) -> Option<u64> {
-    let files = match contender {
-        Contender::BpfBridge => vec![recipe.plugin.clone()],
-        Contender::Stock if recipe.against.is_some() => recipe.against.iter().cloned().collect(),
-        Contender::Stock => ["bridge", "host-local", "portmap"]
-            .map(|name| recipe.stock.join(name))
-            .into(),
-        Contender::Floor => return None,
-    };
-    files
-        .iter()
-        .map(|file| Some(fs::metadata(file).ok()?.len()))
-        .sum()
 }
 
 impl Settings {
     fn new(arguments: &Arguments) -> Result<Self> {
         let contenders: BTreeSet<Contender> = if arguments.only.is_empty() {
-            Contender::value_variants().iter().copied().collect()
+            [Contender::BpfBridge, Contender::Stock, Contender::Floor].into()
         } else {
             arguments.only.iter().copied().collect()
         };
@@ -290,9 +237,16 @@ impl Settings {
         let cpu = std::thread::available_parallelism()?.get() - 1;
         let contenders = contenders.into_iter().collect();
         let matching = arguments.matching.clone();
+        let mut parts = match &arguments.part[..] {
+            [] => Part::value_variants().to_vec(),
+            some => some.to_vec(),
+        };
+        parts.sort_unstable();
+        parts.dedup();
         Ok(if arguments.quick {
             Self {
                 contenders,
+                parts,
                 matching,
                 rounds: 20,
                 slice: Duration::from_millis(60),
@@ -308,6 +262,7 @@ impl Settings {
         } else {
             Self {
                 contenders,
+                parts,
                 matching,
                 rounds: 60,
                 slice: Duration::from_millis(200),
@@ -323,9 +278,11 @@ impl Settings {
         })
     }
 
-    fn to_json(&self) -> serde_json::Value {
+    fn to_json(&self) -> Value {
         json!({
             "contenders": self.contenders.iter().map(|contender| contender.name()).collect::<Vec<_>>(),
+            "parts": self.parts.iter().map(|part| format!("{part:?}").to_lowercase()).collect::<Vec<_>>(),
+            "matching": self.matching,
             "rounds": self.rounds,
             "sliceMs": u64::try_from(self.slice.as_millis()).ok(),
             "calls": self.calls,

@@ -10,7 +10,8 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use bpf_bridge_tests::{Attachment, Call, Network, Node, Sandbox, Verb};
+use bpf_bridge_tests::{Attachment, Call, Network, Node, Outside, Sandbox, Verb};
+use clap::ValueEnum;
 use nix::{
     mount::{MsFlags, mount},
     sched::{CloneFlags, setns, unshare},
@@ -30,12 +31,17 @@ pub(super) const NETWORK: &str = "bench";
 /// The capability by which a runtime publishes ports.
 pub(super) const PORT_MAPPINGS: &str = "portMappings";
 
+/// The plugins of the stock chain.
+pub(super) const STOCK_PLUGINS: [&str; 4] = ["bridge", "host-local", "portmap", "firewall"];
+
 /// What the nodes of a run have in common.
 pub(super) struct Recipe {
     /// The plugin under test.
     pub(super) plugin: PathBuf,
     /// Where the stock plugins are.
     pub(super) stock: PathBuf,
+    /// What they write their rules with.
+    pub(super) backend: Backend,
     /// Another build of bpf-bridge, which takes the place of the stock plugins.
     pub(super) against: Option<PathBuf>,
     /// A directory on a disk, below which each node keeps its addresses: on a
@@ -43,24 +49,23 @@ pub(super) struct Recipe {
     pub(super) disk: PathBuf,
 }
 
-/// What is asked of the plugins besides attaching pods.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Chain {
-    /// Nothing: the stock chain is `bridge` alone.
-    Plain,
-    /// To publish ports: the stock chain has `portmap` in it.
-    Publishing,
-    /// To masquerade what leaves the node (`ipMasq`).
-    Masquerading(Netfilter),
+/// What the stock plugins write their rules with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum Backend {
+    /// Every version can.
+    Iptables,
+    /// From 1.6 (`portmap`) and 1.7 (`bridge`) on.
+    Nftables,
 }
 
-/// Whether what bpf-bridge masquerades passes netfilter: its key `netfilter`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Netfilter {
-    /// It does, as with the stock plugin.
-    Routed,
-    /// It does not.
-    None,
+impl Backend {
+    /// As the configuration has it.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Iptables => "iptables",
+            Self::Nftables => "nftables",
+        }
+    }
 }
 
 /// A node on which one contender attaches pods.
@@ -106,7 +111,9 @@ impl Added {
 }
 
 impl Arena {
-    pub(super) fn new(contender: Contender, recipe: &Recipe, chain: Chain) -> Result<Self> {
+    /// Its network does the same work whoever the contender is: two families, a gateway,
+    /// masquerade, and published ports.
+    pub(super) fn new(contender: Contender, recipe: &Recipe) -> Result<Self> {
         let against = recipe.against.as_ref();
         let against = against.filter(|_| contender == Contender::Stock);
         let node = Node::with_plugin(against.unwrap_or(&recipe.plugin))?;
@@ -121,7 +128,7 @@ impl Arena {
                 None::<&str>,
             )
             .context("mounting a directory for addresses")?;
-            for plugin in ["bridge", "host-local", "portmap"] {
+            for plugin in STOCK_PLUGINS {
                 let link = Path::new(Node::CNI_PATH).join(plugin);
                 let _ = fs::remove_file(&link);
                 symlink(recipe.stock.join(plugin), &link)?;
@@ -142,27 +149,32 @@ impl Arena {
             "bridge": "cni0",
             "isGateway": true,
             "isDefaultGateway": true,
-            "ipMasq": matches!(chain, Chain::Masquerading(_)),
+            "ipMasq": true,
             "ipam": {
                 "type": "host-local",
                 "ranges": [[{"subnet": Network::V4_SUBNET}], [{"subnet": Network::V6_SUBNET}]],
             },
         });
         let capabilities = json!({PORT_MAPPINGS: true});
-        let plugins = match chain {
-            Chain::Masquerading(Netfilter::None) if !stock => {
-                first["netfilter"] = "none".into();
-                json!([first])
+        let backend = recipe.backend.name();
+        let plugins = if stock {
+            if recipe.backend == Backend::Nftables {
+                first["ipMasqBackend"] = backend.into();
             }
-            Chain::Plain | Chain::Masquerading(_) => json!([first]),
-            Chain::Publishing if stock => json!([
+            json!([
                 first,
-                {"type": "portmap", "backend": "iptables", "capabilities": capabilities},
-            ]),
-            Chain::Publishing => {
-                first["capabilities"] = capabilities;
-                json!([first])
+                {"type": "portmap", "backend": backend, "capabilities": capabilities},
+                // It has none for nftables.
+                {"type": "firewall", "backend": "iptables"},
+            ])
+        } else {
+            first["capabilities"] = capabilities;
+            match contender {
+                Contender::Xdp => first["xdpUplinks"] = json!([Outside::UPLINK]),
+                Contender::NoNetfilter => first["netfilter"] = "none".into(),
+                _ => {}
             }
+            json!([first])
         };
         let conflist = json!({"cniVersion": "1.0.0", "name": NETWORK, "plugins": plugins});
         let netlink = Netlink::open(&node)?;

@@ -17,10 +17,11 @@ use bpf_bridge_tests::{Attachment, Outside, Sandbox};
 use serde_json::{Value, json};
 
 use super::{
-    Plan, Settings,
+    Settings,
     measurement::{Better, Contender, Measurement},
-    node::{Added, Arena, Chain, NETWORK, PORT_MAPPINGS, Recipe},
+    node::{Added, Arena, NETWORK, PORT_MAPPINGS, Recipe},
     peer::{Connector, Ends, Flow},
+    run::{Found, Progress, Run, Step},
     traffic::{CONNECT, TCP_RR, WARM_UP},
 };
 
@@ -36,8 +37,24 @@ const PORTS_OF_A_POD: usize = 100;
 /// How often one port more is published on a node that has many.
 const CALLS_BESIDE: usize = 4;
 
+/// The only one.
+pub(super) fn steps(settings: &Settings) -> Vec<Step> {
+    vec![Step {
+        name: "ports".to_owned(),
+        estimate: estimate(settings),
+    }]
+}
+
+/// Measures this part.
+pub(super) fn measure(settings: &Settings, recipe: &Recipe, run: &mut Run) -> Result<()> {
+    for step in steps(settings) {
+        run.step(&step, |progress| all(settings, recipe, progress))?;
+    }
+    Ok(())
+}
+
 /// How long this part will take, in ms.
-pub(super) fn estimate(settings: &Settings) -> u64 {
+fn estimate(settings: &Settings) -> u64 {
     let calls: u64 = settings
         .port_calls
         .iter()
@@ -66,18 +83,6 @@ fn step(settings: &Settings) -> u64 {
     slice * settings.contenders.len() as u64
 }
 
-/// The results of this part.
-pub(super) struct Ports {
-    pub(super) measurements: Vec<Measurement>,
-    /// What one must know to read them.
-    pub(super) notes: Vec<String>,
-    /// The most memory that a call had resident, in bytes, with the first port of a
-    /// node.
-    pub(super) memory: Vec<(Contender, u64)>,
-    /// For as long as this lives, the nodes do.
-    _lanes: Vec<Lane>,
-}
-
 /// The node of a contender, the machine outside, and the pod that it asks.
 struct Lane {
     arena: Arena,
@@ -93,7 +98,7 @@ struct Lane {
 }
 
 /// Measures with more and more ports on the nodes.
-pub(super) fn measure(settings: &Settings, recipe: &Recipe, plan: &Plan) -> Result<Ports> {
+fn all(settings: &Settings, recipe: &Recipe, progress: &Progress<'_>) -> Result<Found> {
     let mut memory = Vec::new();
     for &contender in &settings.contenders {
         let lane = Lane::new(contender, recipe, 1)?;
@@ -104,7 +109,7 @@ pub(super) fn measure(settings: &Settings, recipe: &Recipe, plan: &Plan) -> Resu
     let mut firsts = Vec::new();
     let mut used = Vec::new();
     for (of_a_pod, levels) in &settings.ports {
-        plan.say("making nodes".to_owned());
+        progress.say("making nodes".to_owned());
         let mut lanes = Vec::new();
         for (number, &contender) in settings.contenders.iter().enumerate() {
             let mut lane = Lane::new(contender, recipe, *of_a_pod)?;
@@ -118,9 +123,9 @@ pub(super) fn measure(settings: &Settings, recipe: &Recipe, plan: &Plan) -> Resu
         if used.is_empty() {
             for &(ports, rounds) in &settings.port_calls {
                 let what = plural(ports);
-                plan.say(format!("ADD and DEL of {what}"));
+                progress.say(format!("ADD and DEL of {what}"));
                 measurements.extend(calls(&lanes, ports, rounds, &what)?);
-                plan.advance(rounds as u64 * round(ports));
+                progress.advance(rounds as u64 * round(ports));
             }
         }
         for &ports in levels {
@@ -128,14 +133,14 @@ pub(super) fn measure(settings: &Settings, recipe: &Recipe, plan: &Plan) -> Resu
             if *of_a_pod > 1 {
                 on += &format!(" ({of_a_pod} a pod)");
             }
-            plan.say(format!("publishing {on}"));
+            progress.say(format!("publishing {on}"));
             for lane in &mut lanes {
                 lane.publish(ports).with_context(|| lane.whose(&on))?;
             }
-            plan.advance(filling(ports));
-            measurements.extend(traffic(settings, &lanes, &on, plan)?);
+            progress.advance(filling(ports));
+            measurements.extend(traffic(settings, &lanes, &on, progress)?);
             if ports > 1 {
-                plan.say(format!("ADD and DEL beside {on}"));
+                progress.say(format!("ADD and DEL beside {on}"));
                 let what = format!("1 port beside {on}");
                 measurements.extend(calls(&lanes, 1, CALLS_BESIDE, &what)?);
             }
@@ -161,11 +166,14 @@ pub(super) fn measure(settings: &Settings, recipe: &Recipe, plan: &Plan) -> Resu
                 .to_owned(),
         );
     }
-    Ok(Ports {
+    let facts = vec![super::megabytes(
+        "peak memory, first published port",
+        &memory,
+    )];
+    Ok(Found {
         measurements,
+        facts,
         notes,
-        memory,
-        _lanes: used,
     })
 }
 
@@ -178,7 +186,7 @@ fn plural(ports: usize) -> String {
 
 impl Lane {
     fn new(contender: Contender, recipe: &Recipe, of_a_pod: usize) -> Result<Self> {
-        let arena = Arena::new(contender, recipe, Chain::Publishing)?;
+        let arena = Arena::new(contender, recipe)?;
         // Before the first ADD, as it is on a node.
         let outside = arena.node.outside()?;
         let pod = arena.node.sandbox("published")?;
@@ -431,13 +439,7 @@ fn calls(lanes: &[Lane], ports: usize, rounds: usize, what: &str) -> Result<Vec<
 }
 
 fn call(name: &str, values: Vec<(Contender, Vec<f64>)>) -> Measurement {
-    Measurement {
-        name: name.to_owned(),
-        unit: "ms",
-        better: Better::Lower,
-        additive: true,
-        values,
-    }
+    Measurement::new(name, "ms", Better::Lower, values).additive()
 }
 
 fn milliseconds(time: Duration) -> f64 {
@@ -445,7 +447,12 @@ fn milliseconds(time: Duration) -> f64 {
 }
 
 /// Connections through the port that was published last.
-fn traffic(settings: &Settings, lanes: &[Lane], on: &str, plan: &Plan) -> Result<Vec<Measurement>> {
+fn traffic(
+    settings: &Settings,
+    lanes: &[Lane],
+    on: &str,
+    progress: &Progress<'_>,
+) -> Result<Vec<Measurement>> {
     let (mut rates, mut connects, mut trips) = (Vec::new(), Vec::new(), Vec::new());
     for lane in lanes {
         for values in [&mut rates, &mut connects, &mut trips] {
@@ -453,14 +460,14 @@ fn traffic(settings: &Settings, lanes: &[Lane], on: &str, plan: &Plan) -> Result
         }
     }
     let turns = |what: &str, turn: &mut dyn FnMut(usize, &Lane) -> Result<()>| {
-        plan.say(format!("{what}, {on}"));
+        progress.say(format!("{what}, {on}"));
         for round in 0..settings.port_rounds {
             for at in 0..lanes.len() {
                 // Everyone goes first as often as the others.
                 let at = (round + at) % lanes.len();
                 turn(at, &lanes[at]).with_context(|| lanes[at].whose(on))?;
             }
-            plan.advance(step(settings));
+            progress.advance(step(settings));
         }
         anyhow::Ok(())
     };
@@ -483,12 +490,9 @@ fn traffic(settings: &Settings, lanes: &[Lane], on: &str, plan: &Plan) -> Result
         ("connect", "µs", Better::Lower, connects),
         ("TCP_RR", "µs", Better::Lower, trips),
     ]
-    .map(|(what, unit, better, values)| Measurement {
-        name: format!("outside to published port, {what}, {on}"),
-        unit,
-        better,
-        additive: false,
-        values,
+    .map(|(what, unit, better, values)| {
+        let name = format!("outside to published port, {what}, {on}");
+        Measurement::new(name, unit, better, values)
     })
     .into())
 }

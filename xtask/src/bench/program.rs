@@ -17,14 +17,16 @@ use aya::{
     sys::{Stats, enable_stats},
 };
 use bpf_bridge_tests::{Namespace, Node, Outside, Sandbox};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::{
-    measurement::Contender,
-    node::{Arena, Chain, PORT_MAPPINGS, Recipe},
+    Settings, frames,
+    measurement::{Contender, Fact},
+    node::{Arena, PORT_MAPPINGS, Recipe},
     peer::{Connector, Ends, Flow, Transport},
+    run::{Found, Run, Step},
     statistics::Summary,
-    traffic::{Pair, UDP_FLOW, UDP_RR},
+    traffic::{self, Pair, UDP_FLOW, UDP_RR},
 };
 
 /// Where bpf-bridge pins what it loads.
@@ -57,55 +59,87 @@ const HOST_PORT: u16 = 8080;
 const POD_PORT: u16 = 80;
 
 /// One program.
-pub(super) struct Program {
-    pub(super) name: String,
+struct Program {
+    name: String,
     /// Instructions that the verifier went through.
-    pub(super) verified: Option<u32>,
+    verified: Option<u32>,
     /// Bytes of machine code.
-    pub(super) jited: u32,
+    jited: u32,
 }
 
 /// How long a program runs.
-pub(super) struct Run {
-    pub(super) program: &'static str,
-    pub(super) traffic: String,
+struct Timed {
+    program: &'static str,
+    traffic: String,
     /// The mean of what the kernel counted, in ns. It has the two clock readings in
     /// it that measure it, and the programs that this one calls.
-    pub(super) time: f64,
+    time: f64,
 }
 
 /// What there is to say of the programs.
-pub(super) struct Programs {
-    pub(super) programs: Vec<Program>,
-    pub(super) runs: Vec<Run>,
+struct Programs {
+    programs: Vec<Program>,
+    runs: Vec<Timed>,
 }
 
 impl Programs {
-    pub(super) fn to_json(&self) -> Value {
-        let programs: Vec<Value> = self
-            .programs
-            .iter()
-            .map(|program| {
-                json!({"name": program.name, "verifiedInstructions": program.verified, "jitedBytes": program.jited})
-            })
-            .collect();
-        let runs: Vec<Value> = self
-            .runs
-            .iter()
-            .map(|run| json!({"program": run.program, "traffic": run.traffic, "nanosecondsPerRun": run.time}))
-            .collect();
-        json!({"programs": programs, "runs": runs})
+    fn into_facts(self) -> Vec<Fact> {
+        let ours = |name, unit: &str, value| Fact {
+            name,
+            unit: unit.to_owned(),
+            values: vec![(Contender::BpfBridge, value)],
+        };
+        let runs = self.runs.into_iter().map(|run| {
+            let name = format!("program `{}`, {}", run.program, run.traffic);
+            ours(name, "ns a run", run.time)
+        });
+        let programs = self.programs.into_iter().flat_map(|program| {
+            let of = |what, unit, value| {
+                ours(format!("program `{}`, {what}", program.name), unit, value)
+            };
+            [
+                program
+                    .verified
+                    .map(|count| of("verified", "instructions", count.into())),
+                Some(of("machine code", "bytes", program.jited.into())),
+            ]
+        });
+        runs.chain(programs.flatten()).collect()
     }
+}
+
+/// The only one.
+pub(super) fn steps() -> Vec<Step> {
+    vec![Step {
+        name: "programs".to_owned(),
+        estimate: 20_000,
+    }]
+}
+
+/// Looks at the programs.
+pub(super) fn measure(settings: &Settings, recipe: &Recipe, run: &mut Run) -> Result<()> {
+    for step in steps() {
+        run.step(&step, |_| {
+            let pairs = traffic::pairs(settings, recipe)?;
+            let mut found = Found::default();
+            let ours = pairs
+                .iter()
+                .find(|pair| pair.arena.contender == Contender::BpfBridge);
+            if let Some(ours) = ours {
+                let programs = look(ours, recipe, settings.slice, settings.cpu)?;
+                found.facts = programs.into_facts();
+                found.measurements = frames::measure(&pairs, recipe, settings.cpu)?;
+                found.notes = vec![frames::NOTE.to_owned()];
+            }
+            Ok(found)
+        })?;
+    }
+    Ok(())
 }
 
 /// Looks at the programs of nodes of bpf-bridge's while they have traffic: of one
 /// without published ports, and of one with.
-pub(super) fn measure(
-    pair: &Pair,
-    recipe: &Recipe,
-    slice: Duration,
-    cpu: usize,
-) -> Result<Programs> {
+fn look(pair: &Pair, recipe: &Recipe, slice: Duration, cpu: usize) -> Result<Programs> {
     // Switched on for as long as the descriptor is open, in place of the
     // machine's sysctl.
     let _statistics = enable_stats(Stats::RunTime).context("switching run time statistics on")?;
@@ -153,7 +187,7 @@ struct Publisher {
 
 impl Publisher {
     fn new(recipe: &Recipe) -> Result<Self> {
-        let arena = Arena::new(Contender::BpfBridge, recipe, Chain::Publishing)?;
+        let arena = Arena::new(Contender::BpfBridge, recipe)?;
         let outside = arena.node.outside()?;
         let server = arena.node.sandbox("server")?;
         let other = arena.node.sandbox("other")?;
@@ -183,7 +217,7 @@ impl Publisher {
         pins: &Pins<'_>,
         slice: Duration,
         cpu: usize,
-        runs: &mut Vec<Run>,
+        runs: &mut Vec<Timed>,
     ) -> Result<()> {
         let node: &Namespace = &self.arena.node;
         let ends = |from, to, listen: (IpAddr, u16), through: Option<SocketAddr>| Ends {
@@ -294,7 +328,7 @@ impl<'a> Pins<'a> {
         program: &'static str,
         name: &str,
         mut traffic: impl FnMut() -> Result<()>,
-    ) -> Result<Run> {
+    ) -> Result<Timed> {
         traffic()?;
         let mut means = Vec::new();
         for _ in 0..SLICES {
@@ -307,7 +341,7 @@ impl<'a> Pins<'a> {
             means.push(time.as_nanos() as f64 / count as f64);
         }
         let summary = Summary::of(&means).context("nothing was measured")?;
-        Ok(Run {
+        Ok(Timed {
             program,
             traffic: name.to_owned(),
             time: summary.median,

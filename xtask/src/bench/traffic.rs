@@ -6,10 +6,11 @@ use anyhow::{Context as _, Result};
 use bpf_bridge_tests::{Namespace, Sandbox};
 
 use super::{
-    Plan, Settings,
+    Settings,
     measurement::{Better, Contender, Measurement},
-    node::{Arena, Chain, Recipe},
+    node::{Arena, Recipe},
     peer::{Ends, Flow, Transport},
+    run::{Found, Progress, Run, Step},
 };
 
 /// Datagrams that are under way at once: far fewer than a socket's buffer holds.
@@ -84,9 +85,14 @@ fn tests(settings: &Settings) -> impl Iterator<Item = &'static Test> {
         .filter(|(name, ..)| name.contains(&settings.matching))
 }
 
-/// How long this part will take, in ms.
-pub(super) fn estimate(settings: &Settings) -> u64 {
-    (tests(settings).count() * settings.rounds) as u64 * step(settings)
+/// One for each kind of traffic.
+pub(super) fn steps(settings: &Settings) -> Vec<Step> {
+    tests(settings)
+        .map(|(name, ..)| Step {
+            name: (*name).to_owned(),
+            estimate: settings.rounds as u64 * step(settings),
+        })
+        .collect()
 }
 
 fn step(settings: &Settings) -> u64 {
@@ -107,7 +113,7 @@ pub(super) struct Pair {
 
 impl Pair {
     pub(super) fn new(contender: Contender, recipe: &Recipe) -> Result<Self> {
-        let arena = Arena::new(contender, recipe, Chain::Plain)?;
+        let arena = Arena::new(contender, recipe)?;
         let first = arena.node.sandbox("first")?;
         let second = arena.node.sandbox("second")?;
         let (first_v4, second_v4, host_v4);
@@ -156,42 +162,61 @@ impl Pair {
     }
 }
 
+/// The nodes of all contenders that have two pods.
+pub(super) fn pairs(settings: &Settings, recipe: &Recipe) -> Result<Vec<Pair>> {
+    settings
+        .contenders
+        .iter()
+        .map(|&contender| Pair::new(contender, recipe))
+        .collect()
+}
+
 /// Measures all kinds of traffic.
-pub(super) fn measure(
+pub(super) fn measure(settings: &Settings, recipe: &Recipe, run: &mut Run) -> Result<()> {
+    let steps = steps(settings);
+    if !run.wants(&steps) {
+        return Ok(());
+    }
+    run.say("making nodes");
+    let pairs = pairs(settings, recipe)?;
+    for (step, test) in steps.iter().zip(tests(settings)) {
+        run.step(step, |progress| {
+            let measurements = vec![test_all(settings, &pairs, test, progress)?];
+            Ok(Found {
+                measurements,
+                ..Found::default()
+            })
+        })?;
+    }
+    Ok(())
+}
+
+fn test_all(
     settings: &Settings,
     pairs: &[Pair],
-    plan: &Plan,
-) -> Result<Vec<Measurement>> {
-    tests(settings)
-        .map(|&(name, transport, tell, to_host)| {
-            plan.say(name.to_owned());
-            let mut lanes: Vec<_> = pairs.iter().map(|pair| (pair, Vec::new())).collect();
-            let count = lanes.len();
-            for round in 0..settings.rounds {
-                for turn in 0..count {
-                    // Everyone goes first as often as the others.
-                    let (pair, values) = &mut lanes[(round + turn) % count];
-                    // Where the kernel puts a socket makes a difference of a
-                    // per cent for as long as it lives: so none lives long.
-                    let mut flow = pair.flow(transport, to_host, settings.cpu)?;
-                    flow.run(settings.slice / WARM_UP)?;
-                    let rate = flow
-                        .run(settings.slice)
-                        .with_context(|| format!("{name} of {}", pair.arena.contender.name()))?;
-                    values.push(tell.of(rate));
-                }
-                plan.advance(step(settings));
-            }
-            Ok(Measurement {
-                name: name.to_owned(),
-                unit: tell.unit(),
-                better: tell.better(),
-                additive: false,
-                values: lanes
-                    .into_iter()
-                    .map(|(pair, values)| (pair.arena.contender, values))
-                    .collect(),
-            })
-        })
-        .collect()
+    &(name, transport, tell, to_host): &Test,
+    progress: &Progress<'_>,
+) -> Result<Measurement> {
+    let mut lanes: Vec<_> = pairs.iter().map(|pair| (pair, Vec::new())).collect();
+    let count = lanes.len();
+    for round in 0..settings.rounds {
+        for turn in 0..count {
+            // Everyone goes first as often as the others.
+            let (pair, values) = &mut lanes[(round + turn) % count];
+            // Where the kernel puts a socket makes a difference of a
+            // per cent for as long as it lives: so none lives long.
+            let mut flow = pair.flow(transport, to_host, settings.cpu)?;
+            flow.run(settings.slice / WARM_UP)?;
+            let rate = flow
+                .run(settings.slice)
+                .with_context(|| format!("{name} of {}", pair.arena.contender.name()))?;
+            values.push(tell.of(rate));
+        }
+        progress.advance(step(settings));
+    }
+    let values = lanes
+        .into_iter()
+        .map(|(pair, values)| (pair.arena.contender, values))
+        .collect();
+    Ok(Measurement::new(name, tell.unit(), tell.better(), values))
 }
