@@ -35,12 +35,19 @@ pub(super) const CROWD: usize = 60;
 /// The ports of the pods that are measured begin here.
 pub(super) const CALLED_PORTS: usize = 22_000;
 
+/// How many rules stock has for a pod without ports, and for each port: for estimates.
+pub(super) const RULES_OF_A_POD: usize = 10;
+pub(super) const RULES_OF_A_PORT: usize = 5;
+
 /// Rounds before those that count.
 pub(super) const WARM_UP: usize = 1;
 
 /// More pods than these are not attached where each would take a whole call of the stock
 /// chain.
 const POSSIBLE_PODS: usize = 100;
+
+/// Values by contender.
+type Samples = Vec<(Contender, Vec<f64>)>;
 
 /// Who takes part: XDP and netfilter are no matter of calls.
 pub(super) fn contenders(settings: &Settings) -> Vec<Contender> {
@@ -95,7 +102,8 @@ impl Task {
             Self::Alone(pods, rounds) => {
                 let below = settings.calls.iter().map(|level| level.0);
                 let below = below.filter(|&level| level < pods).max().unwrap_or(0);
-                let calls = (WARM_UP + rounds) as u64 * sum(&|of| round(*of, pods, 1));
+                let calls =
+                    (WARM_UP + rounds) as u64 * sum(&|of| round(*of, pods * RULES_OF_A_POD));
                 let filling = sum(&|of| (pods - below) as u64 * filling(*of, pods));
                 (format!("calls, {pods} pods"), calls + filling)
             }
@@ -113,11 +121,12 @@ fn making(contender: &Contender) -> u64 {
     }
 }
 
-/// How long ADD, CHECK and DEL take of a contender, in ms, with so many pods and ports.
-pub(super) fn round(contender: Contender, pods: usize, ports: usize) -> u64 {
+/// How long ADD, CHECK and DEL take of a contender, in ms, where stock has so many rules:
+/// each of its calls of iptables reads all of them.
+pub(super) fn round(contender: Contender, rules: usize) -> u64 {
     match contender {
         Contender::Floor => 25,
-        Contender::Stock => 320 + (pods + ports) as u64,
+        Contender::Stock => 320 + rules as u64 / 20,
         _ => 40,
     }
 }
@@ -213,7 +222,7 @@ impl Nodes {
             .map(|lane| (&lane.arena, &lane.slot))
             .collect();
         let times = take_turns(&lanes, rounds, |contender| {
-            progress.advance(round(contender, pods, 1));
+            progress.advance(round(contender, pods * RULES_OF_A_POD));
         })?;
         let measurements = times.measurements(
             &plural(pods, "pod"),
@@ -291,7 +300,7 @@ impl Nodes {
     /// So many callers, none of which waits for another: how many calls a second.
     fn at_once(&self, rounds: usize, progress: &Progress<'_>) -> Result<Found> {
         let [adds, dels] = self.together(AT_ONCE * CALLS_EACH, AT_ONCE, rounds, progress)?;
-        let measurement = |verb: &str, times: Vec<(Contender, Vec<f64>)>| {
+        let measurement = |verb: &str, times: Samples| {
             let rate = |time: &f64| (AT_ONCE * CALLS_EACH) as f64 / time;
             let rates = times
                 .iter()
@@ -309,7 +318,7 @@ impl Nodes {
     /// All at once: how long until the last has ended.
     fn crowd(&self, rounds: usize, progress: &Progress<'_>) -> Result<Found> {
         let [adds, dels] = self.together(CROWD, CROWD, rounds, progress)?;
-        let measurement = |verb: &str, times: Vec<(Contender, Vec<f64>)>| {
+        let measurement = |verb: &str, times: Samples| {
             let name = format!("{CROWD} {verb}s at once");
             Measurement::new(name, "s", Better::Lower, times)
         };
@@ -326,7 +335,7 @@ impl Nodes {
         callers: usize,
         rounds: usize,
         progress: &Progress<'_>,
-    ) -> Result<[Vec<(Contender, Vec<f64>)>; 2]> {
+    ) -> Result<[Samples; 2]> {
         let mut lanes = Vec::new();
         for Lane { arena, .. } in &self.lanes {
             // Netlink requests at once are one after the other: there is no floor.
@@ -375,9 +384,9 @@ fn plural(count: usize, what: &str) -> String {
 /// How long the calls took, in ms, by contender.
 #[derive(Default)]
 pub(super) struct Times {
-    adds: Vec<(Contender, Vec<f64>)>,
-    checks: Vec<(Contender, Vec<f64>)>,
-    dels: Vec<(Contender, Vec<f64>)>,
+    adds: Samples,
+    checks: Samples,
+    dels: Samples,
 }
 
 impl Times {
@@ -420,9 +429,10 @@ pub(super) fn take_turns(
             let (arena, slot) = lanes[at];
             let [add, check, del] = arena.node.within(|| {
                 let added = arena.attach_here(slot)?;
-                let check = match arena.checks() {
-                    true => arena.check_here(slot, &added)?,
-                    false => Duration::ZERO,
+                let check = if arena.checks() {
+                    arena.check_here(slot, &added)?
+                } else {
+                    Duration::ZERO
                 };
                 Ok([added.time, check, arena.detach_here(slot, &added)?])
             })?;
@@ -490,7 +500,7 @@ fn shared_out<T: Send>(
 
 /// The first ADD of a node: programs are loaded, chains made.
 fn firsts(settings: &Settings, recipe: &Recipe, rounds: usize) -> Result<Found> {
-    let mut values: Vec<(Contender, Vec<f64>)> = contenders(settings)
+    let mut values: Samples = contenders(settings)
         .into_iter()
         .filter(|contender| *contender != Contender::Floor)
         .map(|contender| (contender, Vec::new()))
@@ -573,4 +583,42 @@ fn in_kernel(recipe: &Recipe) -> Result<Vec<Fact>> {
     facts.extend(found.sums(&format!("{name}, a published port")));
     facts.extend(found.tables(name));
     Ok(facts)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::{super::Arguments, *};
+
+    #[derive(Parser)]
+    struct CommandLine {
+        #[command(flatten)]
+        arguments: Arguments,
+    }
+
+    fn settings(arguments: &[&str]) -> Settings {
+        let line = CommandLine::parse_from([&["bench"], arguments].concat());
+        Settings::new(&line.arguments).unwrap()
+    }
+
+    #[test]
+    fn calls_and_ports_are_done_in_their_time() {
+        for (arguments, seconds) in [(&["--quick"][..], 45), (&[], 300)] {
+            let settings = settings(arguments);
+            let steps = [steps(&settings), super::super::ports::steps(&settings)].concat();
+            let sum: u64 = steps.iter().map(|step| step.estimate).sum();
+            assert!(sum <= seconds * 1000, "{sum} ms: {steps:?}");
+            // By its name a step is known again.
+            let names: std::collections::BTreeSet<_> =
+                steps.iter().map(|step| &step.name).collect();
+            assert_eq!(names.len(), steps.len());
+        }
+    }
+
+    #[test]
+    fn only_those_take_part_whose_calls_differ() {
+        let settings = settings(&["--only", "xdp,stock,no-netfilter,floor"]);
+        assert_eq!(contenders(&settings), [Contender::Stock, Contender::Floor]);
+    }
 }

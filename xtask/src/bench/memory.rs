@@ -110,31 +110,23 @@ pub(super) fn pinned() -> Result<Kernel> {
 impl Kernel {
     fn visit(&mut self, path: &Path) -> Result<()> {
         let say = || format!("looking at {}", path.display());
-        if path.is_dir() {
-            for entry in fs::read_dir(path).with_context(say)? {
-                self.visit(&entry.with_context(say)?.path())?;
-            }
-            return Ok(());
-        }
         let name = path.file_name().unwrap_or_default().to_string_lossy();
-        if name
-            .chars()
-            .all(|letter| letter.is_ascii_uppercase() || letter == '_')
-        {
-            self.add_map(MapInfo::from_pin(path).with_context(say)?)
-        } else if path
-            .parent()
-            .is_some_and(|parent| !parent.ends_with("links"))
-        {
-            self.add_program(ProgramInfo::from_pin(path).with_context(say)?)
-        } else {
-            // A link: its program is pinned, too.
+        if path.is_dir() {
+            // The programs of links are pinned, too.
+            if name != "links" {
+                for entry in fs::read_dir(path).with_context(say)? {
+                    self.visit(&entry.with_context(say)?.path())?;
+                }
+            }
             Ok(())
+        } else if name.starts_with(|letter: char| letter.is_ascii_uppercase()) {
+            self.add_map(&MapInfo::from_pin(path).with_context(say)?)
+        } else {
+            self.add_program(&ProgramInfo::from_pin(path).with_context(say)?)
         }
-        .with_context(say)
     }
 
-    fn add_map(&mut self, map: MapInfo) -> Result<()> {
+    fn add_map(&mut self, map: &MapInfo) -> Result<()> {
         let fd = map.fd()?;
         let memory = memlock(fd.as_fd().as_raw_fd())?;
         let name = map.name_as_str().unwrap_or_default().to_owned();
@@ -143,12 +135,12 @@ impl Kernel {
     }
 
     /// With the tables that it uses: not all are pinned.
-    fn add_program(&mut self, program: ProgramInfo) -> Result<()> {
+    fn add_program(&mut self, program: &ProgramInfo) -> Result<()> {
         let fd = program.fd()?;
         let memory = memlock(fd.as_fd().as_raw_fd())?;
         self.programs.insert(program.id(), memory);
         for map in program.map_ids()?.unwrap_or_default() {
-            self.add_map(MapInfo::from_id(map)?)?;
+            self.add_map(&MapInfo::from_id(map)?)?;
         }
         Ok(())
     }

@@ -60,6 +60,12 @@ impl Level {
         (self.ports - 1).next_multiple_of(self.of_a_pod)
     }
 
+    /// How many rules stock has for them, for estimates.
+    fn rules(self) -> usize {
+        let pods = self.ports / self.of_a_pod;
+        pods * calls::RULES_OF_A_POD + self.ports * calls::RULES_OF_A_PORT
+    }
+
     /// As in "1000 ports, 1 a pod".
     fn name(self) -> String {
         match self {
@@ -80,7 +86,7 @@ impl Level {
         let calls = calls::contenders(settings);
         let round: u64 = calls
             .iter()
-            .map(|&contender| calls::round(contender, 0, self.ports))
+            .map(|&contender| calls::round(contender, self.rules()))
             .sum();
         let rounds = (calls::WARM_UP + settings.port_calls) as u64;
         let nodes = settings.contenders.len() as u64;
@@ -173,7 +179,7 @@ fn with(
         .map(|lane| (&lane.arena, &lane.caller))
         .collect();
     let times = take_turns(&callers, settings.port_calls, |contender| {
-        progress.advance(calls::round(contender, 0, level.ports));
+        progress.advance(calls::round(contender, level.rules()));
     })?;
     measurements.extend(times.measurements(
         &format!("beside {on}"),

@@ -72,7 +72,8 @@ struct Table {
 
 impl Rules {
     /// Attaches and detaches `slot`, which has `ports` ports from `port` on, and sees what
-    /// is written for it.
+    /// is written for it. A pod with a port must have been on the node before: the first
+    /// one makes what all others use, and leaves it.
     pub(super) fn learn(arena: &Arena, slot: &Slot, port: usize, ports: usize) -> Result<Self> {
         let node = &arena.node;
         let save = || -> Result<[String; 2]> {
@@ -81,9 +82,6 @@ impl Rules {
                 node.run(&format!("{}-save", PROGRAMS[1]))?,
             ])
         };
-        // The first pod of a node makes what all others use, and leaves it.
-        let first = node.within(|| arena.attach_here(slot))?;
-        node.within(|| arena.detach_here(slot, &first))?;
         let before = save()?;
         let added = node.within(|| arena.attach_here(slot))?;
         let after = save()?;
