@@ -38,6 +38,8 @@ const PORTS_OF_A_POD: usize = 100;
 struct Level {
     ports: usize,
     of_a_pod: usize,
+    /// For this one nodes must be made.
+    first: bool,
 }
 
 impl Level {
@@ -46,11 +48,12 @@ impl Level {
         let groups = settings.ports.iter();
         groups
             .map(|(of_a_pod, levels)| {
-                let level = |&ports| Self {
+                let level = |(number, &ports)| Self {
                     ports,
                     of_a_pod: *of_a_pod,
+                    first: number == 0,
                 };
-                levels.iter().map(level).collect()
+                levels.iter().enumerate().map(level).collect()
             })
             .collect()
     }
@@ -70,7 +73,9 @@ impl Level {
     fn name(self) -> String {
         match self {
             Self { ports: 1, .. } => "1 port".to_owned(),
-            Self { ports, of_a_pod } => format!("{ports} ports, {of_a_pod} a pod"),
+            Self {
+                ports, of_a_pod, ..
+            } => format!("{ports} ports, {of_a_pod} a pod"),
         }
     }
 
@@ -89,19 +94,25 @@ impl Level {
             .map(|&contender| calls::round(contender, self.rules()))
             .sum();
         let rounds = (calls::WARM_UP + settings.port_calls) as u64;
-        let nodes = settings.contenders.len() as u64;
+        let nodes: u64 = contenders(settings)
+            .map(|contender| making(contender, self))
+            .sum();
         Step {
             name: format!("published ports, {}", self.name()),
-            estimate: nodes * making(self)
-                + (2 * settings.port_rounds) as u64 * turns(settings)
-                + rounds * round,
+            estimate: nodes + (2 * settings.port_rounds) as u64 * turns(settings) + rounds * round,
         }
     }
 }
 
 /// How long it takes to make a node, and to publish what is missing, in ms.
-fn making(level: Level) -> u64 {
-    1000 + level.ports as u64 / 2
+fn making(contender: Contender, level: Level) -> u64 {
+    let (ports, first) = (level.ports as u64, u64::from(level.first));
+    match contender {
+        Contender::Floor => first * 300,
+        // A pod with as many ports is attached and detached, to see its rules.
+        Contender::Stock => first * (1500 + 40 * level.of_a_pod as u64) + 400 + ports / 5,
+        _ => first * 1000 + 50 + ports / 15,
+    }
 }
 
 /// How long all contenders' turns take.
@@ -169,7 +180,7 @@ fn with(
     progress.say(format!("publishing {on}"));
     for lane in &mut *lanes {
         lane.publish(level).with_context(|| lane.whose(&on))?;
-        progress.advance(making(level));
+        progress.advance(making(lane.arena.contender, level));
     }
     let mut measurements = traffic(settings, lanes, level, progress)?;
     progress.say(format!("ADD, CHECK and DEL beside {on}"));
@@ -388,7 +399,14 @@ mod tests {
 
     #[test]
     fn a_level_has_whole_pods() {
-        let others = |ports, of_a_pod| Level { ports, of_a_pod }.others();
+        let others = |ports, of_a_pod| {
+            let level = Level {
+                ports,
+                of_a_pod,
+                first: false,
+            };
+            level.others()
+        };
         assert_eq!(others(1, 1), 0);
         assert_eq!(others(1000, 1), 999);
         assert_eq!(others(1, 100), 0);
