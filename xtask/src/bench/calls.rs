@@ -86,7 +86,7 @@ impl Task {
         let contenders = contenders(settings);
         let sum = |of: &dyn Fn(&Contender) -> u64| contenders.iter().map(of).sum::<u64>();
         let (name, estimate) = match *self {
-            Self::Memory => ("memory of calls".to_owned(), sum(&making) + 1000),
+            Self::Memory => ("memory of calls".to_owned(), sum(&making) + 2500),
             Self::First(rounds) => (
                 "a node's first ADD".to_owned(),
                 rounds as u64 * sum(&making),
@@ -117,7 +117,7 @@ fn making(contender: &Contender) -> u64 {
     match contender {
         Contender::Floor => 100,
         Contender::Stock => 500,
-        _ => 900,
+        _ => 1000,
     }
 }
 
@@ -126,7 +126,7 @@ fn making(contender: &Contender) -> u64 {
 pub(super) fn round(contender: Contender, rules: usize) -> u64 {
     match contender {
         Contender::Floor => 25,
-        Contender::Stock => 320 + rules as u64 / 20,
+        Contender::Stock => 350 + rules as u64 / 20,
         _ => 40,
     }
 }
