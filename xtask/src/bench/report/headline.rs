@@ -112,7 +112,7 @@ impl Report {
         let past = measurement.advantage_of(Contender::NoNetfilter);
         let past = past.map(|found| {
             let netfilter = Contender::NoNetfilter.kind();
-            format!("; with {netfilter} {}", self.against_stock(&found))
+            format!("; {netfilter}: {}", self.against_stock(&found))
         });
         Some(Told {
             figure: self.against_stock(&found),
@@ -197,7 +197,7 @@ impl Report {
             figure: if single {
                 figure
             } else {
-                format!("{figure}, {} {}", self.against_stock(&high), at(most))
+                format!("{figure}, {} {}", words::ratio(&high), at(most))
             },
             detail: if single {
                 detail
@@ -262,7 +262,10 @@ impl Report {
     fn medians(&self, measurement: &Measurement) -> String {
         let told = measurement.values.iter().filter_map(|(contender, values)| {
             let median = Summary::of(values)?.median;
-            let name = self.name(*contender);
+            let name = match contender {
+                ours if ours.is_ours() => ours.kind(),
+                other => self.name(*other),
+            };
             Some(format!("{name} {}", words::digits(median)))
         });
         let told: Vec<String> = told.collect();

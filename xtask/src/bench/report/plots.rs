@@ -65,15 +65,17 @@ struct Panel {
 impl Report {
     /// Those of the page: all that there is something for.
     pub(super) fn plots(&self) -> Vec<Plot> {
-        self.plots_with(self.latencies(true))
+        self.plots_with(self.latencies(true), self.cpu(|_| true))
     }
 
-    /// Those of the documentation: of latencies, one panel for each path and verb.
+    /// Those of the documentation: of latencies one panel for each path and verb, and the
+    /// CPU of one family.
     pub(super) fn few_plots(&self) -> Vec<Plot> {
-        self.plots_with(self.latencies(false))
+        let cpu = self.cpu(|measurement| !measurement.name.contains("IPv6"));
+        self.plots_with(self.latencies(false), cpu)
     }
 
-    fn plots_with(&self, latencies: Option<Markup>) -> Vec<Plot> {
+    fn plots_with(&self, latencies: Option<Markup>, cpu: Option<Markup>) -> Vec<Plot> {
         let plots = [
             Plot::new("packets", "Packets beside stock", self.ratios(false)),
             Plot::new("calls", "Calls beside stock", self.ratios(true)),
@@ -86,7 +88,7 @@ impl Report {
                 self.curves(Axis::Ports),
             ),
             Plot::new("latencies", "Latencies", latencies),
-            Plot::new("cpu", "CPU", self.cpu()),
+            Plot::new("cpu", "CPU", cpu),
         ];
         plots.into_iter().flatten().collect()
     }
@@ -185,14 +187,18 @@ impl Report {
     where
         S: FnOnce(std::vec::IntoIter<f64>, f64, f64) -> Option<Scale>,
     {
-        const ROW: f64 = 19.0;
+        const ROW: f64 = 20.0;
+        const APART: f64 = 6.0;
+        const TOP: f64 = 94.0;
         let marks = || lines.iter().flat_map(|line| &line.marks);
         let left = lines
             .iter()
             .map(|line| wide(&line.what))
             .fold(120.0, f64::max)
             + 34.0;
-        let right = marks().map(|mark| wide(&mark.told)).fold(40.0, f64::max) + 14.0;
+        // Of the first of each row there is room to tell it in words.
+        let told = lines.iter().filter_map(|line| line.marks.first());
+        let right = told.map(|mark| wide(&mark.told)).fold(40.0, f64::max) + 14.0;
         let mut values = vec![neutral];
         for mark in marks() {
             let (low, high) = mark.found.summary().interval;
@@ -201,7 +207,7 @@ impl Report {
         let scale = scale(values.into_iter(), left, WIDTH - right)?;
         let contenders = self.named(marks().map(|mark| mark.contender));
         let mut headings = Vec::new();
-        let mut at = 92.0;
+        let mut at = TOP + 10.0;
         let mut places = Vec::new();
         for line in lines {
             if headings
@@ -212,41 +218,53 @@ impl Report {
                 headings.push((line.group, at));
                 at += ROW;
             }
-            places.push(at);
-            at += ROW * line.marks.len() as f64;
+            let below = line.marks.len().saturating_sub(1) as f64 * APART;
+            places.push(at + below / 2.0);
+            at += ROW + below;
         }
         (!lines.is_empty()).then(|| {
             let content = html! {
                 text class="title" x="14" y="24" { (title) }
                 text class="dim" x="14" y="44" {
-                    "Median of the paired comparisons and its 95 % interval; " (hint)
-                    "; hollow: smaller than the noise"
+                    "Median of paired comparisons, 95 % interval; " (hint)
+                    "; hollow: the same, smaller than the noise; in words: bpf-bridge"
                 }
                 (legend(&contenders, 20.0, 66.0))
-                (vertical_axis_lines(&scale, 80.0, at))
+                (axis_lines(&scale, TOP, at))
                 line class="axis" x1=(px(scale.at(neutral))) x2=(px(scale.at(neutral)))
-                    y1="80" y2=(px(at)) stroke-width="1.5" {}
+                    y1=(TOP) y2=(px(at)) stroke-width="1.5" {}
                 @for (group, y) in &headings {
                     text class="bold" x="14" y=(px(*y + 4.0)) { (group) }
                 }
                 @for (line, y) in lines.iter().zip(&places) {
                     text x="28" y=(px(y + 4.0)) { (line.what) }
+                    line class="grid" x1=(px(left)) x2=(px(WIDTH - right)) y1=(px(*y)) y2=(px(*y)) stroke-dasharray="1 4" {}
                     @for (number, mark) in line.marks.iter().enumerate() {
-                        @let y = y + number as f64 * ROW;
-                        @let summary = mark.found.summary();
-                        @let same = matches!(mark.found, Comparison::Same(_));
-                        g class=(class(mark.contender)) {
-                            title { (self.name(mark.contender)) ", " (line.group) ", " (line.what) ": " (mark.told) }
-                            line x1=(px(scale.at(summary.interval.0))) x2=(px(scale.at(summary.interval.1)))
-                                y1=(px(y)) y2=(px(y)) stroke="currentColor" stroke-width="2" {}
-                            (marker(mark.contender, scale.at(summary.median), y, !same))
-                            text class=[same.then_some("dim")] x=(px(WIDTH - right + 12.0)) y=(px(y + 4.0)) { (mark.told) }
-                        }
+                        @let from_middle = number as f64 - (line.marks.len() - 1) as f64 / 2.0;
+                        (self.draw_mark(line, mark, &scale, y + from_middle * APART))
+                    }
+                    @if let Some(mark) = line.marks.first() {
+                        text x=(px(WIDTH - right + 12.0)) y=(px(y + 4.0)) { (mark.told) }
                     }
                 }
             };
             svg::plot(title, at + 28.0, &content)
         })
+    }
+
+    fn draw_mark(&self, line: &Line<'_>, mark: &Mark, scale: &Scale, y: f64) -> Markup {
+        let summary = mark.found.summary();
+        let (low, high) = summary.interval;
+        let different = matches!(mark.found, Comparison::Different(_));
+        let name = self.name(mark.contender);
+        html! {
+            g class=(class(mark.contender)) {
+                title { (name) ", " (line.group) ", " (line.what) ": " (mark.told) }
+                line x1=(px(scale.at(low))) x2=(px(scale.at(high))) y1=(px(y)) y2=(px(y))
+                    stroke="currentColor" stroke-width="2" {}
+                (marker(mark.contender, scale.at(summary.median), y, different))
+            }
+        }
     }
 
     /// Contenders, each once, with their names.
@@ -375,7 +393,7 @@ impl Report {
     }
 
     /// What transactions took of the CPU.
-    fn cpu(&self) -> Option<Markup> {
+    fn cpu(&self, wanted: impl Fn(&Measurement) -> bool) -> Option<Markup> {
         const BAR: f64 = 17.0;
         const TIMES: [(&str, fn(&Cpu) -> f64); 3] = [
             ("user", |cpu| cpu.user),
@@ -385,7 +403,7 @@ impl Report {
         let total = |cpu: &Cpu| TIMES.iter().map(|(_, time)| time(cpu)).sum::<f64>();
         let measurements = self.found.measurements.iter();
         let measured: Vec<_> = measurements
-            .filter(|measurement| !measurement.cpu.is_empty())
+            .filter(|measurement| !measurement.cpu.is_empty() && wanted(measurement))
             .collect();
         let names = measured.iter().flat_map(|measurement| &measurement.cpu);
         let names = names
@@ -493,9 +511,13 @@ fn better(better: Better) -> &'static str {
     }
 }
 
-/// Lines at the ticks of a horizontal axis that lies below.
-fn vertical_axis_lines(scale: &Scale, top: f64, bottom: f64) -> Markup {
+/// Lines at the ticks of a horizontal axis.
+fn axis_lines(scale: &Scale, top: f64, bottom: f64) -> Markup {
     html! {
+        // Above, too: some plots are longer than a screen.
+        @for value in scale.ticks() {
+            text class="dim small" x=(px(scale.at(value))) y=(px(top - 4.0)) text-anchor="middle" { (tick(value)) }
+        }
         @for value in scale.ticks() {
             @let x = px(scale.at(value));
             line class="grid" x1=(x) x2=(x) y1=(px(top)) y2=(px(bottom)) {}

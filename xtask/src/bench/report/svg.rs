@@ -197,11 +197,12 @@ impl Scale {
     /// Round values of the scale, some six of them.
     pub(super) fn ticks(&self) -> Vec<f64> {
         let decades = (self.to / self.from).log10();
-        if self.log && decades > 0.8 {
+        if self.log && decades > 0.5 {
             let steps: &[f64] = match decades {
                 d if d > 4.0 => &[1.0],
                 d if d > 2.0 => &[1.0, 3.0],
-                _ => &[1.0, 2.0, 5.0],
+                d if d > 1.2 => &[1.0, 2.0, 5.0],
+                _ => &[1.0, 1.5, 2.0, 3.0, 5.0, 7.0],
             };
             let first = self.from.log10().floor() as i32;
             let last = self.to.log10().ceil() as i32;
@@ -257,7 +258,7 @@ mod tests {
         let linear = Scale::linear([0.0, 47.0].into_iter(), 0.0, 100.0).unwrap();
         assert_eq!(linear.ticks(), [0.0, 10.0, 20.0, 30.0, 40.0]);
         let log = Scale::log([0.8, 250.0].into_iter(), 0.0, 100.0).unwrap();
-        assert_eq!(log.ticks(), [1.0, 3.0, 10.0, 30.0, 100.0]);
+        assert_eq!(log.ticks(), [1.0, 3.0, 10.0, 30.0, 100.0, 300.0]);
         let narrow = Scale::log([0.95, 1.12].into_iter(), 0.0, 100.0).unwrap();
         let ticks: Vec<_> = narrow.ticks().into_iter().map(tick).collect();
         assert_eq!(ticks, ["0.95", "1", "1.05", "1.1"]);

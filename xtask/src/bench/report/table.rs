@@ -1,8 +1,6 @@
 //! What the tables have, and those on the terminal.
 
-use comfy_table::{
-    CellAlignment, ContentArrangement, ContentLineStyle, LineStyle, Table, TableStyle,
-};
+use comfy_table::{CellAlignment, ContentArrangement, LineStyle, Table, TableStyle};
 
 use super::{Group, Report, words};
 use crate::bench::{
@@ -13,10 +11,8 @@ use crate::bench::{
 /// What a terminal shows without wrapping.
 const WIDTH: u16 = 120;
 
-const STYLE: TableStyle = TableStyle::new()
-    .header_lines(ContentLineStyle::none().junction('│'))
-    .header_separator(LineStyle::none().fill('─').junction('┼'))
-    .content_lines(ContentLineStyle::none().junction('│'));
+const STYLE: TableStyle =
+    TableStyle::new().header_separator(LineStyle::none().fill('─').junction('─'));
 
 /// A column, after the one that says what was measured.
 #[derive(Clone, Copy)]
@@ -33,7 +29,9 @@ pub(super) enum Column {
 #[derive(Clone, Copy)]
 pub(super) struct Detail {
     values: fn(&[f64]) -> String,
+    /// Of bpf-bridge, and of its other configurations.
     ratio: fn(&Comparison) -> String,
+    ratio_of_others: fn(&Comparison) -> String,
     distance: fn(&Measurement, &Comparison) -> String,
 }
 
@@ -41,27 +39,31 @@ pub(super) struct Detail {
 pub(super) const FULL: Detail = Detail {
     values: words::quartiles,
     ratio: words::ratio,
+    ratio_of_others: words::ratio,
     distance: words::distance,
 };
 
 /// On a terminal: the first that fits.
-const DETAILS: [Detail; 3] = [
-    Detail {
+const DETAILS: [Detail; 4] = {
+    let most = Detail {
         values: words::spread,
-        ratio: words::ratio,
         distance: words::distance_median,
-    },
-    Detail {
+        ..FULL
+    };
+    let medians = Detail {
         values: words::median,
-        ratio: words::ratio,
-        distance: words::distance_median,
-    },
-    Detail {
-        values: words::median,
+        ..most
+    };
+    let less = Detail {
+        ratio_of_others: words::ratio_median,
+        ..medians
+    };
+    let least = Detail {
         ratio: words::ratio_median,
-        distance: words::distance_median,
-    },
-];
+        ..less
+    };
+    [most, medians, less, least]
+};
 
 impl Group<'_> {
     /// Of those who took part; a comparison only if there is something to compare with.
@@ -84,11 +86,14 @@ impl Column {
     pub(super) fn title(self, report: &Report) -> String {
         match self {
             Self::Unit => "unit".to_owned(),
+            Self::Values(contender) if contender.is_ours() => contender.kind().to_owned(),
             Self::Values(contender) => report.name(contender).to_owned(),
             Self::Ratio(Contender::BpfBridge) => {
                 format!("times better than {}", report.name(Contender::Stock))
             }
-            Self::Ratio(contender) => format!("{}: times better", contender.kind()),
+            Self::Ratio(contender) => {
+                format!("{} to {}", contender.kind(), report.name(Contender::Stock))
+            }
             Self::Distance => "to the floor".to_owned(),
         }
     }
@@ -99,7 +104,11 @@ impl Column {
             Self::Values(contender) => (detail.values)(measurement.values(contender)),
             Self::Ratio(contender) => {
                 let found = measurement.advantage_of(contender);
-                found.map_or_else(String::new, |found| (detail.ratio)(&found))
+                let told = match contender {
+                    Contender::BpfBridge => detail.ratio,
+                    _ => detail.ratio_of_others,
+                };
+                found.map_or_else(String::new, |found| told(&found))
             }
             Self::Distance => {
                 let found = measurement.distance();
@@ -115,7 +124,7 @@ impl Report {
         let groups = self.groups();
         let mut parts: Vec<String> = groups.iter().map(|group| self.group(group)).collect();
         if let Some(facts) = self.facts() {
-            parts.push(facts.to_string());
+            parts.push(format!("FACTS\n{}", facts.trim_fmt()));
         }
         if !self.found.notes.is_empty() {
             parts.push(self.found.notes.join("\n"));
@@ -135,7 +144,7 @@ impl Report {
                 .set_content_arrangement(ContentArrangement::Dynamic)
                 .set_width(WIDTH),
         };
-        table.trim_fmt()
+        format!("{}\n{}", group.name.to_uppercase(), table.trim_fmt())
     }
 
     fn table_of(&self, group: &Group<'_>, detail: Detail) -> Table {
@@ -147,7 +156,7 @@ impl Report {
                 .map(|column| column.cell(measurement, detail));
             std::iter::once((*what).to_owned()).chain(cells).collect()
         });
-        table(&group.name.to_uppercase(), titles.collect(), rows.collect())
+        table(titles.collect(), rows.collect())
     }
 
     /// What is not sampled; `None` if there is nothing.
@@ -163,7 +172,7 @@ impl Report {
             let name = std::iter::once(fact.name.clone());
             name.chain(unit).chain(cells).collect()
         });
-        let mut table = table("FACTS", titles.collect(), rows.collect());
+        let mut table = table(titles.collect(), rows.collect());
         table
             .set_content_arrangement(ContentArrangement::Dynamic)
             .set_width(WIDTH);
@@ -171,13 +180,16 @@ impl Report {
     }
 }
 
-fn table(heading: &str, titles: Vec<String>, rows: Vec<Vec<String>>) -> Table {
+fn table(titles: Vec<String>, rows: Vec<Vec<String>>) -> Table {
     let mut table = Table::new();
     table.load_style(STYLE);
-    table.set_header(std::iter::once(heading.to_owned()).chain(titles));
+    table.set_header(std::iter::once(String::new()).chain(titles));
     table.add_rows(rows);
-    for column in table.column_iter_mut().skip(2) {
-        column.set_cell_alignment(CellAlignment::Right);
+    for (number, column) in table.column_iter_mut().enumerate() {
+        column.set_padding((0, 1));
+        if number > 1 {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
     }
     table
 }
@@ -187,7 +199,7 @@ fn two_lines(title: &str) -> String {
     let spaces = title.match_indices(' ').map(|(at, _)| at);
     let longer = |&at: &usize| at.max(title.len() - at);
     match spaces.min_by_key(longer) {
-        Some(at) if title.len() > 12 => format!("{}\n{}", &title[..at], &title[at + 1..]),
+        Some(at) if title.len() > 9 => format!("{}\n{}", &title[..at], &title[at + 1..]),
         _ => title.to_owned(),
     }
 }
