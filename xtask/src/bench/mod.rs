@@ -207,7 +207,7 @@ fn render(file: &Path, docs: bool) -> Result<()> {
     let page = file.with_extension("html");
     report.write_html(&page)?;
     if docs {
-        println!("{}", report.write_docs(&workspace())?);
+        println!("{}", report.write_docs(workspace())?);
     } else {
         println!("{}\n", report.table());
         println!("{}", report.headlines_for_terminal());

@@ -128,12 +128,7 @@ impl Report {
         for (_, line) in &behind {
             let _ = writeln!(text, "- {line}.");
         }
-        let larger: Vec<String> = self
-            .found
-            .facts
-            .iter()
-            .filter_map(|fact| larger(fact))
-            .collect();
+        let larger: Vec<String> = self.found.facts.iter().filter_map(larger).collect();
         if !larger.is_empty() {
             let _ = writeln!(
                 text,

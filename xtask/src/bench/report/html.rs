@@ -167,6 +167,12 @@ pub(super) fn plain(value: &Value) -> String {
         Value::Array(values) if values.iter().all(|value| !value.is_array()) => {
             values.iter().map(plain).collect::<Vec<_>>().join(", ")
         }
+        Value::Object(values) => {
+            let told = values
+                .iter()
+                .map(|(key, value)| format!("{key}: {}", plain(value)));
+            told.collect::<Vec<_>>().join("; ")
+        }
         other => other.to_string(),
     }
 }

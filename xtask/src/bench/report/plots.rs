@@ -30,6 +30,9 @@ impl Plot {
     }
 }
 
+/// A part of the CPU's time: its name and class, and how much of it there is.
+type Time = (&'static str, fn(&Cpu) -> f64);
+
 /// A comparison as it is drawn.
 struct Mark {
     contender: Contender,
@@ -395,7 +398,7 @@ impl Report {
     /// What transactions took of the CPU.
     fn cpu(&self, wanted: impl Fn(&Measurement) -> bool) -> Option<Markup> {
         const BAR: f64 = 17.0;
-        const TIMES: [(&str, fn(&Cpu) -> f64); 3] = [
+        const TIMES: [Time; 3] = [
             ("user", |cpu| cpu.user),
             ("system", |cpu| cpu.system),
             ("softirq", |cpu| cpu.softirq),
@@ -476,7 +479,7 @@ fn latency(measurement: &Measurement) -> Option<Panel> {
     let most = curves.iter().flat_map(|curve| &curve.points);
     let most = most.map(|(x, ..)| *x).reduce(f64::max)?;
     let shares = [0.0, 0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999];
-    let x_ticks = shares.map(|share| (place(share).max(0.0), format!("{}", tick(share * 100.0))));
+    let x_ticks = shares.map(|share| (place(share).max(0.0), tick(share * 100.0)));
     let unit = if measurement.additive {
         measurement.unit.as_str()
     } else {
