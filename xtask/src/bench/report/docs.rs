@@ -10,7 +10,7 @@ use super::{
     html::{METHOD, plain},
     svg,
     table::FULL,
-    words, write,
+    verb, words, write,
 };
 use crate::bench::{
     measurement::{Contender, Fact, Measurement},
@@ -141,7 +141,7 @@ impl Report {
             .found
             .measurements
             .iter()
-            .filter(|found| !found.additive)
+            .filter(|measurement| verb(&measurement.name).is_none())
         {
             let found = measurement.distance().filter(is_behind);
             far.extend(found.map(|found| (median(&found), measurement, found)));

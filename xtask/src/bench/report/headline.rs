@@ -1,6 +1,6 @@
 //! The five figures that matter, found by a rule that does not know how they turn out.
 
-use super::{Report, words};
+use super::{Report, verb, words};
 use crate::bench::{
     measurement::{Axis, Contender, Measurement},
     statistics::{Comparison, Summary},
@@ -123,21 +123,16 @@ impl Report {
 
     /// The two calls are taken together, turn by turn.
     fn calls(&self) -> Option<Told> {
-        let verb = |measurement: &Measurement, verb: &str| {
-            let point = measurement.point.as_ref();
-            point.is_some_and(|point| {
-                point.axis == Axis::Pods
-                    && measurement.name.split(", ").next() == Some(verb)
-                    && !point.curve.contains("at once")
-                    && !point.curve.contains("at a time")
-            })
+        let alone = |measurement: &Measurement, verb: &str| {
+            let mut axis = measurement.point.iter().map(|point| point.axis);
+            axis.next() == Some(Axis::Pods) && measurement.name.split(", ").next() == Some(verb)
         };
-        let (least, most) = self.ends(Axis::Pods, |measurement| verb(measurement, "ADD"))?;
+        let (least, most) = self.ends(Axis::Pods, |measurement| alone(measurement, "ADD"))?;
         let both = |add: &Measurement| -> Option<Measurement> {
             let at = add.point.as_ref()?.at;
             let mut measurements = self.found.measurements.iter();
             let del = measurements.find(|other| {
-                verb(other, "DEL") && other.point.as_ref().is_some_and(|point| point.at == at)
+                alone(other, "DEL") && other.point.as_ref().is_some_and(|point| point.at == at)
             })?;
             let mut both = add.clone();
             for (contender, values) in &mut both.values {
@@ -150,7 +145,14 @@ impl Report {
             }
             Some(both)
         };
-        self.range(&both(least)?, &both(most)?, "pod", "pods")
+        let mut told = self.range(&both(least)?, &both(most)?, "pod", "pods")?;
+        let mut measurements = self.found.measurements.iter();
+        let crowd = measurements
+            .find(|other| verb(&other.name) == Some("ADD") && other.name.contains("at a time"));
+        if let Some((crowd, found)) = crowd.and_then(|crowd| Some((crowd, crowd.advantage()?))) {
+            told.detail += &format!("; {}: {}", crowd.name, self.against_stock(&found));
+        }
+        Some(told)
     }
 
     /// What is farthest behind the stock plugins, or the least ahead.
@@ -222,6 +224,7 @@ impl Report {
             (
                 measurement.name.contains("IPv6"),
                 measurement.name.contains("beside"),
+                measurement.name.contains("percentile"),
             )
         })
     }

@@ -128,12 +128,12 @@ impl Report {
         )
     }
 
-    /// The measurements by what their names begin with, in the order in which they came.
+    /// The measurements by their verb or else what their names begin with, in the order in
+    /// which they came.
     fn groups(&self) -> Vec<Group<'_>> {
         let mut groups: Vec<Group<'_>> = Vec::new();
         for measurement in &self.found.measurements {
-            let name = measurement.name.as_str();
-            let (name, what) = name.split_once(", ").unwrap_or(("others", name));
+            let (name, what) = split(&measurement.name);
             let at = groups.iter().position(|group| group.name == name);
             let at = at.unwrap_or_else(|| {
                 groups.push(Group {
@@ -155,6 +155,29 @@ impl Report {
         }
         groups
     }
+}
+
+/// The verbs whose calls are measured.
+const VERBS: [&str; 3] = ["ADD", "CHECK", "DEL"];
+
+/// What a measurement is grouped by, and what it is called in its group.
+fn split(name: &str) -> (&str, &str) {
+    let (group, what) = name.split_once(", ").unwrap_or(("others", name));
+    match verb(name) {
+        Some(verb) => (verb, what),
+        None => (group, what),
+    }
+}
+
+/// The verb whose calls a measurement is about, if it is one of calls: in the singular or
+/// not, and however many there are.
+fn verb(name: &str) -> Option<&'static str> {
+    let (about, _) = name.split_once(", ").unwrap_or((name, ""));
+    let mut words = about.split(' ');
+    words.find_map(|word| {
+        let one = word.strip_suffix('s').unwrap_or(word);
+        VERBS.into_iter().find(|verb| *verb == one)
+    })
 }
 
 fn write(path: &Path, text: &str) -> Result<()> {

@@ -5,7 +5,7 @@ use maud::{Markup, html};
 use super::{
     Report,
     svg::{self, Scale, WIDTH, class, dashes, legend, marker, px, tick, wide},
-    words,
+    verb, words,
 };
 use crate::bench::{
     measurement::{Axis, Better, Contender, Cpu, Measurement},
@@ -143,6 +143,7 @@ impl Report {
     /// How far calls are from the floor, in their unit.
     fn differences(&self) -> Option<Markup> {
         let lines = self.lines(true, |measurement, contender| {
+            measurement.additive.then_some(())?;
             let found = measurement.distance_of(contender)?;
             let told = words::distance(measurement, &found);
             Some(Mark {
@@ -165,7 +166,7 @@ impl Report {
             let rows = group.rows.iter();
             rows.map(move |(what, measurement)| (group.name, *what, *measurement))
         });
-        let lines = rows.filter(|(.., measurement)| measurement.additive == calls);
+        let lines = rows.filter(|(.., measurement)| verb(&measurement.name).is_some() == calls);
         let lines = lines.map(|(group, what, measurement)| {
             let values = measurement.values.iter().map(|(contender, _)| *contender);
             let others = values.filter(|contender| *contender != Contender::Floor);
@@ -455,7 +456,8 @@ impl Report {
 fn latency(measurement: &Measurement) -> Option<Panel> {
     // The nines on which a percentile lies: what is beyond 99 % has room.
     let place = |share: f64| -(1.0 - share).log10();
-    let single: Vec<(Contender, Vec<(f64, f64)>)> = if measurement.additive {
+    let is_call = measurement.additive && verb(&measurement.name).is_some();
+    let single: Vec<(Contender, Vec<(f64, f64)>)> = if is_call {
         let calls = measurement.values.iter();
         calls
             .map(|(contender, values)| (*contender, distribution(values)))
@@ -480,7 +482,7 @@ fn latency(measurement: &Measurement) -> Option<Panel> {
     let most = most.map(|(x, ..)| *x).reduce(f64::max)?;
     let shares = [0.0, 0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999];
     let x_ticks = shares.map(|share| (place(share).max(0.0), tick(share * 100.0)));
-    let unit = if measurement.additive {
+    let unit = if is_call {
         measurement.unit.as_str()
     } else {
         "µs"

@@ -2,6 +2,7 @@
 
 use maud::{Markup, PreEscaped, html};
 
+use super::words;
 use crate::bench::measurement::Contender;
 
 /// All plots are so wide.
@@ -243,10 +244,11 @@ fn round_step(step: f64) -> f64 {
 /// A tick's text: no more digits than it has.
 pub(super) fn tick(value: f64) -> String {
     let rounded = (value * 1e6).round() / 1e6;
-    if rounded.abs() >= 10_000.0 {
-        return crate::bench::report::words::count(rounded as u64);
+    if rounded >= 1000.0 {
+        words::count(rounded as u64)
+    } else {
+        format!("{rounded}").replace('-', "−")
     }
-    format!("{rounded}")
 }
 
 #[cfg(test)]

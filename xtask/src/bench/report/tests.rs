@@ -55,6 +55,11 @@ fn published(ports: usize, ours: f64, stock: f64) -> Measurement {
     )
 }
 
+fn at_a_time(ours: f64, stock: f64) -> Measurement {
+    let values = values(&[(Contender::BpfBridge, ours), (Contender::Stock, stock)]);
+    Measurement::new("ADDs, 16 at a time", "1/s", Better::Higher, values)
+}
+
 fn small() -> Report {
     let mut trips = Measurement::new(
         "pod to pod, TCP_RR, IPv4",
@@ -101,6 +106,7 @@ fn small() -> Report {
             call("ADD", 1000, 5.0, 45.0, 1.0),
             call("DEL", 0, 5.0, 5.0, 4.0),
             call("DEL", 1000, 5.0, 55.0, 4.0),
+            at_a_time(300.0, 25.0),
         ],
         facts: vec![Fact {
             name: "size of <the> binary".to_owned(),
@@ -304,6 +310,8 @@ fn five_figures_follow_from_the_rule() {
         "{}",
         figure(&calls)
     );
+    let detail = &calls.found.as_ref().unwrap().detail;
+    assert!(detail.contains("ADDs, 16 at a time: 12.0"), "{detail}");
     // 20 beside 23: the only one that is behind.
     let told = worst.found.unwrap();
     assert_eq!(told.verdict, Verdict::Worse);
@@ -316,9 +324,25 @@ fn five_figures_follow_from_the_rule() {
 }
 
 #[test]
+fn calls_are_grouped_by_their_verb() {
+    for (name, split) in [
+        ("ADD, 100 pods", ("ADD", "100 pods")),
+        ("DELs, 16 at a time", ("DEL", "16 at a time")),
+        ("60 ADDs at once", ("ADD", "60 ADDs at once")),
+        (
+            "pod to pod, UDP, 64 bytes, IPv4",
+            ("pod to pod", "UDP, 64 bytes, IPv4"),
+        ),
+        ("the rest", ("others", "the rest")),
+    ] {
+        assert_eq!(super::split(name), split);
+    }
+}
+
+#[test]
 fn what_was_not_measured_is_said() {
     let mut report = small();
-    let names = ["pod to pod", "ADD"];
+    let names = ["pod to pod", "ADD,"];
     report
         .found
         .measurements

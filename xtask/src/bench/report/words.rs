@@ -11,6 +11,10 @@ pub(super) const SAME: &str = "same";
 /// Three digits, or all before the point.
 pub(super) fn digits(value: f64) -> String {
     match value.abs() {
+        size if size >= 999.5 => {
+            let sign = if value < 0.0 { "−" } else { "" };
+            format!("{sign}{}", count(size.round() as u64))
+        }
         size if size >= 99.95 => format!("{value:.0}"),
         size if size >= 9.995 => format!("{value:.1}"),
         size if size >= 0.1 || size == 0.0 => format!("{value:.2}"),
@@ -20,11 +24,7 @@ pub(super) fn digits(value: f64) -> String {
 
 /// A figure that is not sampled.
 pub(super) fn fact(fact: &Fact, contender: Contender) -> String {
-    match fact.value(contender) {
-        Some(whole) if whole >= 1000.0 => count(whole.round() as u64),
-        Some(value) => digits(value),
-        None => String::new(),
-    }
+    fact.value(contender).map_or_else(String::new, digits)
 }
 
 /// A count, with its thousands apart.
