@@ -26,7 +26,7 @@ mod traffic;
 use std::{
     collections::BTreeSet,
     fs,
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -42,6 +42,7 @@ use crate::{
 };
 
 use self::{
+    machine::Machine,
     measurement::{Contender, Fact},
     node::{Backend, Recipe},
     peer::PeerTask,
@@ -77,6 +78,14 @@ pub(crate) struct Arguments {
     /// Begin anew, even if the last run was interrupted and could go on.
     #[arg(long)]
     fresh: bool,
+    /// Measure nothing: write the page of the result FILE once more, beside it.
+    #[arg(long, value_name = "FILE", conflicts_with_all = [
+        "quick", "stock", "stock_backend", "against", "only", "part", "matching", "fresh", "plugin",
+    ])]
+    render: Option<PathBuf>,
+    /// With --render: make docs/benchmarks.md and the README's lines of it, too.
+    #[arg(long, requires = "render")]
+    docs: bool,
     /// A plugin that is built already, in place of the workspace's.
     #[arg(long, value_name = "FILE")]
     plugin: Option<PathBuf>,
@@ -134,6 +143,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     if let Some(peer) = arguments.peer {
         return peer.run();
     }
+    if let Some(file) = &arguments.render {
+        return render(file, arguments.docs);
+    }
     ensure!(
         nix::unistd::geteuid().is_root(),
         "not root: nodes are namespaces, which only root can make"
@@ -167,28 +179,41 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         .collect();
     let key = json!({"settings": settings.to_json(), "machine": machine::identity(&recipe)});
     let mut run = Run::open(&journal, &key, &steps)?;
-    let machine = machine::describe(&recipe, settings.cpu);
+    let machine = Machine::describe(&recipe, settings.cpu);
     for part in &settings.parts {
         part.measure(&settings, &recipe, &mut run)?;
     }
-    let report = Report {
-        machine,
-        settings: settings.to_json(),
-        against: recipe.against.clone(),
-        found: run.end(),
-    };
-    let path = results.join(format!(
-        "{}.json",
-        SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs()
-    ));
-    report.write(&path)?;
-    println!("{}", report.table());
-    println!(
-        "The interval of a comparison is that of the median, with 95 % confidence; \"same\": \
-         the difference is smaller than the noise.\nAll samples: {}",
-        path.display()
+    let report = Report::new(
+        machine.end(),
+        settings.to_json(),
+        recipe.against.clone(),
+        run.end().clone(),
     );
+    let seconds = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
+    let path = results.join(format!("{seconds}.json"));
+    report.write(&path)?;
+    let page = path.with_extension("html");
+    report.write_html(&page)?;
+    println!("{}\n", report.table());
+    println!("{}", report.headlines_for_terminal());
+    println!("All samples: {}", path.display());
+    println!("With plots:  {}", page.display());
     run.forget()
+}
+
+/// What a run leaves behind, made once more from the file with its samples.
+fn render(file: &Path, docs: bool) -> Result<()> {
+    let report = Report::read(file)?;
+    let page = file.with_extension("html");
+    report.write_html(&page)?;
+    if docs {
+        println!("{}", report.write_docs(workspace())?);
+    } else {
+        println!("{}\n", report.table());
+        println!("{}", report.headlines_for_terminal());
+    }
+    println!("With plots: {}", page.display());
+    Ok(())
 }
 
 impl Part {
