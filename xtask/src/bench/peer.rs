@@ -1,4 +1,8 @@
-//! Traffic between two processes: the bench asks, a process of its own answers.
+//! Traffic between two processes that well-known generators cannot make: the bench asks, a
+//! process of its own answers.
+//!
+//! A turn is some hundredths of a second (sockperf's and qperf's are whole seconds, and sockperf's
+//! IPv4 only), and no packet is lost.
 //!
 //! One rule serves every kind of traffic: after each *quota* of what it receives
 //! (bytes over TCP, datagrams over UDP) the peer sends one byte back, and only
@@ -62,6 +66,7 @@ pub(super) enum Transport {
 }
 
 /// Where a flow starts and where it ends.
+#[derive(Clone, Copy)]
 pub(super) struct Ends<'a> {
     pub(super) from: &'a Namespace,
     pub(super) to: &'a Namespace,
@@ -71,6 +76,13 @@ pub(super) struct Ends<'a> {
     pub(super) through: Option<SocketAddr>,
     /// The CPU of both ends.
     pub(super) cpu: usize,
+}
+
+impl Ends<'_> {
+    /// What `from` connects to, if `listen` has a port.
+    pub(super) fn target(&self) -> SocketAddr {
+        self.through.unwrap_or(self.listen)
+    }
 }
 
 /// What the hidden option `--peer` says: the transport, its quota, and the CPU.
@@ -299,12 +311,21 @@ impl Flow {
 
     /// Makes transactions for a time; returns how many a second were made.
     pub(super) fn run(&mut self, time: Duration) -> Result<f64> {
+        self.run_telling(time, |_| {})
+    }
+
+    /// Makes transactions for a time; tells how long each of them took.
+    pub(super) fn run_telling(
+        &mut self,
+        time: Duration,
+        each: impl FnMut(Duration) + Send,
+    ) -> Result<f64> {
         let (cpu, transport, socket) = (self.cpu, self.transport, &mut self.socket);
         thread::scope(|scope| {
             scope
                 .spawn(|| {
                     pin(cpu)?;
-                    transactions(socket, transport, time)
+                    transactions(socket, transport, time, each)
                 })
                 .join()
                 .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
@@ -344,6 +365,9 @@ impl<'a> Connector<'a> {
     /// Connects to these addresses in turn: no two connections look the same then for
     /// as long as somebody may remember the first of them.
     pub(super) fn spread(mut self, addresses: &[IpAddr]) -> Self {
+        if addresses.is_empty() {
+            return self;
+        }
         let port = self.servers[0].port();
         self.servers = addresses
             .iter()
@@ -469,7 +493,12 @@ fn transact(server: SocketAddr) -> Result<Duration> {
     Ok(connected)
 }
 
-fn transactions(socket: &mut Socket, transport: Transport, time: Duration) -> Result<f64> {
+fn transactions(
+    socket: &mut Socket,
+    transport: Transport,
+    time: Duration,
+    mut each: impl FnMut(Duration),
+) -> Result<f64> {
     let message = vec![
         0;
         match transport {
@@ -480,6 +509,7 @@ fn transactions(socket: &mut Socket, transport: Transport, time: Duration) -> Re
     ];
     let mut answer = [0; 16];
     let mut done = 0_u32;
+    let mut last = Duration::ZERO;
     let start = Instant::now();
     loop {
         match (&mut *socket, transport) {
@@ -506,6 +536,8 @@ fn transactions(socket: &mut Socket, transport: Transport, time: Duration) -> Re
         }
         done += 1;
         let elapsed = start.elapsed();
+        each(elapsed - last);
+        last = elapsed;
         if elapsed >= time {
             return Ok(f64::from(done) / elapsed.as_secs_f64());
         }
