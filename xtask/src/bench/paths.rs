@@ -4,14 +4,12 @@
 use std::{
     cell::Cell,
     fs,
-    io::ErrorKind,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, TcpStream},
-    thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use bpf_bridge_tests::{Namespace, Outside, Sandbox};
+use bpf_bridge_tests::{Namespace, Outside, Sandbox, wait_for};
 use serde_json::json;
 
 use super::{
@@ -172,16 +170,13 @@ impl Site {
         }
         for path in Path::ALL {
             for family in Family::ALL {
-                if !site.connects(path, family)? {
-                    // Stock's portmap translates 127.0.0.1 only.
-                    ensure!(
-                        (contender, path, family)
-                            == (Contender::Stock, Path::LocalhostToPort, Family::V6),
-                        "{} over {} is refused",
-                        path.name(),
-                        family.name()
-                    );
-                    site.blocked.push((path, family));
+                if may_fail(contender, path, family) {
+                    // No address is tentative any more: one attempt tells.
+                    if site.wait(path, family, Duration::ZERO).is_err() {
+                        site.blocked.push((path, family));
+                    }
+                } else {
+                    site.wait(path, family, READY)?;
                 }
             }
         }
@@ -292,32 +287,19 @@ impl Site {
         !self.blocked.contains(&(path, family))
     }
 
-    /// Waits until a connection can be made; whether it was refused.
-    fn connects(&self, path: Path, family: Family) -> Result<bool> {
+    /// Waits until a connection can be made, at least for one attempt.
+    fn wait(&self, path: Path, family: Family, limit: Duration) -> Result<()> {
         let ends = self.ends(path, family, 0);
         let target = ends.target();
-        let what = || format!("{}: connecting to {target}", path.name());
-        let start = Instant::now();
-        loop {
+        let what = format!("connection to {target}, {}", path.name());
+        wait_for(&what, limit, || {
             // An address that is tentative cannot be listened on.
-            let listener = ends.to.within(|| Ok(TcpListener::bind(ends.listen)?));
-            let attempt = ends
-                .from
-                .within(|| Ok(TcpStream::connect_timeout(&target, ATTEMPT).map(drop)))?;
-            match (listener, attempt) {
-                (Ok(_), Ok(())) => return Ok(true),
-                (Ok(_), Err(error)) if error.kind() == ErrorKind::ConnectionRefused => {
-                    return Ok(false);
-                }
-                (Err(error), _) if start.elapsed() > READY => {
-                    return Err(error).with_context(what);
-                }
-                (Ok(_), Err(error)) if start.elapsed() > READY => {
-                    return Err(error).with_context(what);
-                }
-                _ => thread::sleep(Duration::from_millis(50)),
-            }
-        }
+            let _listener = ends.to.within(|| Ok(TcpListener::bind(ends.listen)?))?;
+            ends.from.within(|| {
+                TcpStream::connect_timeout(&target, ATTEMPT)?;
+                Ok(true)
+            })
+        })
     }
 
     /// Puts kube-proxy's rules beside those of the contender, for good.
@@ -334,6 +316,11 @@ impl Site {
     pub(super) fn whose(&self) -> String {
         format!("on the node of {}", self.contender.name())
     }
+}
+
+/// Stock's portmap lets 127.0.0.1 through only: what `::1` sends cannot leave the node.
+fn may_fail(contender: Contender, path: Path, family: Family) -> bool {
+    (contender, path, family) == (Contender::Stock, Path::LocalhostToPort, Family::V6)
 }
 
 /// The rules of kube-proxy's iptables mode that packets between pods and machines
