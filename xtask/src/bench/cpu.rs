@@ -93,6 +93,8 @@ fn parse(text: &str, cpu: usize) -> Result<Ticks> {
 
 #[cfg(test)]
 mod tests {
+    use std::{thread, time::Duration};
+
     use super::*;
 
     const STAT: &str = "\
@@ -134,7 +136,10 @@ intr 1
     #[test]
     fn what_a_cpu_does_is_booked() {
         let mut account = Account::new(0);
-        let sleep = || Ok(std::thread::sleep(std::time::Duration::from_millis(100)));
+        let sleep = || {
+            thread::sleep(Duration::from_millis(100));
+            Ok(())
+        };
         account.book(sleep).unwrap();
         assert!(account.ticks.iter().sum::<u64>() > 0, "{account:?}");
         assert!(Account::new(usize::MAX).book(|| Ok(())).is_err());

@@ -60,9 +60,10 @@ impl Server {
         program: &Path,
         arguments: &[&str],
     ) -> Result<Self> {
-        let mut command = Command::new("taskset");
+        let mut command = Command::new("setpriv");
         command
-            .args(["--cpu-list", &ends.cpu.to_string()])
+            .args(["--pdeathsig", "KILL", "taskset", "--cpu-list"])
+            .arg(ends.cpu.to_string())
             .arg(program)
             .args(arguments);
         let log = directory.path().join("log");

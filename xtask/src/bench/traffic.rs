@@ -29,7 +29,7 @@ pub(super) const WARM_UP: u32 = 5;
 /// About how long it takes to connect one.
 pub(super) const CONNECT: Duration = Duration::from_millis(8);
 
-pub(super) const TCP_RR: Transport = Transport::Tcp { quota: 1 };
+pub(super) const TCP_RR: Transport = Transport::Tcp;
 pub(super) const UDP_RR: Transport = Transport::Udp { quota: 1, size: 1 };
 pub(super) const UDP_FLOW: Transport = udp_flow(64);
 
@@ -77,7 +77,7 @@ impl Plan {
         quick: true,
         rounds: 8,
         slice_ms: 40,
-        generator_rounds: 8,
+        generator_rounds: 6,
         stream_bytes: 50_000_000,
     };
     pub(super) const FULL: Self = Self {
