@@ -27,7 +27,7 @@ use serde::Deserialize;
 use tempfile::TempDir;
 use tokio::time::timeout;
 
-use super::peer::Ends;
+use super::{cpu::Account, peer::Ends};
 use crate::process::{find, line};
 
 /// How long a server may take until it listens.
@@ -41,9 +41,9 @@ const WRK_SECONDS: u64 = 1;
 /// How often it may be missed.
 const ATTEMPTS: usize = 5;
 /// Connections that wrk has open at once.
-const CONNECTIONS: usize = 16;
+pub(super) const CONNECTIONS: usize = 16;
 /// The page that it asks for.
-const PAGE_BYTES: usize = 1024;
+pub(super) const PAGE_BYTES: usize = 1024;
 
 /// A server, and the directory of its files; killed on drop.
 #[derive(Debug)]
@@ -283,8 +283,8 @@ impl<'a> Web<'a> {
     }
 
     /// Asks for the page for some tenths of a second, on connections that stay or on one for
-    /// each time; returns how many times a second it came.
-    pub(super) fn run(&self, stay: bool) -> Result<f64> {
+    /// each time; returns how many times a second it came. Attempts that fail are not booked.
+    pub(super) fn run(&self, stay: bool, account: &mut Account) -> Result<f64> {
         let script = self.server.directory.path().join(REPORT_FILE);
         for _ in 0..ATTEMPTS {
             let mut command = Command::new(program("wrk")?);
@@ -299,10 +299,12 @@ impl<'a> Web<'a> {
             }
             command.arg(format!("http://{}/", self.ends.target()));
             let what = line(&command);
-            let text = run(&self.ends, command, Some(INTERRUPT))?;
+            let mut booked = account.clone();
+            let text = booked.book(|| run(&self.ends, command, Some(INTERRUPT)))?;
             let rate = requests_per_second(&text);
             let rate = rate.with_context(|| format!("reading what `{what}` wrote: {text}"))?;
             if let Some(rate) = rate {
+                *account = booked;
                 return Ok(rate);
             }
         }
