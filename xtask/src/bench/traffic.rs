@@ -43,8 +43,9 @@ const QUANTILES: [f64; 13] = [
 ];
 /// The one that is compared turn by turn.
 const TAIL: f64 = 0.99;
-/// Digits of a latency that are kept.
+/// Digits of a latency that are kept, and the longest, in ns: what takes longer is lost.
 const DIGITS: u8 = 3;
+const LONGEST: u64 = 10_000_000_000;
 
 const OUTSIDE_NOTE: &str = "Pod to outside: the machine outside has no route to the pods, so what \
      it answers was masqueraded. New connections go to eight addresses of it in turn, each \
@@ -427,17 +428,13 @@ impl<'a> Tool<'a> {
                 each,
             } => {
                 let mut flow = Flow::start(ends, transport)?;
-                let mut latencies = each.then(|| Histogram::new(DIGITS)).transpose()?;
+                let mut latencies = each.then(histogram).transpose()?;
                 let rate = account.book(|| {
                     flow.run(warm_up)?;
                     let Some(latencies) = &mut latencies else {
                         return flow.run(slice);
                     };
-                    flow.run_telling(slice, |time| {
-                        // Ten thousand years saturate it.
-                        latencies
-                            .saturating_record(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX));
-                    })
+                    flow.run_telling(slice, |time| record(latencies, time))
                 })?;
                 Turn {
                     rate: rate * burst as f64,
@@ -480,6 +477,15 @@ impl Lane<'_> {
     }
 }
 
+/// One for latencies, in ns.
+fn histogram() -> Result<Histogram<u64>> {
+    Ok(Histogram::new_with_max(LONGEST, DIGITS)?)
+}
+
+fn record(latencies: &mut Histogram<u64>, time: Duration) {
+    latencies.saturating_record(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX));
+}
+
 /// How long so many of the transactions took at most.
 fn microseconds(latencies: &Histogram<u64>, quantile: f64) -> f64 {
     latencies.value_at_quantile(quantile) as f64 / 1e3
@@ -516,7 +522,7 @@ impl Test {
                 values: Vec::new(),
                 account: Account::new(settings.cpu),
                 times: Vec::new(),
-                latencies: Histogram::new(DIGITS)?,
+                latencies: histogram()?,
             });
         }
         let count = lanes.len();
@@ -614,9 +620,9 @@ mod tests {
 
     #[test]
     fn a_histogram_is_told_in_microseconds() {
-        let mut latencies = Histogram::new(DIGITS).unwrap();
+        let mut latencies = histogram().unwrap();
         for time in 1..=100 {
-            latencies.record(time * 1000).unwrap();
+            record(&mut latencies, Duration::from_micros(time));
         }
         let near = |quantile, expected: f64| {
             let found = microseconds(&latencies, quantile);
