@@ -7,14 +7,17 @@
 //! turn.
 
 mod bytecode;
+mod cpu;
 mod floor;
 mod frames;
+mod generators;
 mod latency;
 mod machine;
-mod masquerade;
 mod measurement;
 mod memory;
 mod node;
+mod pair;
+mod paths;
 mod peer;
 mod ports;
 mod program;
@@ -72,7 +75,7 @@ pub(crate) struct Arguments {
     /// Only these parts.
     #[arg(long, value_delimiter = ',', value_name = "PARTS")]
     part: Vec<Part>,
-    /// Only traffic whose name contains this, as in "UDP_RR".
+    /// Only traffic whose name contains this, as in "pod to pod, UDP_RR".
     #[arg(long, value_name = "TEXT", default_value = "")]
     matching: String,
     /// Begin anew, even if the last run was interrupted and could go on.
@@ -98,14 +101,12 @@ pub(crate) struct Arguments {
 /// namespaces afterwards comes last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 enum Part {
-    /// Packets, pod to pod and pod to host.
+    /// All kinds of work on all paths.
     Traffic,
     /// The kernel's account of the eBPF programs, and one frame at a time.
     Programs,
     /// Published ports: connections, ADD and DEL.
     Ports,
-    /// Masquerade: what pods ask of a machine outside.
-    Masquerade,
     /// ADD and DEL.
     Calls,
 }
@@ -117,8 +118,8 @@ struct Settings {
     parts: Vec<Part>,
     /// What a kind of traffic must have in its name.
     matching: String,
-    /// Rounds of traffic, and how long each contender's turn is.
-    rounds: usize,
+    traffic: traffic::Plan,
+    /// How long a contender's turn is in the other parts.
     slice: Duration,
     /// ADDs and DELs with each number of pods.
     calls: usize,
@@ -132,8 +133,6 @@ struct Settings {
     port_rounds: usize,
     /// ADDs and DELs: of how many ports, and how often.
     port_calls: Vec<(usize, usize)>,
-    /// Rounds of masqueraded traffic.
-    masquerade_rounds: usize,
     /// Where both ends of all traffic run.
     cpu: usize,
 }
@@ -223,7 +222,6 @@ impl Part {
             Self::Traffic => traffic::steps(settings),
             Self::Programs => program::steps(),
             Self::Ports => ports::steps(settings),
-            Self::Masquerade => masquerade::steps(settings),
             Self::Calls => latency::steps(settings),
         }
     }
@@ -233,7 +231,6 @@ impl Part {
             Self::Traffic => traffic::measure(settings, recipe, run),
             Self::Programs => program::measure(settings, recipe, run),
             Self::Ports => ports::measure(settings, recipe, run),
-            Self::Masquerade => masquerade::measure(settings, recipe, run),
             Self::Calls => latency::measure(settings, recipe, run),
         }
     }
@@ -254,7 +251,7 @@ fn megabytes(name: &str, bytes: &[(Contender, u64)]) -> Fact {
 impl Settings {
     fn new(arguments: &Arguments) -> Result<Self> {
         let contenders: BTreeSet<Contender> = if arguments.only.is_empty() {
-            [Contender::BpfBridge, Contender::Stock, Contender::Floor].into()
+            Contender::value_variants().iter().copied().collect()
         } else {
             arguments.only.iter().copied().collect()
         };
@@ -273,7 +270,7 @@ impl Settings {
                 contenders,
                 parts,
                 matching,
-                rounds: 20,
+                traffic: traffic::Plan::QUICK,
                 slice: Duration::from_millis(60),
                 calls: 20,
                 levels: vec![0, 100],
@@ -281,7 +278,6 @@ impl Settings {
                 ports: vec![(1, vec![1, 1000])],
                 port_rounds: 12,
                 port_calls: vec![(0, 6), (1, 6), (100, 1)],
-                masquerade_rounds: 9,
                 cpu,
             }
         } else {
@@ -289,7 +285,7 @@ impl Settings {
                 contenders,
                 parts,
                 matching,
-                rounds: 60,
+                traffic: traffic::Plan::FULL,
                 slice: Duration::from_millis(200),
                 calls: 100,
                 levels: vec![0, 100, 1000],
@@ -297,7 +293,6 @@ impl Settings {
                 ports: vec![(1, vec![1, 100, 1000]), (100, vec![1000, 10_000])],
                 port_rounds: 15,
                 port_calls: vec![(0, 20), (1, 20), (10, 15), (100, 6), (500, 3)],
-                masquerade_rounds: 15,
                 cpu,
             }
         })
@@ -308,7 +303,7 @@ impl Settings {
             "contenders": self.contenders.iter().map(|contender| contender.name()).collect::<Vec<_>>(),
             "parts": self.parts.iter().map(|part| format!("{part:?}").to_lowercase()).collect::<Vec<_>>(),
             "matching": self.matching,
-            "rounds": self.rounds,
+            "traffic": self.traffic,
             "sliceMs": u64::try_from(self.slice.as_millis()).ok(),
             "calls": self.calls,
             "pods": self.levels,
@@ -317,7 +312,6 @@ impl Settings {
             "portsByThoseOfAPod": self.ports,
             "portRounds": self.port_rounds,
             "portCalls": self.port_calls,
-            "masqueradeRounds": self.masquerade_rounds,
         })
     }
 }
