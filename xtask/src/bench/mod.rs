@@ -7,11 +7,11 @@
 //! turn.
 
 mod bytecode;
+mod calls;
 mod cpu;
 mod floor;
 mod frames;
 mod generators;
-mod latency;
 mod machine;
 mod measurement;
 mod memory;
@@ -22,6 +22,7 @@ mod peer;
 mod ports;
 mod program;
 mod report;
+mod rules;
 mod run;
 mod statistics;
 mod traffic;
@@ -105,9 +106,9 @@ enum Part {
     Traffic,
     /// The kernel's account of the eBPF programs, and one frame at a time.
     Programs,
-    /// Published ports: connections, ADD and DEL.
+    /// Published ports: connections, ADD, CHECK and DEL.
     Ports,
-    /// ADD and DEL.
+    /// ADD, CHECK and DEL, their memory and that of the kernel.
     Calls,
 }
 
@@ -121,18 +122,21 @@ struct Settings {
     traffic: traffic::Plan,
     /// How long a contender's turn is in the other parts.
     slice: Duration,
-    /// ADDs and DELs with each number of pods.
-    calls: usize,
-    /// Numbers of pods.
-    levels: Vec<usize>,
-    /// How often many calls are made at once.
+    /// Numbers of pods, and how often each call is made beside them.
+    calls: Vec<(usize, usize)>,
+    /// On how many nodes the first ADD is measured.
+    first_calls: usize,
+    /// How often some callers make many calls.
+    calls_at_once: usize,
+    /// How often many calls are all made at once.
     crowds: usize,
     /// Numbers of published ports on the node, by how many of them a pod has.
     ports: Vec<(usize, Vec<usize>)>,
-    /// Rounds of traffic through one of them.
+    /// Rounds of traffic through one of them, and how long each contender's turn is.
     port_rounds: usize,
-    /// ADDs and DELs: of how many ports, and how often.
-    port_calls: Vec<(usize, usize)>,
+    port_slice: Duration,
+    /// How often each call is made beside them.
+    port_calls: usize,
     /// Where both ends of all traffic run.
     cpu: usize,
 }
@@ -222,7 +226,7 @@ impl Part {
             Self::Traffic => traffic::steps(settings),
             Self::Programs => program::steps(),
             Self::Ports => ports::steps(settings),
-            Self::Calls => latency::steps(settings),
+            Self::Calls => calls::steps(settings),
         }
     }
 
@@ -231,7 +235,7 @@ impl Part {
             Self::Traffic => traffic::measure(settings, recipe, run),
             Self::Programs => program::measure(settings, recipe, run),
             Self::Ports => ports::measure(settings, recipe, run),
-            Self::Calls => latency::measure(settings, recipe, run),
+            Self::Calls => calls::measure(settings, recipe, run),
         }
     }
 }
@@ -272,12 +276,14 @@ impl Settings {
                 matching,
                 traffic: traffic::Plan::QUICK,
                 slice: Duration::from_millis(60),
-                calls: 20,
-                levels: vec![0, 100],
-                crowds: 2,
+                calls: vec![(0, 6), (100, 6)],
+                first_calls: 2,
+                calls_at_once: 1,
+                crowds: 0,
                 ports: vec![(1, vec![1, 1000])],
-                port_rounds: 12,
-                port_calls: vec![(0, 6), (1, 6), (100, 1)],
+                port_rounds: 6,
+                port_slice: Duration::from_millis(60),
+                port_calls: 2,
                 cpu,
             }
         } else {
@@ -287,12 +293,14 @@ impl Settings {
                 matching,
                 traffic: traffic::Plan::FULL,
                 slice: Duration::from_millis(200),
-                calls: 100,
-                levels: vec![0, 100, 1000],
-                crowds: 6,
-                ports: vec![(1, vec![1, 100, 1000]), (100, vec![1000, 10_000])],
-                port_rounds: 15,
-                port_calls: vec![(0, 20), (1, 20), (10, 15), (100, 6), (500, 3)],
+                calls: vec![(0, 40), (100, 30), (1000, 12)],
+                first_calls: 6,
+                calls_at_once: 4,
+                crowds: 1,
+                ports: vec![(1, vec![1, 100, 1000]), (100, vec![100, 1000, 10_000])],
+                port_rounds: 10,
+                port_slice: Duration::from_millis(100),
+                port_calls: 6,
                 cpu,
             }
         })
@@ -305,12 +313,15 @@ impl Settings {
             "matching": self.matching,
             "traffic": self.traffic,
             "sliceMs": u64::try_from(self.slice.as_millis()).ok(),
-            "calls": self.calls,
-            "pods": self.levels,
-            "callsAtOnce": latency::AT_ONCE,
+            "callsByPods": self.calls,
+            "firstCalls": self.first_calls,
+            "callsAtATime": calls::AT_ONCE,
+            "roundsOfThese": self.calls_at_once,
+            "callsAtOnce": calls::CROWD,
             "crowds": self.crowds,
             "portsByThoseOfAPod": self.ports,
             "portRounds": self.port_rounds,
+            "portSliceMs": u64::try_from(self.port_slice.as_millis()).ok(),
             "portCalls": self.port_calls,
         })
     }
