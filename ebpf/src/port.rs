@@ -39,7 +39,7 @@ use crate::{
     flood, guard,
     maps::{LEARNED, LEARNED_PLACES, PROGRAMS},
     shared::{
-        ENDPOINTS, PACKET_HOST, PORTS, SEGMENT, STATS, TARGET, TARGET_FLAGS, count_drop, ifindex,
+        ENDPOINTS, PACKET_HOST, PORTS, SEGMENT, TARGET, TARGET_FLAGS, count_drop, ifindex,
         set_mark, skb, to_host,
     },
 };
@@ -80,11 +80,6 @@ fn switch(ctx: &TcContext, ifindex: u32) -> Result<i32, DropReason> {
     // SAFETY: the plugin replaces entries of this map whole, and never removes
     // one whose program is still attached.
     let port = unsafe { PORTS.get(ifindex) }.ok_or(DropReason::NotAPort)?;
-    let stats = STATS.get_ptr_mut(ifindex).ok_or(DropReason::NotAPort)?;
-    // SAFETY: the value is this CPU's own.
-    let stats = unsafe { &mut *stats };
-    stats.packets += 1;
-    stats.bytes += u64::from(ctx.len());
 
     let (to, from, says) = ethernet(ctx)?;
     if !is_same(from, core::ptr::from_ref(&port.mac).addr()) {

@@ -112,8 +112,8 @@ fn counters(node: &Node, port: u64) -> Result<Vec<u64>> {
 
 #[test]
 fn every_drop_is_counted_by_port_and_reason() -> Result<()> {
-    /// Packets, bytes, flooded, answered; then the drops.
-    const DROPS: usize = 4;
+    /// Flooded, answered; then the drops.
+    const DROPS: usize = 2;
     let node = Node::new()?;
     let mut config = Network::dual_stack(&node);
     config["macspoofchk"] = json!(true);
@@ -151,11 +151,6 @@ fn every_drop_is_counted_by_port_and_reason() -> Result<()> {
         }))
     });
     counted.with_context(|| format!("{:?}, then {after:?}", before.0))?;
-    ensure!(
-        after[0] - before.0[0] >= 20,
-        "{:?}, then {after:?}",
-        before.0
-    );
     ensure!(
         counters(&node, bystander)?[DROPS..] == before.1[DROPS..],
         "drops of another port were counted"

@@ -435,8 +435,9 @@ impl Datapath {
         get(&self.neighbors, "NEIGHBORS", ip_key(segment, address))
     }
 
-    /// What the port received and dropped, over all CPUs; `None` if there is no
-    /// such port. Port 0 has what came from devices that are no ports.
+    /// What was flooded, answered and dropped of what the port received, over all CPUs;
+    /// `None` if there is no such port. All that it received is in the counters of its
+    /// device. Port 0 has what came from devices that are no ports.
     ///
     /// # Errors
     ///
@@ -449,8 +450,6 @@ impl Datapath {
         };
         let mut sum = PortStats::default();
         for Wire(value) in values.iter() {
-            sum.packets += value.packets;
-            sum.bytes += value.bytes;
             sum.flooded += value.flooded;
             sum.answered += value.answered;
             for (all, one) in sum.drops.iter_mut().zip(value.drops) {

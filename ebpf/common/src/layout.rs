@@ -229,11 +229,6 @@ pub struct Port {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub struct PortStats {
-    /// Frames that came from the port. A frame that segmentation offload will
-    /// cut counts once.
-    pub packets: u64,
-    /// Their length in bytes, Ethernet header included.
-    pub bytes: u64,
     /// Frames that were flooded to the segment.
     pub flooded: u64,
     /// Neighbour requests (ARP and IPv6) that were answered in place.

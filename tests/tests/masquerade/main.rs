@@ -261,9 +261,9 @@ fn drops(pod: &Pod, network: &Network, reasons: &[Drops]) -> Result<u64> {
     let mut count = 0;
     for cpu in value.chunks(value.len() / (last + 1)) {
         for &reason in reasons {
-            // Four counters stand before those of drops.
+            // Two counters stand before those of drops.
             let counter = cpu
-                .get((4 + reason as usize) * 8..)
+                .get((2 + reason as usize) * 8..)
                 .and_then(|rest| rest.first_chunk());
             count += u64::from_ne_bytes(*counter.context("no such counter")?);
         }

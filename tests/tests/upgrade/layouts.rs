@@ -49,14 +49,14 @@ fn configured(node: &Node, layout: &str) -> Result<Vec<(&'static str, BTreeSet<S
         .collect()
 }
 
-/// How many frames the ports of a layout have seen.
-fn frames(node: &Node, layout: &str) -> Result<u64> {
+/// How many neighbour requests the ports of a layout have answered.
+fn answers(node: &Node, layout: &str) -> Result<u64> {
     let all = entries(node, layout, "STATS")?;
     Ok(all
         .iter()
         .flat_map(|entry| entry["formatted"]["values"].as_array())
         .flatten()
-        .filter_map(|cpu| cpu["value"]["packets"].as_u64())
+        .filter_map(|cpu| cpu["value"]["answered"].as_u64())
         .sum())
 }
 
@@ -69,15 +69,15 @@ fn carried_under_load(xdp: bool) -> Result<()> {
     ensure!(before.iter().all(|(_, entries)| !entries.is_empty()));
     install(&node, &next_binary()?)?;
     stage.under_load(false, || {
-        let seen = frames(&node, "v1")?;
+        let seen = answers(&node, "v1")?;
         let words = upgrade(&node)?;
         ensure!(words.contains("carried over from the layout v1"), "{words}");
         ensure!(words.contains("in use on 3 ports"), "{words}");
         ensure!(layouts(&node)? == ["v2"], "{:?}", layouts(&node)?);
-        let (then, now) = (seen, frames(&node, "v2")?);
+        let (then, now) = (seen, answers(&node, "v2")?);
         ensure!(
             now >= then && then > 0,
-            "of {then} frames {now} were carried over"
+            "of {then} answers {now} were carried over"
         );
         is_well(&stage.network, &pods)
     })?;

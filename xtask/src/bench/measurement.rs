@@ -2,9 +2,8 @@
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
 
-use super::statistics::{Comparison, Summary};
+use super::statistics::Comparison;
 
 /// Who is compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize, Deserialize)]
@@ -35,6 +34,17 @@ impl Contender {
             Self::Stock => "stock",
             Self::Floor => "floor",
         }
+    }
+
+    /// What makes it another one than bpf-bridge with its defaults.
+    pub(super) fn kind(self) -> &'static str {
+        let name = self.name();
+        name.strip_prefix("bpf-bridge, ").unwrap_or(name)
+    }
+
+    /// Whether it is bpf-bridge, in whatever way it is configured.
+    pub(super) fn is_ours(self) -> bool {
+        matches!(self, Self::BpfBridge | Self::Xdp | Self::NoNetfilter)
     }
 }
 
@@ -86,12 +96,26 @@ pub(super) struct Measurement {
     /// The distance to the floor is told in the unit, not as a share.
     pub(super) additive: bool,
     /// Where it lies on a curve.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) point: Option<Point>,
     /// The values at the same place in each list were taken one after another.
+    #[serde(with = "by_contender")]
     pub(super) values: Vec<(Contender, Vec<f64>)>,
     /// What it took of the CPU, where that was read.
+    #[serde(
+        rename = "cpuMicroseconds",
+        with = "by_contender",
+        default,
+        skip_serializing_if = "Vec::is_empty"
+    )]
     pub(super) cpu: Vec<(Contender, Cpu)>,
     /// How long each single transaction took: parts of 1 (0.5 is the median), and µs.
+    #[serde(
+        rename = "latencyMicroseconds",
+        with = "by_contender",
+        default,
+        skip_serializing_if = "Vec::is_empty"
+    )]
     pub(super) latencies: Vec<(Contender, Vec<(f64, f64)>)>,
 }
 
@@ -100,7 +124,17 @@ pub(super) struct Measurement {
 pub(super) struct Fact {
     pub(super) name: String,
     pub(super) unit: String,
+    #[serde(with = "by_contender")]
     pub(super) values: Vec<(Contender, f64)>,
+}
+
+impl Fact {
+    pub(super) fn value(&self, contender: Contender) -> Option<f64> {
+        let mut values = self.values.iter();
+        values
+            .find(|(of, _)| *of == contender)
+            .map(|(_, value)| *value)
+    }
 }
 
 impl Measurement {
@@ -169,7 +203,12 @@ impl Measurement {
     /// How far bpf-bridge is from the floor: in the unit, or as a ratio that is
     /// below 1 where it is worse.
     pub(super) fn distance(&self) -> Option<Comparison> {
-        let ours = self.values(Contender::BpfBridge);
+        self.distance_of(Contender::BpfBridge)
+    }
+
+    /// How far another contender is from the floor.
+    pub(super) fn distance_of(&self, contender: Contender) -> Option<Comparison> {
+        let ours = self.values(contender);
         let floor = self.values(Contender::Floor);
         match (self.additive, self.better) {
             (true, _) => Comparison::difference(ours, floor),
@@ -177,53 +216,27 @@ impl Measurement {
             (false, Better::Higher) => Comparison::ratio(ours, floor),
         }
     }
+}
 
-    pub(super) fn to_json(&self) -> Value {
-        let contenders: serde_json::Map<String, Value> = self
-            .values
-            .iter()
-            .filter_map(|(contender, values)| {
-                let summary = Summary::of(values)?;
-                let text = json!({"median": summary.median, "quartiles": [summary.quartiles.0, summary.quartiles.1],
-                    "interval95": [summary.interval.0, summary.interval.1], "samples": values});
-                Some((contender.name().to_owned(), text))
-            })
-            .collect();
-        json!({
-            "name": self.name,
-            "unit": self.unit,
-            "better": self.better,
-            "point": self.point,
-            "cpuMicroseconds": of_contenders(&self.cpu),
-            "latencyMicroseconds": of_contenders(&self.latencies),
-            "contenders": contenders,
-            "timesBetterThanStock": self.advantage().map(|found| comparison(&found)),
-            (if self.additive { "differenceToFloor" } else { "shareOfFloor" }):
-                self.distance().map(|found| comparison(&found)),
-        })
+/// What there is of each contender is an object in JSON, with a key for each.
+mod by_contender {
+    use std::collections::BTreeMap;
+
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    use super::Contender;
+
+    pub(super) fn serialize<T: Serialize, S: Serializer>(
+        values: &[(Contender, T)],
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(values.iter().map(|(contender, value)| (contender, value)))
     }
-}
 
-/// An object with a key for each contender.
-fn of_contenders<T: Serialize>(values: &[(Contender, T)]) -> Value {
-    values
-        .iter()
-        .map(|(contender, value)| (contender.name().to_owned(), json!(value)))
-        .collect::<serde_json::Map<String, Value>>()
-        .into()
-}
-
-impl Fact {
-    pub(super) fn to_json(&self) -> Value {
-        json!({"name": self.name, "unit": self.unit, "contenders": of_contenders(&self.values)})
+    pub(super) fn deserialize<'de, T: Deserialize<'de>, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Vec<(Contender, T)>, D::Error> {
+        let values = BTreeMap::deserialize(deserializer)?;
+        Ok(values.into_iter().collect())
     }
-}
-
-fn comparison(found: &Comparison) -> Value {
-    let summary = found.summary();
-    json!({
-        "median": summary.median,
-        "interval95": [summary.interval.0, summary.interval.1],
-        "aboveNoise": matches!(found, Comparison::Different(_)),
-    })
 }

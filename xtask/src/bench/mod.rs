@@ -8,13 +8,16 @@
 
 mod bytecode;
 mod calls;
+mod cpu;
 mod floor;
 mod frames;
+mod generators;
 mod machine;
-mod masquerade;
 mod measurement;
 mod memory;
 mod node;
+mod pair;
+mod paths;
 mod peer;
 mod ports;
 mod program;
@@ -27,7 +30,7 @@ mod traffic;
 use std::{
     collections::BTreeSet,
     fs,
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -43,6 +46,7 @@ use crate::{
 };
 
 use self::{
+    machine::Machine,
     measurement::{Contender, Fact},
     node::{Backend, Recipe},
     peer::PeerTask,
@@ -72,12 +76,20 @@ pub(crate) struct Arguments {
     /// Only these parts.
     #[arg(long, value_delimiter = ',', value_name = "PARTS")]
     part: Vec<Part>,
-    /// Only traffic whose name contains this, as in "UDP_RR".
+    /// Only traffic whose name contains this, as in "pod to pod, UDP_RR".
     #[arg(long, value_name = "TEXT", default_value = "")]
     matching: String,
     /// Begin anew, even if the last run was interrupted and could go on.
     #[arg(long)]
     fresh: bool,
+    /// Measure nothing: write the page of the result FILE once more, beside it.
+    #[arg(long, value_name = "FILE", conflicts_with_all = [
+        "quick", "stock", "stock_backend", "against", "only", "part", "matching", "fresh", "plugin",
+    ])]
+    render: Option<PathBuf>,
+    /// With --render: make docs/benchmarks.md and the README's lines of it, too.
+    #[arg(long, requires = "render")]
+    docs: bool,
     /// A plugin that is built already, in place of the workspace's.
     #[arg(long, value_name = "FILE")]
     plugin: Option<PathBuf>,
@@ -90,14 +102,12 @@ pub(crate) struct Arguments {
 /// namespaces afterwards comes last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 enum Part {
-    /// Packets, pod to pod and pod to host.
+    /// All kinds of work on all paths.
     Traffic,
     /// The kernel's account of the eBPF programs, and one frame at a time.
     Programs,
     /// Published ports: connections, ADD, CHECK and DEL.
     Ports,
-    /// Masquerade: what pods ask of a machine outside.
-    Masquerade,
     /// ADD, CHECK and DEL, their memory and that of the kernel.
     Calls,
 }
@@ -109,8 +119,8 @@ struct Settings {
     parts: Vec<Part>,
     /// What a kind of traffic must have in its name.
     matching: String,
-    /// Rounds of traffic, and how long each contender's turn is.
-    rounds: usize,
+    traffic: traffic::Plan,
+    /// How long a contender's turn is in the other parts.
     slice: Duration,
     /// Numbers of pods, and how often each call is made beside them.
     calls: Vec<(usize, usize)>,
@@ -127,8 +137,6 @@ struct Settings {
     port_slice: Duration,
     /// How often each call is made beside them.
     port_calls: usize,
-    /// Rounds of masqueraded traffic.
-    masquerade_rounds: usize,
     /// Where both ends of all traffic run.
     cpu: usize,
 }
@@ -137,6 +145,9 @@ struct Settings {
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     if let Some(peer) = arguments.peer {
         return peer.run();
+    }
+    if let Some(file) = &arguments.render {
+        return render(file, arguments.docs);
     }
     ensure!(
         nix::unistd::geteuid().is_root(),
@@ -171,28 +182,41 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         .collect();
     let key = json!({"settings": settings.to_json(), "machine": machine::identity(&recipe)});
     let mut run = Run::open(&journal, &key, &steps)?;
-    let machine = machine::describe(&recipe, settings.cpu);
+    let machine = Machine::describe(&recipe, settings.cpu);
     for part in &settings.parts {
         part.measure(&settings, &recipe, &mut run)?;
     }
-    let report = Report {
-        machine,
-        settings: settings.to_json(),
-        against: recipe.against.clone(),
-        found: run.end(),
-    };
-    let path = results.join(format!(
-        "{}.json",
-        SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs()
-    ));
-    report.write(&path)?;
-    println!("{}", report.table());
-    println!(
-        "The interval of a comparison is that of the median, with 95 % confidence; \"same\": \
-         the difference is smaller than the noise.\nAll samples: {}",
-        path.display()
+    let report = Report::new(
+        machine.end(),
+        settings.to_json(),
+        recipe.against.clone(),
+        run.end().clone(),
     );
+    let seconds = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
+    let path = results.join(format!("{seconds}.json"));
+    report.write(&path)?;
+    let page = path.with_extension("html");
+    report.write_html(&page)?;
+    println!("{}\n", report.table());
+    println!("{}", report.headlines_for_terminal());
+    println!("All samples: {}", path.display());
+    println!("With plots:  {}", page.display());
     run.forget()
+}
+
+/// What a run leaves behind, made once more from the file with its samples.
+fn render(file: &Path, docs: bool) -> Result<()> {
+    let report = Report::read(file)?;
+    let page = file.with_extension("html");
+    report.write_html(&page)?;
+    if docs {
+        println!("{}", report.write_docs(workspace())?);
+    } else {
+        println!("{}\n", report.table());
+        println!("{}", report.headlines_for_terminal());
+    }
+    println!("With plots: {}", page.display());
+    Ok(())
 }
 
 impl Part {
@@ -202,7 +226,6 @@ impl Part {
             Self::Traffic => traffic::steps(settings),
             Self::Programs => program::steps(),
             Self::Ports => ports::steps(settings),
-            Self::Masquerade => masquerade::steps(settings),
             Self::Calls => calls::steps(settings),
         }
     }
@@ -212,7 +235,6 @@ impl Part {
             Self::Traffic => traffic::measure(settings, recipe, run),
             Self::Programs => program::measure(settings, recipe, run),
             Self::Ports => ports::measure(settings, recipe, run),
-            Self::Masquerade => masquerade::measure(settings, recipe, run),
             Self::Calls => calls::measure(settings, recipe, run),
         }
     }
@@ -233,7 +255,7 @@ fn megabytes(name: &str, bytes: &[(Contender, u64)]) -> Fact {
 impl Settings {
     fn new(arguments: &Arguments) -> Result<Self> {
         let contenders: BTreeSet<Contender> = if arguments.only.is_empty() {
-            [Contender::BpfBridge, Contender::Stock, Contender::Floor].into()
+            Contender::value_variants().iter().copied().collect()
         } else {
             arguments.only.iter().copied().collect()
         };
@@ -252,7 +274,7 @@ impl Settings {
                 contenders,
                 parts,
                 matching,
-                rounds: 20,
+                traffic: traffic::Plan::QUICK,
                 slice: Duration::from_millis(60),
                 calls: vec![(0, 6), (100, 6)],
                 first_calls: 2,
@@ -262,7 +284,6 @@ impl Settings {
                 port_rounds: 6,
                 port_slice: Duration::from_millis(60),
                 port_calls: 2,
-                masquerade_rounds: 9,
                 cpu,
             }
         } else {
@@ -270,7 +291,7 @@ impl Settings {
                 contenders,
                 parts,
                 matching,
-                rounds: 60,
+                traffic: traffic::Plan::FULL,
                 slice: Duration::from_millis(200),
                 calls: vec![(0, 40), (100, 30), (1000, 12)],
                 first_calls: 6,
@@ -280,7 +301,6 @@ impl Settings {
                 port_rounds: 10,
                 port_slice: Duration::from_millis(100),
                 port_calls: 6,
-                masquerade_rounds: 15,
                 cpu,
             }
         })
@@ -291,7 +311,7 @@ impl Settings {
             "contenders": self.contenders.iter().map(|contender| contender.name()).collect::<Vec<_>>(),
             "parts": self.parts.iter().map(|part| format!("{part:?}").to_lowercase()).collect::<Vec<_>>(),
             "matching": self.matching,
-            "rounds": self.rounds,
+            "traffic": self.traffic,
             "sliceMs": u64::try_from(self.slice.as_millis()).ok(),
             "callsByPods": self.calls,
             "firstCalls": self.first_calls,
@@ -303,7 +323,6 @@ impl Settings {
             "portRounds": self.port_rounds,
             "portSliceMs": u64::try_from(self.port_slice.as_millis()).ok(),
             "portCalls": self.port_calls,
-            "masqueradeRounds": self.masquerade_rounds,
         })
     }
 }

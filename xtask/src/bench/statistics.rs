@@ -98,6 +98,20 @@ impl Comparison {
         })
     }
 
+    /// The same told in another way, which must keep the order.
+    pub(super) fn map(self, tell: impl Fn(f64) -> f64) -> Self {
+        let both = |(low, high)| (tell(low), tell(high));
+        let told = |summary: Summary| Summary {
+            median: tell(summary.median),
+            quartiles: both(summary.quartiles),
+            interval: both(summary.interval),
+        };
+        match self {
+            Self::Same(summary) => Self::Same(told(summary)),
+            Self::Different(summary) => Self::Different(told(summary)),
+        }
+    }
+
     /// The ratios or differences, whether they mean anything or not.
     pub(super) fn summary(&self) -> &Summary {
         match self {

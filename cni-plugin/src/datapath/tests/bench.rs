@@ -350,18 +350,9 @@ impl Bench {
     }
 }
 
-/// The counters of one frame of `frame`'s length, before anything becomes of it.
-pub(super) fn one(frame: &[u8]) -> PortStats {
-    PortStats {
-        packets: 1,
-        bytes: frame.len() as u64,
-        ..PortStats::default()
-    }
-}
-
-/// And it was dropped.
-pub(super) fn dropped(frame: &[u8], reason: DropReason) -> PortStats {
-    let mut stats = one(frame);
+/// The counters of one frame that was dropped.
+pub(super) fn dropped(reason: DropReason) -> PortStats {
+    let mut stats = PortStats::default();
     stats.drops[reason as usize] = 1;
     stats
 }

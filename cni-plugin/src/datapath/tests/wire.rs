@@ -29,7 +29,7 @@ use nix::{
 
 use super::{
     super::{FILTER_HANDLE, FILTER_PRIORITY, LogLevel},
-    bench::{Bench, PORTS, mac, one, sent, v4, v6, with_bench},
+    bench::{Bench, PORTS, mac, sent, v4, v6, with_bench},
     frames::{
         BROADCAST, advertisement, arp, ethernet, ipv4, plain, solicitation, source_option, tagged,
         who_has,
@@ -493,7 +493,7 @@ fn a_question_inside_a_vlan_is_not_answered() {
             let flooded = 1;
             let stats = PortStats {
                 flooded,
-                ..one(&question)
+                ..PortStats::default()
             };
             assert_eq!(
                 wire.bench.counters(),
