@@ -135,7 +135,7 @@ pub(super) fn round(contender: Contender, rules: usize) -> u64 {
 fn filling(contender: Contender, pods: usize) -> u64 {
     match contender {
         Contender::Floor => 2,
-        Contender::Stock => 12 + pods as u64 / 50,
+        Contender::Stock => 16 + pods as u64 / 40,
         _ => 6,
     }
 }
