@@ -214,7 +214,7 @@ fn request(ctx: &TcContext, work: &mut Work, target: &Target) -> Way {
         (&tuple.destination, tuple.destination_port),
         work.parsed.protocol,
     );
-    match flow::find(&mut work.key, &work.flow, &work.from, false) {
+    match flow::find(&mut work.key, &work.flow, &work.from, false, false) {
         Found::Known => {}
         Found::Stale => flow::refresh(&work.key, &work.from),
         found => {

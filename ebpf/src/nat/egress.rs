@@ -11,7 +11,7 @@ use aya_ebpf::{
 };
 use bpf_bridge_common::{
     drops::DropReason,
-    frame::{ETH_HLEN, ETH_P_IPV6},
+    frame::{ETH_HLEN, ETH_P_IP, ETH_P_IPV6},
     layout::{Address, FLOW_MASQUERADED, Masqueraded},
     packet::{Fragment, IPPROTO_TCP, IPPROTO_UDP, Packet as _, Query, Version},
 };
@@ -23,7 +23,7 @@ use crate::{
     masquerade::{self, GO_ON, Owner},
     own, share,
     shared::{PORTS, count_drop, ifindex, set_mark, skb},
-    skb::{ETH_P_IP, Skb, is_marked},
+    skb::{Skb, is_marked},
     work::{From, Outcome, Work, apart},
 };
 

@@ -1,15 +1,17 @@
 //! The memory of flows: as the pod sees them, and as their clients do.
 
-use aya_ebpf::{
-    bindings::{BPF_ANY, BPF_NOEXIST},
-    helpers::bpf_ktime_get_ns,
-};
+use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use bpf_bridge_common::{
     layout::{Address, FLOW_IDLE_NS, FLOW_REFRESH_NS, Flow, FlowKey, Published},
     packet::{IPPROTO_TCP, IPPROTO_UDP},
 };
 
-use crate::{maps::FLOWS, share, shared::PORTS, work::From};
+use crate::{
+    maps::FLOWS,
+    share,
+    shared::PORTS,
+    work::{From, now},
+};
 
 /// How many source ports are tried before a client is refused. The second is needed
 /// only by one who talks from one port to two addresses of the node that lead to the
@@ -67,9 +69,16 @@ pub(crate) enum Found {
 /// its packets has a flow of its own.
 ///
 /// `yields`: if the stack has begun it, it is the same flow, and not one that looks the
-/// same.
+/// same. `begins`: the packet begins a connection, which need not be looked for under later
+/// ports.
 #[inline(never)]
-pub(crate) fn find(key: &mut FlowKey, wanted: &Flow, from: &From, yields: bool) -> Found {
+pub(crate) fn find(
+    key: &mut FlowKey,
+    wanted: &Flow,
+    from: &From,
+    yields: bool,
+    begins: bool,
+) -> Found {
     let now = now();
     let mut best = (0, Found::Full);
     for attempt in 0..ATTEMPTS {
@@ -103,9 +112,8 @@ pub(crate) fn find(key: &mut FlowKey, wanted: &Flow, from: &From, yields: bool) 
             None if best.1 != Found::Free => best = (port, Found::Free),
             None => {}
         }
-        if !matches!(key.protocol, IPPROTO_TCP | IPPROTO_UDP) {
-            // SCTP's checksum would have to be made anew for another port, and others
-            // have none.
+        // SCTP's checksum would have to be made anew for another port, and others have none.
+        if !matches!(key.protocol, IPPROTO_TCP | IPPROTO_UDP) || begins && best.1 == Found::Free {
             break;
         }
     }
@@ -147,12 +155,6 @@ pub(crate) fn make(key: &FlowKey, flow: &mut Flow, from: &From, found: Found) ->
     // and could be the next to be evicted.
     // SAFETY: the value is read at once.
     unsafe { FLOWS.get(key) }.is_some_and(|there| is_same(there, flow) && there.from == flow.from)
-}
-
-#[inline(always)]
-fn now() -> u64 {
-    // SAFETY: a helper that reads a clock.
-    unsafe { bpf_ktime_get_ns() }
 }
 
 /// Whether the flow's requests come in where the packet at hand does: by a pod's own

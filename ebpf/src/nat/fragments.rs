@@ -8,10 +8,7 @@ use aya_ebpf::{
     bindings::{BPF_ANY, BPF_F_INVALIDATE_HASH, BPF_F_RECOMPUTE_CSUM},
     btf_maps::PerCpuArray,
     check_bounds_signed,
-    helpers::{
-        bpf_clone_redirect, bpf_ktime_get_ns, bpf_skb_change_tail, bpf_skb_load_bytes,
-        bpf_skb_store_bytes,
-    },
+    helpers::{bpf_clone_redirect, bpf_skb_change_tail, bpf_skb_load_bytes, bpf_skb_store_bytes},
     macros::btf_map,
     programs::TcContext,
 };
@@ -24,7 +21,7 @@ use crate::{
     maps::{ADDRESSES, FRAGMENTS, HELD, published},
     share,
     shared::{ifindex, skb},
-    work::Work,
+    work::{Work, now},
 };
 
 /// Where a frame is put together that is to wait: it is too long for the stack.
@@ -81,8 +78,7 @@ fn first(ctx: &TcContext, work: &mut Work, port: u32, hold: bool) -> Standing {
         return Standing::Known;
     }
     let key = key(&work.parsed, port);
-    // SAFETY: a helper that reads a clock.
-    let now = unsafe { bpf_ktime_get_ns() };
+    let now = now();
     // SAFETY: the value is read at once.
     let held = match unsafe { FRAGMENTS.get(&key) } {
         Some(before) if now.saturating_sub(before.seen) <= FRAGMENT_NS => before.held,
@@ -115,8 +111,7 @@ fn first(ctx: &TcContext, work: &mut Work, port: u32, hold: bool) -> Standing {
 #[inline(never)]
 fn later(ctx: &TcContext, work: &mut Work, port: u32, hold: bool) -> Standing {
     let key = key(&work.parsed, port);
-    // SAFETY: a helper that reads a clock.
-    let now = unsafe { bpf_ktime_get_ns() };
+    let now = now();
     let mut entry = Fragments {
         seen: now,
         source_port: 0,

@@ -9,7 +9,7 @@
 use aya_ebpf::{bindings::TC_ACT_SHOT, macros::classifier, programs::TcContext};
 use bpf_bridge_common::{
     drops::DropReason,
-    frame::{ETH_HLEN, ETH_P_IPV6},
+    frame::{ETH_HLEN, ETH_P_IP, ETH_P_IPV6},
     layout::{
         Address, FLOW_MASQUERADED, IpKey, MacKey, PORT_GATEWAY, PORT_MASQUERADED, PORT_PUBLISHED,
         PORT_ROUTED, PORT_VIA_HOST, Published,
@@ -21,11 +21,12 @@ use crate::{
     fragments::{self, Standing},
     maps::FLOWS,
     masquerade,
+    own::{self, Step},
     shared::{
         ENDPOINTS, NEIGHBORS, PORTS, SEGMENT, TARGET, TARGET_FLAGS, count_drop, ifindex, set_mark,
         skb,
     },
-    skb::{ETH_P_IP, Skb, is_marked},
+    skb::{Skb, is_marked},
     work::{From, Work},
 };
 
@@ -173,7 +174,8 @@ fn remember(ctx: &TcContext, work: &mut Work, target: &Target) -> Result<(), Dro
         // The pod has begun it.
         return Ok(());
     }
-    match flow::find(&mut work.key, &work.flow, &work.from, true) {
+    let begins = own::step(&Skb(ctx), &work.parsed) == Step::Begins;
+    match flow::find(&mut work.key, &work.flow, &work.from, true, begins) {
         Found::Known => {}
         found => {
             if found == Found::Stale {
@@ -214,7 +216,7 @@ fn show_error(ctx: &TcContext, work: &mut Work, port: u32) -> Result<(), DropRea
         (&reply.source, reply.source_port),
         work.inner.protocol,
     );
-    let found = flow::find(&mut work.key, &work.flow, &work.from, true);
+    let found = flow::find(&mut work.key, &work.flow, &work.from, true, false);
     if !matches!(found, Found::Known | Found::Stale)
         || work.key.client_port == reply.destination_port
     {

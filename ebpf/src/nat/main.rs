@@ -36,6 +36,7 @@ mod forward;
 mod fragments;
 mod from_host;
 mod from_pod;
+mod linear;
 mod maps;
 mod masquerade;
 mod own;

@@ -9,7 +9,6 @@ use aya_ebpf::{
     EbpfContext as _,
     bindings::{BPF_ANY, BPF_NOEXIST, TC_ACT_UNSPEC},
     btf_maps::lpm_trie::Key,
-    helpers::bpf_ktime_get_ns,
     programs::TcContext,
 };
 use bpf_bridge_common::{
@@ -29,7 +28,7 @@ use crate::{
     share,
     shared::PORTS,
     skb::Skb,
-    work::{Outcome, Work},
+    work::{Outcome, Work, now},
 };
 
 /// How many ports are tried before a flow is refused. With half of all taken, one flow in a
@@ -609,10 +608,4 @@ pub(crate) fn restore(work: &mut Work, reply: &Reply) {
         policy: 0,
     };
     remember_flow(work, &answer, &owner);
-}
-
-#[inline(always)]
-pub(crate) fn now() -> u64 {
-    // SAFETY: a helper that reads a clock.
-    unsafe { bpf_ktime_get_ns() }
 }

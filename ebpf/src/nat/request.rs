@@ -6,7 +6,6 @@ use aya_ebpf::{EbpfContext as _, programs::TcContext};
 use bpf_bridge_common::{
     drops::DropReason,
     layout::{Address, Published},
-    packet::Parsed,
 };
 
 use crate::{
@@ -35,9 +34,8 @@ fn try_lead(ctx: &TcContext, work: &mut Work) -> Outcome {
     if work.from.segment != 0 {
         work.note_client(ctx)?;
     }
-    if let Err(reason) = follow(ctx.as_ptr(), work, pod, |parsed| {
-        own::step(&Skb(ctx), parsed)
-    })? {
+    let step = own::step(&Skb(ctx), &work.parsed);
+    if let Err(reason) = follow(ctx.as_ptr(), work, pod, step)? {
         return Some(Err(reason));
     }
     Some(if work.rewrite(ctx) {
@@ -50,13 +48,13 @@ fn try_lead(ctx: &TcContext, work: &mut Work) -> Outcome {
 /// Finds the flow of a packet for a port of `pod`, or makes it, and says what the packet
 /// is to become. `None` if it is not for the node.
 ///
-/// `ctx` is that of a tc or an XDP program, and `step` asks the packet, if need be.
+/// `ctx` is that of a tc or an XDP program, and `step` the packet's.
 #[inline(always)]
 pub(crate) fn follow(
     ctx: *mut c_void,
     work: &mut Work,
     pod: &Published,
-    step: impl FnOnce(&Parsed) -> Step,
+    step: Step,
 ) -> Option<Result<(), DropReason>> {
     let tuple = &work.parsed.tuple;
     flow::describe(
@@ -69,7 +67,8 @@ pub(crate) fn follow(
         work.parsed.protocol,
     );
     work.account = pod.port;
-    let found = flow::find(&mut work.key, &work.flow, &work.from, true);
+    let begins = step == Step::Begins;
+    let found = flow::find(&mut work.key, &work.flow, &work.from, true, begins);
     if found != Found::Known
         && let Err(refused) = admit(ctx, work, pod, found, step)
     {
@@ -91,9 +90,8 @@ fn admit(
     work: &mut Work,
     pod: &Published,
     found: Found,
-    step: impl FnOnce(&Parsed) -> Step,
+    step: Step,
 ) -> Result<(), Option<DropReason>> {
-    let step = step(&work.parsed);
     let tuple = &work.parsed.tuple;
     if found == Found::Ceded && step != Step::Begins
         || !fib::is_local(ctx, pod.segment, &tuple.source, &tuple.destination)
@@ -152,7 +150,7 @@ fn try_lead_error(ctx: &TcContext, work: &mut Work) -> Outcome {
     );
     work.account = pod.port;
     if !matches!(
-        flow::find(&mut work.key, &work.flow, &work.from, true),
+        flow::find(&mut work.key, &work.flow, &work.from, true, false),
         Found::Known | Found::Stale
     ) {
         return None;

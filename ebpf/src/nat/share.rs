@@ -10,11 +10,7 @@
 //! the same time: then the one that removes what was there, or is the first to write, has it,
 //! and the other tries another one.
 
-use aya_ebpf::{
-    Global,
-    bindings::BPF_NOEXIST,
-    helpers::{bpf_get_prandom_u32, bpf_ktime_get_ns},
-};
+use aya_ebpf::{Global, bindings::BPF_NOEXIST, helpers::bpf_get_prandom_u32};
 use bpf_bridge_common::layout::{
     FLOW_MASQUERADED, Flow, FlowKey, HeldKey, MAX_FLOWS, MAX_FRAGMENTS, MAX_HELD_TOTAL, PLACE_HAND,
     PLACES_FLOWS, PLACES_FRAGMENTS, PLACES_HELD, PLACES_REPLIES, POD_SHARE, Place, PlaceKey,
@@ -23,7 +19,7 @@ use bpf_bridge_common::layout::{
 
 use crate::{
     maps::{FLOWS, FRAGMENTS, HELD, PLACES, REPLIES},
-    work::{From, Work},
+    work::{From, Work, now},
 };
 
 /// How many places an owner has, of each kind. The plugin says it.
@@ -119,8 +115,7 @@ extern "C" fn take_place(owner: u32, table: u32) -> u32 {
     share.key.table = table;
     let mut number = turn(share) % size;
     let (mut best, mut least) = (number, u64::MAX);
-    // SAFETY: helpers that read a clock, and make a number.
-    let now = unsafe { bpf_ktime_get_ns() };
+    let now = now();
     let mut attempt = 0;
     while attempt < ATTEMPTS {
         share.key.number = number;
@@ -131,7 +126,7 @@ extern "C" fn take_place(owner: u32, table: u32) -> u32 {
         if now.saturating_sub(seen) > SPARED_NS {
             break;
         }
-        // SAFETY: a helper that takes nothing.
+        // SAFETY: a helper that makes a number.
         number = unsafe { bpf_get_prandom_u32() } % size;
         attempt += 1;
     }
@@ -191,18 +186,16 @@ fn last_use(share: &mut Share) -> u64 {
                 return OVER;
             };
             let seen = flow.seen;
+            if flow.flags & FLOW_MASQUERADED == 0 {
+                return seen;
+            }
             set_twin(&mut share.twin, key, flow);
             // SAFETY: as above.
             match unsafe { REPLIES.get(&share.twin) } {
-                Some(reply) if flow.flags & FLOW_MASQUERADED != 0 => {
-                    if reply.flags & REPLY_ENDED != 0 {
-                        OVER
-                    } else {
-                        // Who only hears says so here.
-                        seen.max(reply.seen)
-                    }
-                }
-                _ => seen,
+                Some(reply) if reply.flags & REPLY_ENDED != 0 => OVER,
+                // Who only hears says so here.
+                Some(reply) => seen.max(reply.seen),
+                None => seen,
             }
         }
         PLACES_REPLIES => {
@@ -262,9 +255,14 @@ fn forget_flow(key: &FlowKey, twin: &mut ReplyKey) {
     let Some(flow) = (unsafe { FLOWS.get(key) }) else {
         return;
     };
+    // Others know a flow that is masqueraded, and one of the stack.
+    let is_known = flow.from == 0 || flow.flags & FLOW_MASQUERADED != 0;
     set_twin(twin, key, flow);
     let owner = if flow.from == 0 { 0 } else { key.port };
     let _ = FLOWS.remove(key);
+    if !is_known {
+        return;
+    }
     // SAFETY: as above.
     if unsafe { REPLIES.get(&*twin) }.is_some_and(|reply| reply.port == owner) {
         let _ = REPLIES.remove(&*twin);

@@ -13,15 +13,12 @@ use aya_ebpf::{
 };
 use bpf_bridge_common::{
     drops::DropReason,
-    frame::{ETH_HLEN, ETH_P_IPV6},
+    frame::{ETH_HLEN, ETH_P_IP, ETH_P_IPV6},
     layout::Mac,
     packet::{Covered, Packet, Version},
 };
 
 use crate::shared::{PACKET_HOST, skb};
-
-/// IPv4, RFC 894.
-pub(crate) const ETH_P_IP: u16 = 0x0800;
 
 /// The mark of a packet that a program has translated: nobody need look again whose it is.
 pub(crate) const OURS: u32 = 0x6266;

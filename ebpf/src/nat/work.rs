@@ -7,17 +7,19 @@
 use aya_ebpf::{
     bindings::BPF_F_INGRESS,
     btf_maps::{PerCpuArray, lpm_trie::Key},
+    helpers::bpf_ktime_get_coarse_ns,
     macros::btf_map,
     programs::TcContext,
 };
 use bpf_bridge_common::{
     drops::DropReason,
+    frame::{ETH_HLEN, ETH_P_IP, ETH_P_IPV6},
     layout::{ExemptKey, Flow, FlowKey, Mac, PodKey, Reply, ReplyKey},
-    packet::{Packet as _, Parsed, Tuple, is_sound, parse, quoted},
+    packet::{Packet as _, Parsed, Tuple, is_sound, parse, parse_plain, quoted},
     translate::{rewrite, rewrite_inner, rewrite_outer},
 };
 
-use crate::{fib::Exit, masquerade::Owner, reply::Back, share::Share, skb::Skb};
+use crate::{fib::Exit, linear::Linear, masquerade::Owner, reply::Back, share::Share, skb::Skb};
 
 /// The state of one packet.
 pub(crate) struct Work {
@@ -118,6 +120,14 @@ fn numbered(step: impl FnOnce() -> Outcome) -> u64 {
     }
 }
 
+/// The time in ns, as of the last tick: what ages here ages by seconds, and a clock that is
+/// as fine as can be costs more to read than a table. (`bpf_ktime_get_coarse_ns`, since 5.11.)
+#[inline(always)]
+pub(crate) fn now() -> u64 {
+    // SAFETY: a helper that reads a clock.
+    unsafe { bpf_ktime_get_coarse_ns() }
+}
+
 #[btf_map]
 static WORK: PerCpuArray<Work, 1> = PerCpuArray::new();
 
@@ -132,8 +142,29 @@ impl Work {
 
     /// Reads the packet, whose IP header is at offset `l3` of the frame, and says
     /// whether there is one.
-    #[inline(never)]
+    #[inline(always)]
     pub(crate) fn read(&mut self, ctx: &TcContext, l3: usize) -> bool {
+        l3 == ETH_HLEN && self.read_plain(ctx) || self.read_any(ctx, l3)
+    }
+
+    /// Most packets: nothing is searched for, and the kernel is not asked for bytes.
+    #[inline(never)]
+    fn read_plain(&mut self, ctx: &TcContext) -> bool {
+        let frame = Linear(ctx);
+        let parsed = match Skb(ctx).ethertype() {
+            ETH_P_IP => parse_plain(&frame, ETH_HLEN, ETH_P_IP),
+            ETH_P_IPV6 => parse_plain(&frame, ETH_HLEN, ETH_P_IPV6),
+            _ => None,
+        };
+        match parsed {
+            Some(parsed) => self.parsed = parsed,
+            None => return false,
+        }
+        true
+    }
+
+    #[inline(never)]
+    fn read_any(&mut self, ctx: &TcContext, l3: usize) -> bool {
         let skb = Skb(ctx);
         match parse(&skb, l3, skb.ethertype()) {
             Some(parsed) => self.parsed = parsed,
@@ -151,9 +182,18 @@ impl Work {
 
     #[inline(never)]
     fn is_sound(&self, ctx: &TcContext) -> bool {
-        let skb = Skb(ctx);
-        let room = (ctx.len() as usize).saturating_sub(self.parsed.l3 as usize);
-        is_sound(&skb, &self.parsed, room, skb.segment_size() != 0)
+        let (skb, parsed) = (Skb(ctx), &self.parsed);
+        let room = (ctx.len() as usize).saturating_sub(parsed.l3 as usize);
+        let segmented = skb.segment_size() != 0;
+        let plain = parsed.with_plain_offsets(ETH_HLEN, ETH_P_IP);
+        let offsets = |parsed: &Parsed| (parsed.version, parsed.l3, parsed.l4);
+        if offsets(parsed) == offsets(&plain) {
+            let frame = Linear(ctx);
+            if is_sound(&frame, &plain, room, segmented) {
+                return true;
+            }
+        }
+        is_sound(&skb, parsed, room, segmented)
     }
 
     /// Notes where a client on the same link is, so that it can be answered there.

@@ -18,17 +18,17 @@ use aya_ebpf::{
 };
 use bpf_bridge_common::{
     drops::DropReason,
-    frame::{ETH_HLEN, ETH_P_IPV6},
+    frame::{ETH_HLEN, ETH_P_IP, ETH_P_IPV6},
     layout::{PUBLISHED_XDP, Published},
-    packet::{Packet, Parsed, is_sound, looks_unfinished, parse_plain},
+    packet::{Packet, is_sound, looks_unfinished, parse_plain},
     translate::rewrite,
 };
 
 use crate::{
+    linear::Linear,
     maps::{REPLIES, XDP_UPLINKS, published},
     masquerade, own, request,
     shared::count_drop,
-    skb::ETH_P_IP,
     work::{From, Work},
 };
 
@@ -58,7 +58,7 @@ type Outcome = Option<Result<(), DropReason>>;
 /// Each version of IP has offsets of its own, and so its own functions.
 #[inline(always)]
 fn receive(ctx: &XdpContext, work: &mut Work) -> Outcome {
-    match Frame(ctx).load(12).map(u16::from_be_bytes)? {
+    match Linear(ctx).load(12).map(u16::from_be_bytes)? {
         ETH_P_IP => lead::<ETH_P_IP>(ctx, work),
         ETH_P_IPV6 => lead::<ETH_P_IPV6>(ctx, work),
         _ => None,
@@ -89,10 +89,8 @@ fn lead<const ETHERTYPE: u16>(ctx: &XdpContext, work: &mut Work) -> Outcome {
         // It answers somebody, whatever is published under this number.
         return None;
     }
-    let step = |parsed: &Parsed| {
-        let parsed = parsed.with_plain_offsets(ETH_HLEN, ETHERTYPE);
-        own::step(&Frame(ctx), &parsed)
-    };
+    let parsed = work.parsed.with_plain_offsets(ETH_HLEN, ETHERTYPE);
+    let step = own::step(&Linear(ctx), &parsed);
     if let Err(reason) = request::follow(ctx.as_ptr(), work, pod, step)? {
         return Some(Err(reason));
     }
@@ -106,7 +104,7 @@ fn lead<const ETHERTYPE: u16>(ctx: &XdpContext, work: &mut Work) -> Outcome {
 /// Reads the packet, and says whether it is one for XDP.
 #[inline(never)]
 fn read<const ETHERTYPE: u16>(ctx: &XdpContext, work: &mut Work) -> bool {
-    let frame = Frame(ctx);
+    let frame = Linear(ctx);
     let Some(parsed) = parse_plain(&frame, ETH_HLEN, ETHERTYPE) else {
         return false;
     };
@@ -133,7 +131,7 @@ fn read<const ETHERTYPE: u16>(ctx: &XdpContext, work: &mut Work) -> bool {
 /// Makes the packet what it is to become, and addresses it to the pod.
 #[inline(never)]
 fn write<const ETHERTYPE: u16>(ctx: &XdpContext, work: &Work, pod: &Published) -> bool {
-    let mut frame = Frame(ctx);
+    let mut frame = Linear(ctx);
     let parsed = work.parsed.with_plain_offsets(ETH_HLEN, ETHERTYPE);
     let [a, b, c, d, e, f] = pod.mac;
     let [g, h, i, j, k, l] = pod.gateway_mac;
@@ -149,43 +147,4 @@ fn fits(ctx: &XdpContext, device: u32) -> bool {
     let mut length = 0;
     // SAFETY: the context is the program's own.
     unsafe { bpf_check_mtu(ctx.as_ptr(), device, &mut length, 0, 0) == 0 }
-}
-
-/// A frame in an XDP program. Checksums are bytes like others here.
-///
-/// It starts at an even address, and so do its fields: they are read and written by
-/// twos, for the instruction set makes single bytes as dear as words.
-struct Frame<'a>(&'a XdpContext);
-
-impl Frame<'_> {
-    /// Where `N` bytes from offset `at` on are; `None` if the frame ends before.
-    #[inline(always)]
-    fn place<const N: usize>(&self, at: usize) -> Option<*mut u16> {
-        const { assert!(N.is_multiple_of(2)) }
-        let start = self.0.data().wrapping_add(at);
-        (start.wrapping_add(N) <= self.0.data_end()).then_some(start as *mut u16)
-    }
-}
-
-impl Packet for Frame<'_> {
-    #[inline(always)]
-    fn load<const N: usize>(&self, at: usize) -> Option<[u8; N]> {
-        let place = self.place::<N>(at)?;
-        let mut bytes = [0; N];
-        for (number, two) in bytes.as_chunks_mut().0.iter_mut().enumerate() {
-            // SAFETY: the frame is that long.
-            *two = unsafe { place.add(number).read() }.to_ne_bytes();
-        }
-        Some(bytes)
-    }
-
-    #[inline(always)]
-    fn store<const N: usize>(&mut self, at: usize, bytes: [u8; N]) -> Option<()> {
-        let place = self.place::<N>(at)?;
-        for (number, two) in bytes.as_chunks().0.iter().enumerate() {
-            // SAFETY: as above.
-            unsafe { place.add(number).write(u16::from_ne_bytes(*two)) };
-        }
-        Some(())
-    }
 }

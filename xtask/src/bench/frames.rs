@@ -11,9 +11,9 @@ use super::{
     bytecode::{Bytecode, Outcome, SKB_IFINDEX, SKB_LEN},
     measurement::{Better, Contender, Measurement},
     node::Recipe,
+    pair::Pair,
     peer,
     program::{PORT, Pins},
-    traffic::Pair,
 };
 
 /// How often a frame is run in one call of the kernel: some 10 ms.

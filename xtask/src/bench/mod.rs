@@ -7,18 +7,22 @@
 //! turn.
 
 mod bytecode;
+mod calls;
+mod cpu;
 mod floor;
 mod frames;
-mod latency;
+mod generators;
 mod machine;
-mod masquerade;
 mod measurement;
 mod memory;
 mod node;
+mod pair;
+mod paths;
 mod peer;
 mod ports;
 mod program;
 mod report;
+mod rules;
 mod run;
 mod statistics;
 mod traffic;
@@ -72,7 +76,7 @@ pub(crate) struct Arguments {
     /// Only these parts.
     #[arg(long, value_delimiter = ',', value_name = "PARTS")]
     part: Vec<Part>,
-    /// Only traffic whose name contains this, as in "UDP_RR".
+    /// Only traffic whose name contains this, as in "pod to pod, UDP_RR".
     #[arg(long, value_name = "TEXT", default_value = "")]
     matching: String,
     /// Begin anew, even if the last run was interrupted and could go on.
@@ -98,15 +102,13 @@ pub(crate) struct Arguments {
 /// namespaces afterwards comes last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 enum Part {
-    /// Packets, pod to pod and pod to host.
+    /// All kinds of work on all paths.
     Traffic,
     /// The kernel's account of the eBPF programs, and one frame at a time.
     Programs,
-    /// Published ports: connections, ADD and DEL.
+    /// Published ports: connections, ADD, CHECK and DEL.
     Ports,
-    /// Masquerade: what pods ask of a machine outside.
-    Masquerade,
-    /// ADD and DEL.
+    /// ADD, CHECK and DEL, their memory and that of the kernel.
     Calls,
 }
 
@@ -117,23 +119,24 @@ struct Settings {
     parts: Vec<Part>,
     /// What a kind of traffic must have in its name.
     matching: String,
-    /// Rounds of traffic, and how long each contender's turn is.
-    rounds: usize,
+    traffic: traffic::Plan,
+    /// How long a contender's turn is in the other parts.
     slice: Duration,
-    /// ADDs and DELs with each number of pods.
-    calls: usize,
-    /// Numbers of pods.
-    levels: Vec<usize>,
-    /// How often many calls are made at once.
+    /// Numbers of pods, and how often each call is made beside them.
+    calls: Vec<(usize, usize)>,
+    /// On how many nodes the first ADD is measured.
+    first_calls: usize,
+    /// How often some callers make many calls.
+    calls_at_once: usize,
+    /// How often many calls are all made at once.
     crowds: usize,
     /// Numbers of published ports on the node, by how many of them a pod has.
     ports: Vec<(usize, Vec<usize>)>,
-    /// Rounds of traffic through one of them.
+    /// Rounds of traffic through one of them, and how long each contender's turn is.
     port_rounds: usize,
-    /// ADDs and DELs: of how many ports, and how often.
-    port_calls: Vec<(usize, usize)>,
-    /// Rounds of masqueraded traffic.
-    masquerade_rounds: usize,
+    port_slice: Duration,
+    /// How often each call is made beside them.
+    port_calls: usize,
     /// Where both ends of all traffic run.
     cpu: usize,
 }
@@ -223,8 +226,7 @@ impl Part {
             Self::Traffic => traffic::steps(settings),
             Self::Programs => program::steps(),
             Self::Ports => ports::steps(settings),
-            Self::Masquerade => masquerade::steps(settings),
-            Self::Calls => latency::steps(settings),
+            Self::Calls => calls::steps(settings),
         }
     }
 
@@ -233,8 +235,7 @@ impl Part {
             Self::Traffic => traffic::measure(settings, recipe, run),
             Self::Programs => program::measure(settings, recipe, run),
             Self::Ports => ports::measure(settings, recipe, run),
-            Self::Masquerade => masquerade::measure(settings, recipe, run),
-            Self::Calls => latency::measure(settings, recipe, run),
+            Self::Calls => calls::measure(settings, recipe, run),
         }
     }
 }
@@ -254,7 +255,7 @@ fn megabytes(name: &str, bytes: &[(Contender, u64)]) -> Fact {
 impl Settings {
     fn new(arguments: &Arguments) -> Result<Self> {
         let contenders: BTreeSet<Contender> = if arguments.only.is_empty() {
-            [Contender::BpfBridge, Contender::Stock, Contender::Floor].into()
+            Contender::value_variants().iter().copied().collect()
         } else {
             arguments.only.iter().copied().collect()
         };
@@ -273,15 +274,16 @@ impl Settings {
                 contenders,
                 parts,
                 matching,
-                rounds: 20,
+                traffic: traffic::Plan::QUICK,
                 slice: Duration::from_millis(60),
-                calls: 20,
-                levels: vec![0, 100],
-                crowds: 2,
+                calls: vec![(0, 6), (100, 6)],
+                first_calls: 2,
+                calls_at_once: 1,
+                crowds: 0,
                 ports: vec![(1, vec![1, 1000])],
-                port_rounds: 12,
-                port_calls: vec![(0, 6), (1, 6), (100, 1)],
-                masquerade_rounds: 9,
+                port_rounds: 6,
+                port_slice: Duration::from_millis(60),
+                port_calls: 2,
                 cpu,
             }
         } else {
@@ -289,15 +291,16 @@ impl Settings {
                 contenders,
                 parts,
                 matching,
-                rounds: 60,
+                traffic: traffic::Plan::FULL,
                 slice: Duration::from_millis(200),
-                calls: 100,
-                levels: vec![0, 100, 1000],
-                crowds: 6,
-                ports: vec![(1, vec![1, 100, 1000]), (100, vec![1000, 10_000])],
-                port_rounds: 15,
-                port_calls: vec![(0, 20), (1, 20), (10, 15), (100, 6), (500, 3)],
-                masquerade_rounds: 15,
+                calls: vec![(0, 40), (100, 30), (1000, 12)],
+                first_calls: 6,
+                calls_at_once: 4,
+                crowds: 1,
+                ports: vec![(1, vec![1, 100, 1000]), (100, vec![100, 1000, 10_000])],
+                port_rounds: 10,
+                port_slice: Duration::from_millis(100),
+                port_calls: 6,
                 cpu,
             }
         })
@@ -308,16 +311,18 @@ impl Settings {
             "contenders": self.contenders.iter().map(|contender| contender.name()).collect::<Vec<_>>(),
             "parts": self.parts.iter().map(|part| format!("{part:?}").to_lowercase()).collect::<Vec<_>>(),
             "matching": self.matching,
-            "rounds": self.rounds,
+            "traffic": self.traffic,
             "sliceMs": u64::try_from(self.slice.as_millis()).ok(),
-            "calls": self.calls,
-            "pods": self.levels,
-            "callsAtOnce": latency::AT_ONCE,
+            "callsByPods": self.calls,
+            "firstCalls": self.first_calls,
+            "callsAtATime": calls::AT_ONCE,
+            "roundsOfThese": self.calls_at_once,
+            "callsAtOnce": calls::CROWD,
             "crowds": self.crowds,
             "portsByThoseOfAPod": self.ports,
             "portRounds": self.port_rounds,
+            "portSliceMs": u64::try_from(self.port_slice.as_millis()).ok(),
             "portCalls": self.port_calls,
-            "masqueradeRounds": self.masquerade_rounds,
         })
     }
 }

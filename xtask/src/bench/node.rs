@@ -3,9 +3,10 @@
 use std::{
     fs::{self, File},
     net::IpAddr,
-    os::unix::fs::symlink,
+    os::{fd::OwnedFd, unix::fs::symlink},
     path::{Path, PathBuf},
     process::Command,
+    sync::{Mutex, PoisonError},
     time::Duration,
 };
 
@@ -23,6 +24,7 @@ use super::{
     floor::{self, Netlink},
     measurement::Contender,
     memory,
+    rules::{Pod, Rules},
 };
 
 /// The name of the network on every node.
@@ -30,6 +32,11 @@ pub(super) const NETWORK: &str = "bench";
 
 /// The capability by which a runtime publishes ports.
 pub(super) const PORT_MAPPINGS: &str = "portMappings";
+
+/// The port with which it is tried whose CHECK works.
+const TRIED_PORT: usize = 21_999;
+/// So many characters of its error are told.
+const TOLD: usize = 80;
 
 /// The plugins of the stock chain.
 pub(super) const STOCK_PLUGINS: [&str; 4] = ["bridge", "host-local", "portmap", "firewall"];
@@ -47,6 +54,26 @@ pub(super) struct Recipe {
     /// A directory on a disk, below which each node keeps its addresses: on a
     /// file system in memory `fsync` would be free, as it is on no real node.
     pub(super) disk: PathBuf,
+}
+
+impl Recipe {
+    /// How large the files are that a contender consists of, in bytes; the floor has none.
+    pub(super) fn binaries(&self, contender: Contender) -> Result<Option<u64>> {
+        let files = match (contender, &self.against) {
+            (Contender::Floor, _) => return Ok(None),
+            (Contender::Stock, None) => STOCK_PLUGINS.map(|name| self.stock.join(name)).into(),
+            (Contender::Stock, Some(other)) => vec![other.clone()],
+            _ => vec![self.plugin.clone()],
+        };
+        let mut sum = 0;
+        for file in &files {
+            let data = fs::metadata(file);
+            sum += data
+                .with_context(|| format!("looking at {}", file.display()))?
+                .len();
+        }
+        Ok(Some(sum))
+    }
 }
 
 /// What the stock plugins write their rules with.
@@ -75,8 +102,20 @@ pub(super) struct Arena {
     conflist: Value,
     netlink: Netlink,
     filled: usize,
+    backend: Backend,
+    /// Plugins of the chain whose CHECK cannot work.
+    unchecked: Vec<String>,
     // Below the node's mounts.
     _disk: TempDir,
+}
+
+/// A sandbox that is attached and detached again and again: making and removing
+/// namespaces would go on in the background while the next call is measured.
+pub(super) struct Slot {
+    pub(super) attachment: Attachment,
+    /// Of the floor: the socket and the file of its namespace.
+    inside: Option<(Netlink, OwnedFd)>,
+    _sandbox: Sandbox,
 }
 
 /// An attachment that was added.
@@ -184,43 +223,135 @@ impl Arena {
             conflist,
             netlink,
             filled: 0,
+            backend: recipe.backend,
+            unchecked: Vec::new(),
             _disk: disk,
         })
     }
 
-    /// Attaches a sandbox as a runtime would; of the floor: makes the veth pair,
-    /// and sets it up without that being counted.
-    pub(super) fn add(&self, sandbox: &Sandbox) -> Result<Added> {
-        let path = sandbox.path();
-        if self.contender == Contender::Floor {
-            let inside = self.node.within(|| floor::open_namespace(path))?;
-            let time = self.netlink.create(sandbox.name(), &inside)?;
-            sandbox.ip("link set eth0 up")?;
-            self.netlink.set_up(sandbox.name())?;
-            let index = self
-                .node
-                .read(format!("/sys/class/net/{}/ifindex", sandbox.name()))?;
-            return Ok(Added {
-                time,
-                result: index.parse::<u32>()?.into(),
-            });
+    /// Makes a sandbox that is attached, with these port mappings, again and again.
+    pub(super) fn slot(&self, name: &str, ports: Value) -> Result<Slot> {
+        let sandbox = self.node.sandbox(name)?;
+        let attachment = sandbox.attachment().capability(PORT_MAPPINGS, ports);
+        let inside = if self.contender == Contender::Floor {
+            let netlink = Netlink::open(&sandbox)?;
+            let path = sandbox.path();
+            let namespace = self.node.within(|| floor::open_namespace(path))?;
+            Some((netlink, namespace))
+        } else {
+            None
+        };
+        Ok(Slot {
+            attachment,
+            inside,
+            _sandbox: sandbox,
+        })
+    }
+
+    /// ADD of a slot, as a runtime would; of the floor: the bare requests. The calling
+    /// thread is in the node.
+    pub(super) fn attach_here(&self, slot: &Slot) -> Result<Added> {
+        let Some((inside, namespace)) = &slot.inside else {
+            return self.add_here(&slot.attachment);
+        };
+        let name = &slot.attachment.container_id;
+        let (pair, time) = self
+            .netlink
+            .attach(name, inside, namespace)
+            .with_context(|| self.whose(Verb::Add, &slot.attachment))?;
+        let result = pair.host.into();
+        Ok(Added { time, result })
+    }
+
+    /// DEL of a slot; returns how long it took. The calling thread is in the node.
+    pub(super) fn detach_here(&self, slot: &Slot, added: &Added) -> Result<Duration> {
+        if slot.inside.is_none() {
+            return self.del_here(&slot.attachment, added);
         }
+        let index = added.result.as_u64().context("a device without an index")?;
+        self.netlink
+            .delete(u32::try_from(index)?)
+            .with_context(|| self.whose(Verb::Del, &slot.attachment))
+    }
+
+    /// CHECK of a slot; returns how long it took. The calling thread is in the node.
+    pub(super) fn check_here(&self, slot: &Slot, added: &Added) -> Result<Duration> {
+        let mut time = Duration::ZERO;
+        for mut config in self.configs(&slot.attachment)? {
+            if self
+                .unchecked
+                .iter()
+                .any(|plugin| plugin == type_of(&config))
+            {
+                continue;
+            }
+            config["prevResult"] = added.result.clone();
+            time += self.call(Verb::Check, &config, &slot.attachment)?.1;
+        }
+        Ok(time)
+    }
+
+    /// Whether there is a CHECK to be measured: the floor has none, nor a chain in which
+    /// none works.
+    pub(super) fn checks(&self) -> bool {
+        let plugins = self.conflist["plugins"].as_array().map_or(0, Vec::len);
+        self.contender != Contender::Floor && self.unchecked.len() < plugins
+    }
+
+    /// Finds out whose CHECK fails among the plugins of the stock chain, which is known of
+    /// portmap 1.1.1: that is left out of what is measured. Returns what must be told of it.
+    pub(super) fn try_checks(&mut self) -> Result<Vec<String>> {
+        let mut notes = Vec::new();
+        if !self.is_stock() {
+            return Ok(notes);
+        }
+        let slot = self.slot("tried", json!([port_mapping(TRIED_PORT, TRIED_PORT)]))?;
+        let added = self.node.within(|| self.attach_here(&slot))?;
+        for mut config in self.configs(&slot.attachment)? {
+            config["prevResult"] = added.result.clone();
+            let call = self
+                .node
+                .within(|| self.call(Verb::Check, &config, &slot.attachment));
+            if let Err(error) = call {
+                let plugin = type_of(&config).to_owned();
+                let why: String = message(&error.root_cause().to_string())
+                    .chars()
+                    .take(TOLD)
+                    .collect();
+                notes.push(format!(
+                    "CHECK of stock is without that of {plugin}, which fails for a pod that is \
+                     as it should be (\"{why} …\")."
+                ));
+                self.unchecked.push(plugin);
+            }
+        }
+        self.node.within(|| self.detach_here(&slot, &added))?;
+        Ok(notes)
+    }
+
+    /// Attaches a sandbox as a runtime would.
+    pub(super) fn add(&self, sandbox: &Sandbox) -> Result<Added> {
         self.node.within(|| self.add_here(&sandbox.attachment()))
     }
 
     /// Calls ADD in the node that the calling thread is in.
     pub(super) fn add_here(&self, attachment: &Attachment) -> Result<Added> {
+        self.add_by(self.configs(attachment)?, attachment)
+    }
+
+    /// The same by other plugins than those of the list, or by some of them.
+    fn add_by(&self, configs: Vec<Value>, attachment: &Attachment) -> Result<Added> {
         let mut added = Added {
             time: Duration::ZERO,
             result: Value::Null,
         };
-        for mut config in self.configs(attachment)? {
+        for mut config in configs {
             if !added.result.is_null() {
                 config["prevResult"] = added.result;
             }
-            let reply = call(Verb::Add, &config).attachment(attachment).run_here()?;
-            added.time += reply.duration;
-            added.result = reply.success()?;
+            let (result, time) = self.call(Verb::Add, &config, attachment)?;
+            added.time += time;
+            added.result = result;
         }
         Ok(added)
     }
@@ -230,27 +361,48 @@ impl Arena {
         Network::from_list(&self.node, self.conflist.clone()).configs(Some(attachment))
     }
 
-    /// Detaches a sandbox again; returns how long that took.
-    pub(super) fn del(&self, sandbox: &Sandbox, added: &Added) -> Result<Duration> {
-        if self.contender == Contender::Floor {
-            let index = added.result.as_u64().context("a device without an index")?;
-            let time = self.netlink.delete(u32::try_from(index)?)?;
-            return Ok(time);
-        }
-        self.node
-            .within(|| self.del_here(&sandbox.attachment(), added))
-    }
-
     /// Calls DEL in the node that the calling thread is in.
     pub(super) fn del_here(&self, attachment: &Attachment, added: &Added) -> Result<Duration> {
         let mut time = Duration::ZERO;
         for mut config in self.configs(attachment)?.into_iter().rev() {
             config["prevResult"] = added.result.clone();
-            let reply = call(Verb::Del, &config).attachment(attachment).run_here()?;
-            ensure!(reply.success()?.is_null(), "DEL wrote {}", reply.stdout);
-            time += reply.duration;
+            time += self.call(Verb::Del, &config, attachment)?.1;
         }
         Ok(time)
+    }
+
+    /// One call of one plugin: what it wrote, and how long it took.
+    fn call(
+        &self,
+        verb: Verb,
+        config: &Value,
+        attachment: &Attachment,
+    ) -> Result<(Value, Duration)> {
+        let call = || {
+            let reply = Call::new(type_of(config), verb)
+                .stdin(config)
+                .attachment(attachment)
+                .run_here()?;
+            let result = reply.success()?;
+            ensure!(
+                verb == Verb::Add || result.is_null(),
+                "{} wrote {}",
+                type_of(config),
+                reply.stdout
+            );
+            Ok((result, reply.duration))
+        };
+        call().with_context(|| self.whose(verb, attachment))
+    }
+
+    /// For an error.
+    fn whose(&self, verb: Verb, attachment: &Attachment) -> String {
+        format!(
+            "{} of container {} by {}",
+            verb.as_str(),
+            attachment.container_id,
+            self.contender.name()
+        )
     }
 
     /// Attaches and detaches a pod; returns the most memory that a call had
@@ -270,7 +422,8 @@ impl Arena {
                     ("CNI_IFNAME", &attachment.ifname),
                 ]);
                 memory::peak(command, &config.to_string())
-                    .with_context(|| format!("{} {plugin}", verb.as_str()))
+                    .with_context(|| format!("{plugin} under ptrace"))
+                    .with_context(|| self.whose(verb, attachment))
             };
             let mut most = 0;
             let mut result = Value::Null;
@@ -291,9 +444,14 @@ impl Arena {
         })
     }
 
-    /// Whether ports are published by the stock plugin.
-    pub(super) fn runs_portmap(&self) -> bool {
-        self.conflist["plugins"][1]["type"] == "portmap"
+    /// Whether the stock plugins are called, and not another build in their place.
+    pub(super) fn is_stock(&self) -> bool {
+        self.conflist["plugins"][0]["type"] == STOCK_PLUGINS[0]
+    }
+
+    /// Whether what it costs to have many pods is rules, which can be written without them.
+    pub(super) fn has_rules(&self) -> bool {
+        self.is_stock() && self.backend == Backend::Iptables
     }
 
     /// How many pods [`Self::fill`] has attached.
@@ -310,6 +468,42 @@ impl Arena {
         ports: impl Fn(usize) -> Value + Sync,
         progress: impl Fn() + Sync,
     ) -> Result<()> {
+        self.fill_by(count, &progress, |arena, number, attachment| {
+            let attachment = attachment.capability(PORT_MAPPINGS, ports(number));
+            arena.add_here(&attachment).map(drop)
+        })
+    }
+
+    /// The same for pods without ports, where the stock chain has [rules](Self::has_rules):
+    /// devices and leases are those of `bridge`, rules are copies.
+    pub(super) fn fill_copying(
+        &mut self,
+        count: usize,
+        rules: &Rules,
+        progress: impl Fn() + Sync,
+    ) -> Result<()> {
+        let pods = Mutex::new(Vec::new());
+        self.fill_by(count, &progress, |arena, _, attachment| {
+            let mut configs = arena.configs(&attachment)?;
+            configs.truncate(1);
+            configs[0]["ipMasq"] = false.into();
+            let added = arena.add_by(configs, &attachment)?;
+            let pod = Pod::new(&attachment.container_id, &added, 0)?;
+            pods.lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .push(pod);
+            Ok(())
+        })?;
+        let pods = pods.into_inner().unwrap_or_else(PoisonError::into_inner);
+        rules.write(&self.node, &pods)
+    }
+
+    fn fill_by(
+        &mut self,
+        count: usize,
+        progress: &(impl Fn() + Sync),
+        attach: impl Fn(&Self, usize, Attachment) -> Result<()> + Sync,
+    ) -> Result<()> {
         let start = self.filled;
         self.node.within(|| {
             let node = floor::open_namespace(Path::new("/proc/thread-self/ns/net"))?;
@@ -321,16 +515,13 @@ impl Arena {
                 let (from, bind) = (Some("/proc/thread-self/ns/net"), MsFlags::MS_BIND);
                 mount(from, path.as_str(), None::<&str>, bind, None::<&str>)
                     .with_context(|| format!("mounting a namespace on {path}"))?;
+                let inside = Netlink::open_here()?;
                 setns(&node, CloneFlags::CLONE_NEWNET).context("going back to the node")?;
                 if self.contender == Contender::Floor {
-                    let inside = floor::open_namespace(Path::new(&path))?;
-                    self.netlink.create(&name, &inside)?;
-                    self.netlink.set_up(&name)?;
+                    let namespace = floor::open_namespace(Path::new(&path))?;
+                    self.netlink.attach(&name, &inside, &namespace)?;
                 } else {
-                    let attachment = Attachment::new(&name, &path, "eth0")
-                        .capability(PORT_MAPPINGS, ports(number));
-                    self.add_here(&attachment)
-                        .with_context(|| format!("attaching pod {number}"))?;
+                    attach(self, number, Attachment::new(&name, &path, "eth0"))?;
                 }
                 progress();
             }
@@ -341,10 +532,36 @@ impl Arena {
     }
 }
 
-fn call(verb: Verb, config: &Value) -> Call {
-    Call::new(type_of(config), verb).stdin(config)
+/// The message in the error object that is in a text; else the text.
+fn message(text: &str) -> String {
+    let object = text.find('{').and_then(|start| {
+        let mut objects = serde_json::Deserializer::from_str(&text[start..]).into_iter::<Value>();
+        objects.next()?.ok()
+    });
+    let message = object.as_ref().and_then(|object| object["msg"].as_str());
+    message.unwrap_or(text).to_owned()
 }
 
 fn type_of(config: &Value) -> &str {
     config["type"].as_str().unwrap_or_default()
+}
+
+/// A TCP port of the node's that is one of the pod's.
+pub(super) fn port_mapping(host: usize, container: usize) -> Value {
+    json!({"hostPort": host, "containerPort": container, "protocol": "tcp"})
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_message_of_a_plugin_is_found() {
+        let text =
+            "CHECK portmap: exit status: 1: {\n \"code\": 999,\n \"msg\": \"no rule\"\n} warning";
+        assert_eq!(message(text), "no rule");
+        for text in ["signal: 9", "{", "{}", ""] {
+            assert_eq!(message(text), text);
+        }
+    }
 }

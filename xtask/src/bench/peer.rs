@@ -1,12 +1,13 @@
-//! Traffic between two processes: the bench asks, a process of its own answers.
+//! Traffic between two processes that well-known generators cannot make: the bench asks, a
+//! process of its own answers.
 //!
-//! One rule serves every kind of traffic: after each *quota* of what it receives
-//! (bytes over TCP, datagrams over UDP) the peer sends one byte back, and only
-//! then the asker goes on. A quota of 1 is a ping-pong (TCP_RR, UDP_RR), one of
-//! megabytes a stream, and one of some dozens of datagrams a flow of packets of
-//! which none is ever lost, which the usual blasters cannot promise when both
-//! ends share a CPU. [`Connector`] does the first of these with a connection for
-//! each byte (TCP_CRR), [`Caller`] with another address for each (UDP_CRR).
+//! Its turns may be some hundredths of a second (those of sockperf and qperf are whole seconds,
+//! and sockperf's IPv4 only), and no packet is ever lost, which the usual blasters cannot promise
+//! when both ends share a CPU.
+//!
+//! A byte goes there and one back (TCP_RR, UDP_RR); over UDP there may be a quota of datagrams
+//! after which the answer comes, and only then the asker goes on. [`Connector`] makes a
+//! connection for each byte (TCP_CRR), [`Caller`] takes another address for each (UDP_CRR).
 //!
 //! Both ends run on one CPU: there the cost of a packet is all that decides, and
 //! figures repeat within a per cent. On two, the wake-ups between the CPUs weigh
@@ -45,14 +46,12 @@ use super::statistics::Summary;
 /// How long the asker waits for an answer; on one node nothing takes this long.
 const LOST: Duration = Duration::from_secs(2);
 const LOST_MS: u32 = 2000;
-/// How much is given to the kernel at once.
-const CHUNK: usize = 128 * 1024;
 
 /// The transport, and what one transaction consists of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Transport {
-    /// `quota` bytes there, one byte back.
-    Tcp { quota: usize },
+    /// A byte there and one back.
+    Tcp,
     /// `quota` datagrams of `size` bytes there, one back.
     Udp { quota: usize, size: usize },
     /// A TCP connection for one byte there and one back.
@@ -62,6 +61,7 @@ pub(super) enum Transport {
 }
 
 /// Where a flow starts and where it ends.
+#[derive(Clone, Copy)]
 pub(super) struct Ends<'a> {
     pub(super) from: &'a Namespace,
     pub(super) to: &'a Namespace,
@@ -71,6 +71,13 @@ pub(super) struct Ends<'a> {
     pub(super) through: Option<SocketAddr>,
     /// The CPU of both ends.
     pub(super) cpu: usize,
+}
+
+impl Ends<'_> {
+    /// What `from` connects to, if `listen` has a port.
+    pub(super) fn target(&self) -> SocketAddr {
+        self.through.unwrap_or(self.listen)
+    }
 }
 
 /// What the hidden option `--peer` says: the transport, its quota, and the CPU.
@@ -83,7 +90,7 @@ pub(crate) struct PeerTask {
 impl PeerTask {
     fn argument(self) -> String {
         match self.transport {
-            Transport::Tcp { quota } => format!("tcp:{quota}:{}", self.cpu),
+            Transport::Tcp => format!("tcp:1:{}", self.cpu),
             Transport::Udp { quota, .. } => format!("udp:{quota}:{}", self.cpu),
             Transport::Connections => format!("connections:1:{}", self.cpu),
             Transport::Calls => format!("calls:1:{}", self.cpu),
@@ -98,7 +105,7 @@ impl PeerTask {
         pin(self.cpu)?;
         let socket = io::stdin().as_fd().try_clone_to_owned()?;
         match self.transport {
-            Transport::Tcp { quota } => answer_tcp(&TcpListener::from(socket), quota),
+            Transport::Tcp => answer_tcp(&TcpListener::from(socket)),
             Transport::Udp { quota, .. } => answer_udp(&UdpSocket::from(socket), quota),
             Transport::Connections => answer_connections(&TcpListener::from(socket)),
             Transport::Calls => answer_calls(&UdpSocket::from(socket)),
@@ -116,7 +123,7 @@ impl FromStr for PeerTask {
         let quota = quota.parse().context("the quota")?;
         ensure!(quota > 0, "a quota of nothing is never reached");
         let transport = match transport {
-            "tcp" => Transport::Tcp { quota },
+            "tcp" => Transport::Tcp,
             "udp" => Transport::Udp { quota, size: 0 },
             "connections" => Transport::Connections,
             "calls" => Transport::Calls,
@@ -127,21 +134,14 @@ impl FromStr for PeerTask {
     }
 }
 
-fn answer_tcp(listener: &TcpListener, quota: usize) -> Result<()> {
+fn answer_tcp(listener: &TcpListener) -> Result<()> {
     let (mut stream, _) = listener.accept()?;
     stream.set_nodelay(true)?;
-    let mut buffer = vec![0; CHUNK];
-    let mut received = 0;
-    loop {
-        match stream.read(&mut buffer)? {
-            0 => return Ok(()),
-            length => received += length,
-        }
-        while received >= quota {
-            received -= quota;
-            stream.write_all(&[0])?;
-        }
+    let mut buffer = [0];
+    while stream.read(&mut buffer)? > 0 {
+        stream.write_all(&buffer)?;
     }
+    Ok(())
 }
 
 fn answer_udp(socket: &UdpSocket, quota: usize) -> Result<()> {
@@ -265,7 +265,7 @@ impl Flow {
         let (peer, server) = Peer::start(ends, transport)?;
         let connect = || -> Result<Socket> {
             Ok(match transport {
-                Transport::Tcp { .. } => {
+                Transport::Tcp => {
                     let stream = TcpStream::connect_timeout(&server, LOST)?;
                     stream.set_nodelay(true)?;
                     stream.set_read_timeout(Some(LOST))?;
@@ -299,12 +299,21 @@ impl Flow {
 
     /// Makes transactions for a time; returns how many a second were made.
     pub(super) fn run(&mut self, time: Duration) -> Result<f64> {
+        self.run_telling(time, |_| {})
+    }
+
+    /// Makes transactions for a time; tells how long each of them took.
+    pub(super) fn run_telling(
+        &mut self,
+        time: Duration,
+        each: impl FnMut(Duration) + Send,
+    ) -> Result<f64> {
         let (cpu, transport, socket) = (self.cpu, self.transport, &mut self.socket);
         thread::scope(|scope| {
             scope
                 .spawn(|| {
                     pin(cpu)?;
-                    transactions(socket, transport, time)
+                    transactions(socket, transport, time, each)
                 })
                 .join()
                 .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
@@ -344,6 +353,9 @@ impl<'a> Connector<'a> {
     /// Connects to these addresses in turn: no two connections look the same then for
     /// as long as somebody may remember the first of them.
     pub(super) fn spread(mut self, addresses: &[IpAddr]) -> Self {
+        if addresses.is_empty() {
+            return self;
+        }
         let port = self.servers[0].port();
         self.servers = addresses
             .iter()
@@ -469,27 +481,24 @@ fn transact(server: SocketAddr) -> Result<Duration> {
     Ok(connected)
 }
 
-fn transactions(socket: &mut Socket, transport: Transport, time: Duration) -> Result<f64> {
-    let message = vec![
-        0;
-        match transport {
-            Transport::Tcp { quota } => quota.min(CHUNK),
-            Transport::Udp { size, .. } => size,
-            Transport::Connections | Transport::Calls => 0,
-        }
-    ];
+fn transactions(
+    socket: &mut Socket,
+    transport: Transport,
+    time: Duration,
+    mut each: impl FnMut(Duration),
+) -> Result<f64> {
+    let message = match transport {
+        Transport::Udp { size, .. } => vec![0; size],
+        _ => vec![0],
+    };
     let mut answer = [0; 16];
     let mut done = 0_u32;
+    let mut last = Duration::ZERO;
     let start = Instant::now();
     loop {
         match (&mut *socket, transport) {
-            (Socket::Tcp(stream), Transport::Tcp { quota }) => {
-                let mut left = quota;
-                while left > 0 {
-                    let length = left.min(message.len());
-                    stream.write_all(&message[..length]).context("sending")?;
-                    left -= length;
-                }
+            (Socket::Tcp(stream), Transport::Tcp) => {
+                stream.write_all(&message).context("sending")?;
                 stream
                     .read_exact(&mut answer[..1])
                     .context("waiting for the answer")?;
@@ -506,6 +515,8 @@ fn transactions(socket: &mut Socket, transport: Transport, time: Duration) -> Re
         }
         done += 1;
         let elapsed = start.elapsed();
+        each(elapsed - last);
+        last = elapsed;
         if elapsed >= time {
             return Ok(f64::from(done) / elapsed.as_secs_f64());
         }
@@ -527,7 +538,7 @@ mod tests {
     #[test]
     fn a_peer_is_told_its_task() {
         for (transport, text) in [
-            (Transport::Tcp { quota: 5 }, "tcp:5:3"),
+            (Transport::Tcp, "tcp:1:3"),
             (Transport::Udp { quota: 64, size: 0 }, "udp:64:3"),
             (Transport::Connections, "connections:1:3"),
             (Transport::Calls, "calls:1:3"),

@@ -5,22 +5,21 @@
 //! the port, run on the CPU that all traffic of the bench runs on.
 
 use std::{
-    fmt::Write as _,
-    fs,
-    net::{IpAddr, Ipv4Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     ops::Range,
-    time::Duration,
 };
 
-use anyhow::{Context as _, Result, ensure};
-use bpf_bridge_tests::{Attachment, Outside, Sandbox};
+use anyhow::{Context as _, Result};
+use bpf_bridge_tests::{Outside, Sandbox};
 use serde_json::{Value, json};
 
 use super::{
     Settings,
-    measurement::{Better, Contender, Measurement},
-    node::{Added, Arena, NETWORK, PORT_MAPPINGS, Recipe},
+    calls::{self, CALLED_PORTS, take_turns},
+    measurement::{Axis, Better, Contender, Measurement},
+    node::{Added, Arena, PORT_MAPPINGS, Recipe, Slot, port_mapping},
     peer::{Connector, Ends, Flow},
+    rules::{Pod, Rules},
     run::{Found, Progress, Run, Step},
     traffic::{CONNECT, TCP_RR, WARM_UP},
 };
@@ -28,59 +27,130 @@ use super::{
 /// The port that is measured, on the node and in the pod.
 const HOST_PORT: u16 = 8080;
 const CONTAINER_PORT: u16 = 80;
-/// Where the others begin, and where those begin that are added and deleted.
+/// Where the others begin.
 const OTHER_PORTS: usize = 10_000;
-const CALLED_PORTS: usize = 22_000;
-/// How many of the others a pod of bpf-bridge's has: each is an entry of one hash
-/// map, whoever has it.
+/// How many of the others a pod has where rules cannot be written without pods: to
+/// bpf-bridge each is an entry of one hash map, whoever has it.
 const PORTS_OF_A_POD: usize = 100;
-/// How often one port more is published on a node that has many.
-const CALLS_BESIDE: usize = 4;
 
-/// The only one.
+/// A number of ports on the node, and how many of them a pod has.
+#[derive(Clone, Copy, Debug)]
+struct Level {
+    ports: usize,
+    of_a_pod: usize,
+    /// For this one nodes must be made.
+    first: bool,
+}
+
+impl Level {
+    /// By the nodes on which they are reached one after another.
+    fn all(settings: &Settings) -> Vec<Vec<Self>> {
+        let groups = settings.ports.iter();
+        groups
+            .map(|(of_a_pod, levels)| {
+                let level = |(number, &ports)| Self {
+                    ports,
+                    of_a_pod: *of_a_pod,
+                    first: number == 0,
+                };
+                levels.iter().enumerate().map(level).collect()
+            })
+            .collect()
+    }
+
+    /// How many ports other pods than the measured one have: all of them as many.
+    fn others(self) -> usize {
+        (self.ports - 1).next_multiple_of(self.of_a_pod)
+    }
+
+    /// How many rules stock has for them, for estimates.
+    fn rules(self) -> usize {
+        let pods = self.ports / self.of_a_pod;
+        pods * calls::RULES_OF_A_POD + self.ports * calls::RULES_OF_A_PORT
+    }
+
+    /// As in "1000 ports, 1 a pod".
+    fn name(self) -> String {
+        match self {
+            Self { ports: 1, .. } => "1 port".to_owned(),
+            Self {
+                ports, of_a_pod, ..
+            } => format!("{ports} ports, {of_a_pod} a pod"),
+        }
+    }
+
+    /// The name of a curve that goes through this level.
+    fn curve(self, what: &str) -> String {
+        match self.of_a_pod {
+            1 => format!("{what}, published ports"),
+            of_a_pod => format!("{what}, published ports, {of_a_pod} a pod"),
+        }
+    }
+
+    fn step(self, settings: &Settings) -> Step {
+        let calls = calls::contenders(settings);
+        let round: u64 = calls
+            .iter()
+            .map(|&contender| calls::round(contender, self.rules()))
+            .sum();
+        let rounds = (calls::WARM_UP + settings.port_calls) as u64;
+        let nodes: u64 = contenders(settings)
+            .map(|contender| making(contender, self))
+            .sum();
+        Step {
+            name: format!("published ports, {}", self.name()),
+            estimate: nodes + (2 * settings.port_rounds) as u64 * turns(settings) + rounds * round,
+        }
+    }
+}
+
+/// How long it takes to make a node, and to publish what is missing, in ms.
+fn making(contender: Contender, level: Level) -> u64 {
+    let (ports, first) = (level.ports as u64, u64::from(level.first));
+    match contender {
+        Contender::Floor => first * 300,
+        // A pod with as many ports is attached and detached, to see its rules.
+        Contender::Stock => first * (1500 + 40 * level.of_a_pod as u64) + 400 + ports / 5,
+        _ => first * 1000 + 50 + ports / 15,
+    }
+}
+
+/// How long all contenders' turns take.
+fn turns(settings: &Settings) -> u64 {
+    let slice = settings.port_slice + settings.port_slice / WARM_UP + CONNECT;
+    let slice = u64::try_from(slice.as_millis()).unwrap_or(u64::MAX);
+    slice * contenders(settings).count() as u64
+}
+
+/// Packets come from outside, and none leave: all but one take part.
+fn contenders(settings: &Settings) -> impl Iterator<Item = Contender> {
+    let all = settings.contenders.iter().copied();
+    all.filter(|contender| *contender != Contender::NoNetfilter)
+}
+
+/// One for each level.
 pub(super) fn steps(settings: &Settings) -> Vec<Step> {
-    vec![Step {
-        name: "ports".to_owned(),
-        estimate: estimate(settings),
-    }]
+    let levels = Level::all(settings).into_iter().flatten();
+    levels.map(|level| level.step(settings)).collect()
 }
 
 /// Measures this part.
 pub(super) fn measure(settings: &Settings, recipe: &Recipe, run: &mut Run) -> Result<()> {
-    for step in steps(settings) {
-        run.step(&step, |progress| all(settings, recipe, progress))?;
+    for levels in Level::all(settings) {
+        let mut lanes = Vec::new();
+        for level in levels {
+            run.step(&level.step(settings), |progress| {
+                if lanes.is_empty() {
+                    progress.say("making nodes".to_owned());
+                    for contender in contenders(settings) {
+                        lanes.push(Lane::new(contender, recipe, level.of_a_pod)?);
+                    }
+                }
+                with(settings, &mut lanes, level, progress)
+            })?;
+        }
     }
     Ok(())
-}
-
-/// How long this part will take, in ms.
-fn estimate(settings: &Settings) -> u64 {
-    let calls: u64 = settings
-        .port_calls
-        .iter()
-        .map(|&(ports, rounds)| rounds as u64 * round(ports))
-        .sum();
-    let levels: u64 = settings
-        .ports
-        .iter()
-        .flat_map(|(_, levels)| levels)
-        .map(|&ports| filling(ports) + (2 * settings.port_rounds) as u64 * step(settings))
-        .sum();
-    calls + levels
-}
-
-fn round(ports: usize) -> u64 {
-    300 + 35 * ports as u64
-}
-
-fn filling(ports: usize) -> u64 {
-    3000 + ports as u64
-}
-
-fn step(settings: &Settings) -> u64 {
-    let slice = settings.slice + settings.slice / WARM_UP + CONNECT;
-    let slice = u64::try_from(slice.as_millis()).unwrap_or(u64::MAX);
-    slice * settings.contenders.len() as u64
 }
 
 /// The node of a contender, the machine outside, and the pod that it asks.
@@ -91,106 +161,74 @@ struct Lane {
     address: IpAddr,
     published: Option<Added>,
     /// A sandbox for the calls that are measured.
-    caller: Sandbox,
-    /// How many ports other pods have, and how many each of them has.
+    caller: Slot,
+    /// How many ports other pods have.
     others: usize,
-    of_a_pod: usize,
+    /// What stock's have for rules.
+    rules: Option<Rules>,
+    notes: Vec<String>,
 }
 
-/// Measures with more and more ports on the nodes.
-fn all(settings: &Settings, recipe: &Recipe, progress: &Progress<'_>) -> Result<Found> {
-    let mut memory = Vec::new();
-    for &contender in &settings.contenders {
-        let lane = Lane::new(contender, recipe, 1)?;
-        let most = lane.arena.memory(&lane.attachment(1))?;
-        memory.extend(most.map(|most| (contender, most)));
+/// Measures with so many ports on the nodes.
+fn with(
+    settings: &Settings,
+    lanes: &mut [Lane],
+    level: Level,
+    progress: &Progress<'_>,
+) -> Result<Found> {
+    let on = level.name();
+    progress.say(format!("publishing {on}"));
+    for lane in &mut *lanes {
+        lane.publish(level).with_context(|| lane.whose(&on))?;
+        progress.advance(making(lane.arena.contender, level));
     }
-    let mut measurements = Vec::new();
-    let mut firsts = Vec::new();
-    let mut used = Vec::new();
-    for (of_a_pod, levels) in &settings.ports {
-        progress.say("making nodes".to_owned());
-        let mut lanes = Vec::new();
-        for (number, &contender) in settings.contenders.iter().enumerate() {
-            let mut lane = Lane::new(contender, recipe, *of_a_pod)?;
-            let first = lane.prepare().with_context(|| lane.whose("a first port"))?;
-            if firsts.len() == number {
-                firsts.push((contender, Vec::new()));
-            }
-            firsts[number].1.extend(first.map(milliseconds));
-            lanes.push(lane);
-        }
-        if used.is_empty() {
-            for &(ports, rounds) in &settings.port_calls {
-                let what = plural(ports);
-                progress.say(format!("ADD and DEL of {what}"));
-                measurements.extend(calls(&lanes, ports, rounds, &what)?);
-                progress.advance(rounds as u64 * round(ports));
-            }
-        }
-        for &ports in levels {
-            let mut on = plural(ports);
-            if *of_a_pod > 1 {
-                on += &format!(" ({of_a_pod} a pod)");
-            }
-            progress.say(format!("publishing {on}"));
-            for lane in &mut lanes {
-                lane.publish(ports).with_context(|| lane.whose(&on))?;
-            }
-            progress.advance(filling(ports));
-            measurements.extend(traffic(settings, &lanes, &on, progress)?);
-            if ports > 1 {
-                progress.say(format!("ADD and DEL beside {on}"));
-                let what = format!("1 port beside {on}");
-                measurements.extend(calls(&lanes, 1, CALLS_BESIDE, &what)?);
-            }
-        }
-        used.append(&mut lanes);
-    }
-    measurements.insert(0, call("ADD, 1 port, a node's first", firsts));
+    let mut measurements = traffic(settings, lanes, level, progress)?;
+    progress.say(format!("ADD, CHECK and DEL beside {on}"));
+    let callers: Vec<_> = lanes
+        .iter()
+        .filter(|lane| lane.arena.contender != Contender::Xdp)
+        .map(|lane| (&lane.arena, &lane.caller))
+        .collect();
+    let times = take_turns(&callers, settings.port_calls, |contender| {
+        progress.advance(calls::round(contender, level.rules()));
+    })?;
+    measurements.extend(times.measurements(
+        &format!("beside {on}"),
+        |verb| level.curve(verb),
+        Axis::Ports,
+        level.ports,
+    ));
     let mut notes = vec![
         "Ports: a machine outside connects to the node; the pod that has the port was added \
-         last, the other ports are of one pod each, unless it says otherwise."
+         last. Numbers are those of the ports beside it, rounded up to whole pods."
             .to_owned(),
     ];
-    if settings.contenders.contains(&Contender::BpfBridge) {
-        notes.push(format!(
-            "bpf-bridge's other ports were published by ADDs of pods with {PORTS_OF_A_POD} each."
-        ));
+    for lane in &*lanes {
+        notes.extend(lane.notes.iter().cloned());
+        notes.extend(lane.note());
     }
-    if used.iter().any(|lane| lane.arena.runs_portmap()) {
-        notes.push(
-            "Stock's other ports are rules as portmap writes them (which was compared), written \
-             by one iptables-restore, for addresses without a pod: its ADDs would take hours. \
-             The port that is measured is portmap's own."
-                .to_owned(),
-        );
-    }
-    let facts = vec![super::megabytes(
-        "peak memory, first published port",
-        &memory,
-    )];
     Ok(Found {
         measurements,
-        facts,
+        facts: Vec::new(),
         notes,
     })
 }
 
-fn plural(ports: usize) -> String {
-    match ports {
-        1 => "1 port".to_owned(),
-        _ => format!("{ports} ports"),
-    }
-}
-
 impl Lane {
     fn new(contender: Contender, recipe: &Recipe, of_a_pod: usize) -> Result<Self> {
-        let arena = Arena::new(contender, recipe)?;
+        let mut arena = Arena::new(contender, recipe)?;
         // Before the first ADD, as it is on a node.
         let outside = arena.node.outside()?;
         let pod = arena.node.sandbox("published")?;
-        let caller = arena.node.sandbox("caller")?;
+        let caller = calls::called(&arena, "caller", 0)?;
+        let notes = arena.try_checks()?;
+        let rules = if arena.has_rules() {
+            let ports = mappings(CALLED_PORTS..CALLED_PORTS + of_a_pod);
+            let slot = arena.slot("copied", ports)?;
+            Some(Rules::learn(&arena, &slot, CALLED_PORTS, of_a_pod)?)
+        } else {
+            None
+        };
         let lane = Self {
             arena,
             outside,
@@ -199,7 +237,8 @@ impl Lane {
             published: None,
             caller,
             others: 0,
-            of_a_pod,
+            rules,
+            notes,
         };
         if contender == Contender::Floor {
             lane.outside
@@ -212,46 +251,25 @@ impl Lane {
         Ok(lane)
     }
 
-    /// The attachment that is added and deleted, with so many ports.
-    fn attachment(&self, ports: usize) -> Attachment {
-        let ports = mappings(CALLED_PORTS..CALLED_PORTS + ports);
-        self.caller.attachment().capability(PORT_MAPPINGS, ports)
-    }
-
-    fn add(&self, attachment: &Attachment) -> Result<Added> {
-        self.arena.node.within(|| self.arena.add_here(attachment))
-    }
-
-    fn del(&self, attachment: &Attachment, added: &Added) -> Result<Duration> {
-        let arena = &self.arena;
-        arena.node.within(|| arena.del_here(attachment, added))
-    }
-
-    /// Publishes a first port, with which come the programs, or the chains that
-    /// rules for others are written to; returns how long that took.
-    fn prepare(&mut self) -> Result<Option<Duration>> {
-        self.publish(1)?;
-        if self.arena.runs_portmap() {
-            self.compare_rules()?;
-        }
-        Ok(self.published.as_ref().map(|added| added.time))
-    }
-
-    /// Publishes ports until there are `count`, the last of them the one that is
+    /// Publishes ports until there are as many, the last of them the one that is
     /// measured.
-    fn publish(&mut self, count: usize) -> Result<()> {
+    fn publish(&mut self, level: Level) -> Result<()> {
         if self.arena.contender == Contender::Floor {
             return Ok(());
         }
-        let port = json!([mapping(HOST_PORT.into(), CONTAINER_PORT.into())]);
+        let port = json!([port_mapping(HOST_PORT.into(), CONTAINER_PORT.into())]);
         let attachment = self.pod.attachment().capability(PORT_MAPPINGS, port);
+        let arena = &self.arena;
         if let Some(published) = self.published.take() {
-            self.del(&attachment, &published)?;
+            arena
+                .node
+                .within(|| arena.del_here(&attachment, &published))?;
         }
-        let more = self.others..count - 1;
+        let more = self.others..level.others();
         self.others = more.end;
-        if self.arena.runs_portmap() {
-            self.write_rules(more)?;
+        if let Some(rules) = &self.rules {
+            let pods: Vec<_> = more.step_by(level.of_a_pod).map(imagined).collect();
+            rules.write(&arena.node, &pods)?;
         } else {
             let filled = self.arena.filled();
             let pods = filled + more.len().div_ceil(PORTS_OF_A_POD);
@@ -262,68 +280,28 @@ impl Lane {
             };
             self.arena.fill(pods, ports, || {})?;
         }
-        let added = self.add(&attachment)?;
+        let arena = &self.arena;
+        let added = arena.node.within(|| arena.add_here(&attachment))?;
         self.address = added.v4("address")?;
         self.published = Some(added);
         Ok(())
     }
 
-    /// Writes what `portmap` would for pods with these ports.
-    fn write_rules(&self, ports: Range<usize>) -> Result<()> {
-        for family in [Family::V4, Family::V6] {
-            let (mut chains, mut rules) = (String::new(), String::new());
-            for start in ports.clone().step_by(self.of_a_pod) {
-                let end = ports.end.min(start + self.of_a_pod);
-                let chain = format!("CNI-DN-{start:021x}");
-                let _ = writeln!(chains, ":{chain} - [0:0]");
-                let address = match family {
-                    Family::V4 => format!("10.77.{}.{}", 128 + start / 250, 1 + start % 250),
-                    Family::V6 => format!("fd77::1:{start:x}"),
-                };
-                let ports = OTHER_PORTS + start..OTHER_PORTS + end;
-                rules += &family.rules(&chain, &format!("other{start}"), &address, ports);
-            }
-            let text = format!("*nat\n{chains}{rules}COMMIT\n");
-            let node = &self.arena.node;
-            node.within(|| Ok(fs::write("/run/rules", &text)?))?;
-            node.run(&format!(
-                "{}-restore --noflush /run/rules",
-                family.program()
-            ))?;
+    /// How the other ports came to be.
+    fn note(&self) -> Option<String> {
+        match (self.arena.contender, &self.rules) {
+            (Contender::Floor, _) => None,
+            (_, Some(_)) => Some(
+                "Stock's other ports are copies of all rules that the chain itself has written \
+                 for a pod, written by iptables-restore, for addresses without a pod: its ADDs \
+                 would take hours. The port that is measured is its own."
+                    .to_owned(),
+            ),
+            (contender, None) => Some(format!(
+                "Other ports of {} were published by ADDs of pods with {PORTS_OF_A_POD} each.",
+                contender.name()
+            )),
         }
-        Ok(())
-    }
-
-    /// Holds what [`Family::rules`] writes for a pod against what `portmap` does.
-    fn compare_rules(&self) -> Result<()> {
-        let attachment = self.attachment(self.of_a_pod);
-        let added = self.add(&attachment)?;
-        for family in [Family::V4, Family::V6] {
-            let program = family.program();
-            let saved = self.arena.node.run(&format!("{program}-save -t nat"))?;
-            let mut last = saved.lines();
-            let last = last.rfind(|line| line.starts_with("-A CNI-HOSTPORT-DNAT "));
-            let chain = last.and_then(|line| line.rsplit(' ').next());
-            let address = match family {
-                Family::V4 => added.v4("address")?,
-                Family::V6 => added.v6("address")?,
-            };
-            let rules = family.rules(
-                chain.context("portmap wrote no rules")?,
-                &attachment.container_id,
-                &address.to_string(),
-                CALLED_PORTS..CALLED_PORTS + self.of_a_pod,
-            );
-            let of_pod = |line: &&str| chain.is_some_and(|chain| line.contains(chain));
-            let found: Vec<_> = saved.lines().filter(of_pod).skip(1).collect();
-            ensure!(
-                found == rules.lines().collect::<Vec<_>>(),
-                "portmap's rules are other than the bench's:\n{}\nnot:\n{rules}",
-                found.join("\n")
-            );
-        }
-        self.del(&attachment, &added)?;
-        Ok(())
     }
 
     fn ends(&self, cpu: usize) -> Ends<'_> {
@@ -343,146 +321,60 @@ impl Lane {
     }
 }
 
-/// An IP version, for which there are rules of its own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Family {
-    V4,
-    V6,
-}
-
-impl Family {
-    fn program(self) -> &'static str {
-        match self {
-            Self::V4 => "iptables",
-            Self::V6 => "ip6tables",
-        }
-    }
-
-    /// The rules that `portmap` writes for a pod with TCP ports that are the same
-    /// on the node, as `iptables-save` prints them.
-    fn rules(self, chain: &str, id: &str, address: &str, ports: Range<usize>) -> String {
-        let (sources, address): (&[&str], _) = match self {
-            Self::V4 => (&["10.77.0.0/16", "127.0.0.1/32"], address.to_owned()),
-            Self::V6 => (&["fd77::/64"], format!("[{address}]")),
-        };
-        let mut rules = String::new();
-        // Writing to a string cannot fail.
-        for port in ports.clone() {
-            let dport = format!("-p tcp -m tcp --dport {port}");
-            for source in sources {
-                let _ = writeln!(
-                    rules,
-                    "-A {chain} -s {source} {dport} -j CNI-HOSTPORT-SETMARK"
-                );
-            }
-            let _ = writeln!(
-                rules,
-                "-A {chain} {dport} -j DNAT --to-destination {address}:{port}"
-            );
-        }
-        // As many as one match takes.
-        let ports: Vec<_> = ports.map(|port| port.to_string()).collect();
-        for some in ports.chunks(15) {
-            let _ = writeln!(
-                rules,
-                "-A CNI-HOSTPORT-DNAT -p tcp -m comment --comment \
-                 \"dnat name: \\\"{NETWORK}\\\" id: \\\"{id}\\\"\" -m multiport --dports {} -j {chain}",
-                some.join(",")
-            );
-        }
-        rules
-    }
-}
-
-fn mapping(host: usize, container: usize) -> Value {
-    json!({"hostPort": host, "containerPort": container, "protocol": "tcp"})
+/// The pod whose ports begin with the one of this number.
+fn imagined(number: usize) -> Pod {
+    // Numbers are below 10,000: no octet overflows.
+    let v4 = Ipv4Addr::from_bits(Ipv4Addr::new(10, 77, 128, 1).to_bits() + number as u32);
+    let v6 =
+        Ipv6Addr::from_bits(Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 1, 0).to_bits() + number as u128);
+    let addresses = [v4.into(), v6.into()];
+    Pod::imagined(format!("other{number}"), addresses, OTHER_PORTS + number)
 }
 
 /// Ports that are the same on the node and in the pod.
 fn mappings(ports: Range<usize>) -> Value {
-    ports.map(|port| mapping(port, port)).collect()
-}
-
-/// ADD and DEL of a pod with so many ports.
-fn calls(lanes: &[Lane], ports: usize, rounds: usize, what: &str) -> Result<Vec<Measurement>> {
-    let mut lanes: Vec<_> = lanes
-        .iter()
-        .filter(|lane| lane.arena.contender != Contender::Floor)
-        .map(|lane| (lane, Vec::new(), Vec::new()))
-        .collect();
-    let count = lanes.len();
-    // The first round warms up, where one is not long enough to be its own.
-    let warm_up = usize::from(ports <= 10);
-    for round in 0..warm_up + rounds {
-        for turn in 0..count {
-            let (lane, adds, dels) = &mut lanes[(round + turn) % count];
-            let attachment = lane.attachment(ports);
-            let added = lane.add(&attachment)?;
-            let deleted = lane.del(&attachment, &added)?;
-            if round >= warm_up {
-                adds.push(milliseconds(added.time));
-                dels.push(milliseconds(deleted));
-            }
-        }
-    }
-    let (adds, dels) = lanes
-        .into_iter()
-        .map(|(lane, adds, dels)| {
-            let contender = lane.arena.contender;
-            ((contender, adds), (contender, dels))
-        })
-        .unzip();
-    Ok(vec![
-        call(&format!("ADD, {what}"), adds),
-        call(&format!("DEL, {what}"), dels),
-    ])
-}
-
-fn call(name: &str, values: Vec<(Contender, Vec<f64>)>) -> Measurement {
-    Measurement::new(name, "ms", Better::Lower, values).additive()
-}
-
-fn milliseconds(time: Duration) -> f64 {
-    time.as_secs_f64() * 1e3
+    ports.map(|port| port_mapping(port, port)).collect()
 }
 
 /// Connections through the port that was published last.
 fn traffic(
     settings: &Settings,
     lanes: &[Lane],
-    on: &str,
+    level: Level,
     progress: &Progress<'_>,
 ) -> Result<Vec<Measurement>> {
+    let on = level.name();
     let (mut rates, mut connects, mut trips) = (Vec::new(), Vec::new(), Vec::new());
     for lane in lanes {
         for values in [&mut rates, &mut connects, &mut trips] {
             values.push((lane.arena.contender, Vec::new()));
         }
     }
-    let turns = |what: &str, turn: &mut dyn FnMut(usize, &Lane) -> Result<()>| {
+    let all_turns = |what: &str, turn: &mut dyn FnMut(usize, &Lane) -> Result<()>| {
         progress.say(format!("{what}, {on}"));
         for round in 0..settings.port_rounds {
             for at in 0..lanes.len() {
                 // Everyone goes first as often as the others.
                 let at = (round + at) % lanes.len();
-                turn(at, &lanes[at]).with_context(|| lanes[at].whose(on))?;
+                turn(at, &lanes[at]).with_context(|| lanes[at].whose(&on))?;
             }
-            progress.advance(step(settings));
+            progress.advance(turns(settings));
         }
         anyhow::Ok(())
     };
-    turns("connections", &mut |at, lane| {
+    let slice = settings.port_slice;
+    all_turns("connections", &mut |at, lane| {
         let connector = Connector::start(&lane.ends(settings.cpu))?;
-        connector.run(settings.slice / WARM_UP)?;
-        let found = connector.run(settings.slice)?;
+        connector.run(slice / WARM_UP)?;
+        let found = connector.run(slice)?;
         rates[at].1.push(found.rate / 1e3);
         connects[at].1.push(found.connect);
         Ok(())
     })?;
-    turns("round trips", &mut |at, lane| {
+    all_turns("round trips", &mut |at, lane| {
         let mut flow = Flow::start(&lane.ends(settings.cpu), TCP_RR)?;
-        flow.run(settings.slice / WARM_UP)?;
-        trips[at].1.push(1e6 / flow.run(settings.slice)?);
+        flow.run(slice / WARM_UP)?;
+        trips[at].1.push(1e6 / flow.run(slice)?);
         Ok(())
     })?;
     Ok([
@@ -492,7 +384,11 @@ fn traffic(
     ]
     .map(|(what, unit, better, values)| {
         let name = format!("outside to published port, {what}, {on}");
-        Measurement::new(name, unit, better, values)
+        Measurement::new(name, unit, better, values).at(
+            &level.curve(what),
+            Axis::Ports,
+            level.ports,
+        )
     })
     .into())
 }
@@ -502,25 +398,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rules_have_fifteen_ports_a_match() {
-        let rules = Family::V4.rules("CNI-DN-x", "id", "10.77.0.3", 80..97);
-        let lines: Vec<_> = rules.lines().collect();
-        assert_eq!(lines.len(), 3 * 17 + 2);
-        assert_eq!(
-            lines[..3],
-            [
-                "-A CNI-DN-x -s 10.77.0.0/16 -p tcp -m tcp --dport 80 -j CNI-HOSTPORT-SETMARK",
-                "-A CNI-DN-x -s 127.0.0.1/32 -p tcp -m tcp --dport 80 -j CNI-HOSTPORT-SETMARK",
-                "-A CNI-DN-x -p tcp -m tcp --dport 80 -j DNAT --to-destination 10.77.0.3:80",
-            ]
-        );
-        assert_eq!(
-            lines[52],
-            "-A CNI-HOSTPORT-DNAT -p tcp -m comment --comment \"dnat name: \\\"bench\\\" \
-             id: \\\"id\\\"\" -m multiport --dports 95,96 -j CNI-DN-x"
-        );
-        let rules = Family::V6.rules("CNI-DN-x", "id", "fd77::3", 80..81);
-        assert!(rules.contains("--to-destination [fd77::3]:80\n"), "{rules}");
-        assert_eq!(rules.lines().count(), 3);
+    fn a_level_has_whole_pods() {
+        let others = |ports, of_a_pod| {
+            let level = Level {
+                ports,
+                of_a_pod,
+                first: false,
+            };
+            level.others()
+        };
+        assert_eq!(others(1, 1), 0);
+        assert_eq!(others(1000, 1), 999);
+        assert_eq!(others(1, 100), 0);
+        assert_eq!(others(100, 100), 100);
+        assert_eq!(others(10_000, 100), 10_000);
     }
 }

@@ -23,10 +23,11 @@ use super::{
     Settings, frames,
     measurement::{Contender, Fact},
     node::{Arena, PORT_MAPPINGS, Recipe},
+    pair::{self, Pair},
     peer::{Connector, Ends, Flow, Transport},
     run::{Found, Run, Step},
     statistics::Summary,
-    traffic::{self, Pair, UDP_FLOW, UDP_RR},
+    traffic::{UDP_FLOW, UDP_RR},
 };
 
 /// Where bpf-bridge pins what it loads.
@@ -120,7 +121,7 @@ pub(super) fn steps() -> Vec<Step> {
 pub(super) fn measure(settings: &Settings, recipe: &Recipe, run: &mut Run) -> Result<()> {
     for step in steps() {
         run.step(&step, |_| {
-            let pairs = traffic::pairs(settings, recipe)?;
+            let pairs = pair::pairs(settings, recipe)?;
             let mut found = Found::default();
             let ours = pairs
                 .iter()

@@ -78,7 +78,8 @@ fn two_addresses_that_lead_to_one_port_are_told_apart() {
         // Hazards 2 and 3: the first one is forgotten; the others stay as they are.
         forget(stage, client, originals[0]);
         for original in &originals[1..] {
-            stage.run("uplink", "up0", &request(protocol, client, *original));
+            let packet = flagged(protocol, client, *original, ACK, b"?");
+            stage.run("uplink", "up0", &inbound(&packet));
         }
         assert_eq!(stage.seen().len(), 2);
         both_ways(stage, "and the first one is found where it was");
