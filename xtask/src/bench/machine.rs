@@ -12,9 +12,8 @@ use serde_json::{Map, Value, json};
 
 use super::node::{Recipe, STOCK_PLUGINS};
 /// The programs that send, and the argument by which each tells its version.
-const GENERATORS: [(&str, &str); 4] = [
+const GENERATORS: [(&str, &str); 3] = [
     ("iperf3", "--version"),
-    ("sockperf", "--version"),
     ("wrk", "--version"),
     ("nginx", "-v"),
 ];

@@ -7,8 +7,11 @@ pub(super) struct Summary {
     pub(super) median: f64,
     /// The quartiles: half of the values lie between them.
     pub(super) quartiles: (f64, f64),
-    /// Where the true median lies with a confidence of at least 95 %.
+    /// Where the true median lies with a confidence of at least 95 %; all of them if they
+    /// are too few to say.
     pub(super) interval: (f64, f64),
+    /// How many values there are.
+    pub(super) count: usize,
 }
 
 impl Summary {
@@ -26,7 +29,13 @@ impl Summary {
             median: quantile(&sorted, 0.5),
             quartiles: (quantile(&sorted, 0.25), quantile(&sorted, 0.75)),
             interval,
+            count: sorted.len(),
         })
+    }
+
+    /// Whether the interval has its confidence.
+    pub(super) fn is_confident(&self) -> bool {
+        outliers(self.count).is_some()
     }
 }
 
@@ -105,6 +114,7 @@ impl Comparison {
             median: tell(summary.median),
             quartiles: both(summary.quartiles),
             interval: both(summary.interval),
+            count: summary.count,
         };
         match self {
             Self::Same(summary) => Self::Same(told(summary)),
@@ -145,6 +155,8 @@ mod tests {
         ] {
             assert_eq!(outliers(count), rank, "{count}");
         }
+        assert!(!Summary::of(&[1.0; 5]).unwrap().is_confident());
+        assert!(Summary::of(&[1.0; 6]).unwrap().is_confident());
         let values: Vec<f64> = (0..20).map(f64::from).collect();
         assert_eq!(Summary::of(&values).unwrap().interval, (5.0, 14.0));
     }

@@ -81,7 +81,8 @@ impl Report {
         }
         text += &said("Machine and versions", &self.machine);
         text += &said("Settings", &self.settings);
-        text
+        // What looks like HTML is none.
+        text.replace('<', "&lt;")
     }
 
     fn facts_table(&self) -> String {
@@ -212,6 +213,11 @@ fn said(name: &str, value: &Value) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_readme_has_a_place() {
+        assert!(between(include_str!("../../../../README.md"), "lines").is_some());
+    }
 
     #[test]
     fn lines_take_the_place_of_others() {

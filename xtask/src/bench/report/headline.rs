@@ -1,5 +1,7 @@
 //! The five figures that matter, found by a rule that does not know how they turn out.
 
+use std::cmp::Reverse;
+
 use super::{Report, verb, words};
 use crate::bench::{
     measurement::{Axis, Contender, Measurement},
@@ -74,7 +76,7 @@ impl Report {
         let lines = self.headlines().map(|headline| headline.plain());
         format!(
             "{}\n\nA comparison is the median of the paired ones, with its 95 % interval; \
-             \"{}\": smaller than the noise.",
+             \"{}\": smaller than the noise; \"of 3\": so few turns have no interval.",
             lines.join("\n"),
             words::SAME,
         )
@@ -85,7 +87,7 @@ impl Report {
         let floor = measurement.distance()?;
         let stock = measurement.advantage();
         let figure = match &floor {
-            Comparison::Same(_) => "as fast as a raw veth pair".to_owned(),
+            Comparison::Same(_) => "the same as a raw veth pair".to_owned(),
             _ => format!(
                 "{} to a raw veth pair",
                 words::distance(measurement, &floor)
@@ -243,7 +245,7 @@ impl Report {
             })
         };
         let least = points().min_by_key(|(at, _)| *at)?;
-        let most = points().max_by_key(|(at, _)| *at)?;
+        let most = points().min_by_key(|(at, _)| Reverse(*at))?;
         Some((least.1, most.1))
     }
 

@@ -44,7 +44,7 @@ pub(super) const METHOD: [&str; 6] = [
      interval in which it lies with 95 % confidence (by the sign test, so no distribution is \
      assumed).",
     "\"same\": 1 (or no difference) lies within that interval, so the difference is smaller than \
-     the noise.",
+     the noise. \"(of 3)\": so few turns have no interval of that confidence.",
     "\"Times better\" is above 1 where bpf-bridge is better, whether the unit is one of time or of \
      speed.",
     "The floor is one raw veth pair between the namespaces for packets, and the bare netlink \

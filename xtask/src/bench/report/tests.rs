@@ -195,6 +195,16 @@ fn a_table_that_is_too_wide_tells_less() {
 }
 
 #[test]
+fn too_few_turns_have_no_interval() {
+    let mut report = small();
+    for (_, values) in &mut report.found.measurements[0].values {
+        values.truncate(3);
+    }
+    let table = report.table();
+    assert!(table.contains("1.20 (of 3)"), "{table}");
+}
+
+#[test]
 fn the_page_stands_alone() {
     let page = super::html::page(&small());
     let body = &page[page.find("<body>").unwrap()..page.find("</html>").unwrap()];
@@ -387,7 +397,7 @@ fn the_documentation_says_what_is_worse() {
         "{page}"
     );
     assert!(
-        page.contains("- size of <the> binary: 6.00 MB, beside 4.50."),
+        page.contains("- size of &lt;the> binary: 6.00 MB, beside 4.50."),
         "{page}"
     );
     for (at, _) in page.match_indices("](benchmarks/") {

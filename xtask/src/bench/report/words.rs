@@ -101,7 +101,11 @@ fn told(found: &Comparison, format: impl Fn(f64) -> String) -> String {
         Comparison::Different(summary) => {
             let (low, high) = summary.interval;
             let median = format(summary.median);
-            format!("{median} ({} … {})", format(low), format(high))
+            if summary.is_confident() {
+                format!("{median} ({} … {})", format(low), format(high))
+            } else {
+                format!("{median} (of {})", summary.count)
+            }
         }
     }
 }
