@@ -393,8 +393,8 @@ impl<'a> Machine<'a> {
                 self.values.insert((number, key), Some(address));
                 0
             }
-            // bpf_ktime_get_ns
-            5 => uptime()?.as_nanos() as u64,
+            // bpf_ktime_get_ns, and bpf_ktime_get_coarse_ns, which is the same to a tick
+            5 | 160 => uptime()?.as_nanos() as u64,
             // bpf_tail_call
             12 => {
                 let slot = (c as u32).to_ne_bytes();
