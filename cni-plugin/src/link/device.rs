@@ -7,6 +7,9 @@ use std::{
     time::Duration,
 };
 
+use netlink_packet_core::{
+    DefaultNla, Emitable, NLA_F_NESTED, NLM_F_CREATE, NLM_F_ECHO, NLM_F_EXCL,
+};
 use netlink_packet_route::{
     RouteNetlinkMessage,
     link::{
@@ -14,9 +17,6 @@ use netlink_packet_route::{
         LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkLayerType, LinkMessage, LinkXdp,
         State,
     },
-};
-use rtnetlink::packet_core::{
-    DefaultNla, Emitable, NLA_F_NESTED, NLM_F_CREATE, NLM_F_ECHO, NLM_F_EXCL,
 };
 
 use super::{Address, LinkError, Netlink, netlink::poll};

@@ -4,6 +4,10 @@
 use std::{io, net::IpAddr};
 
 use ipnet::IpNet;
+use netlink_packet_core::{
+    NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage,
+    NetlinkPayload,
+};
 use netlink_packet_netfilter::{
     NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily,
     NetfilterSubsystem,
@@ -14,14 +18,8 @@ use netlink_packet_netfilter::{
     },
     none::ControlMessage,
 };
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
 use nix::libc;
-use rtnetlink::{
-    packet_core::{
-        NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST,
-        NetlinkMessage, NetlinkPayload,
-    },
-    sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER},
-};
 use thiserror::Error;
 
 use crate::fault::{self, Kind};

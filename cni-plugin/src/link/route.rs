@@ -7,6 +7,7 @@ use std::{
 };
 
 use ipnet::IpNet;
+use netlink_packet_core::NLM_F_CREATE;
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
     route::{
@@ -14,7 +15,6 @@ use netlink_packet_route::{
         RouteScope, RouteType,
     },
 };
-use rtnetlink::packet_core::NLM_F_CREATE;
 
 use super::{LinkError, Netlink, netlink::poll};
 
