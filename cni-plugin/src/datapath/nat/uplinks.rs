@@ -20,7 +20,7 @@ use bpf_bridge_common::layout::{Address, Present, Uplink};
 
 use super::{
     super::{
-        ANY, Error, FILTER_HANDLE, FILTER_PRIORITY, entries, hooks,
+        ANY, Error, FILTER_HANDLE, FILTER_PRIORITY, bpf, entries, hooks,
         pins::{self, Root},
         remove, set, table,
     },
@@ -367,8 +367,8 @@ fn is_attached(host: &Netlink, device: &Link, hook: Hook) -> Result<bool, Error>
     }
     let own = id(&pin, name)?;
     if link_pin(hook, device.index).exists()
-        && let Ok((_, carried)) = SchedClassifier::query_tcx(&device.name, tcx_hook(hook))
-        && carried.iter().any(|program| program.id() == own)
+        && let Ok(carried) = bpf::tcx_programs(device.index, hook)
+        && carried.contains(&own)
     {
         return Ok(true);
     }
