@@ -87,13 +87,15 @@ pub struct VethSpec<'a> {
     pub mtu: u32,
 }
 
-/// Indices of a new veth pair.
+/// A new veth pair: the indices of its ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VethIndices {
     /// The end in the connection's namespace.
     pub host: u32,
     /// The peer, in its own namespace.
     pub peer: u32,
+    /// Their MTU in bytes.
+    pub mtu: u32,
 }
 
 /// Changes to a device, made by one request ([`Netlink::configure`]). What is
@@ -349,8 +351,9 @@ impl Netlink {
             Some(Link {
                 index: host,
                 peer_index: Some(peer),
+                mtu,
                 ..
-            }) => Ok(VethIndices { host, peer }),
+            }) => Ok(VethIndices { host, peer, mtu }),
             _ => Err(LinkError::Protocol {
                 operation: operation(),
                 problem: "the new device has no peer",

@@ -627,6 +627,11 @@ impl Datapath {
 }
 
 impl Nat<'_> {
+    /// What it is part of.
+    pub const fn datapath(&self) -> &Datapath {
+        self.datapath
+    }
+
     /// Whether the uplinks are served.
     pub fn has_uplinks(&self) -> bool {
         Part::Outside.is_loaded()
