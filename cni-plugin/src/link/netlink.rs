@@ -16,6 +16,7 @@ use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 use nix::libc;
 use thiserror::Error;
 
+use super::device;
 use crate::{
     fault,
     netns::{Netns, NetnsError},
@@ -352,25 +353,31 @@ impl Answer {
         let mut rest = datagram;
         while !rest.is_empty() {
             let header = NetlinkBuffer::new_checked(rest).map_err(|_| INCOMPLETE)?;
-            let (length, sequence) = (header.length() as usize, header.sequence_number());
+            let length = header.length() as usize;
             let (message, behind) = rest.split_at_checked(length).ok_or(INCOMPLETE)?;
             rest = behind
                 .get(length.next_multiple_of(4) - length..)
                 .unwrap_or_default();
             // The rest of an answer that was given up.
-            if sequence != number {
+            if header.sequence_number() != number {
                 continue;
             }
-            let message = match NetlinkMessage::<RouteNetlinkMessage>::deserialize(message) {
-                Ok(message) => message,
+            self.interrupted |= header.flags() & NLM_F_DUMP_INTR != 0;
+            let parsed = if header.message_type() == libc::RTM_NEWLINK {
+                device::parse(header.payload())
+                    .map(|link| NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewLink(link)))
+            } else {
+                NetlinkMessage::deserialize(message).map(|message| message.payload)
+            };
+            let payload = match parsed {
+                Ok(payload) => payload,
                 // Nothing else would follow.
                 Err(_) if ends_with_message => {
                     return Err(Failure::Protocol("the kernel's answer is not understood"));
                 }
                 Err(_) => continue,
             };
-            self.interrupted |= message.header.flags & NLM_F_DUMP_INTR != 0;
-            match message.payload {
+            match payload {
                 NetlinkPayload::InnerMessage(message) => {
                     self.messages.push(message);
                     if ends_with_message {
