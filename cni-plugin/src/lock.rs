@@ -11,24 +11,18 @@
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions},
-    io, mem,
+    io,
     os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
-    ptr,
     sync::{Mutex, MutexGuard, PoisonError},
+    thread,
     time::{Duration, Instant},
 };
 
 use nix::{
     errno::Errno,
     fcntl::{Flock, FlockArg, OFlag},
-    libc,
-    sys::{
-        signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction},
-        stat::{major, minor},
-        time::TimeSpec,
-    },
-    unistd::gettid,
+    sys::stat::{major, minor},
 };
 use thiserror::Error;
 
@@ -40,8 +34,8 @@ use crate::fault::{self, Kind};
 const PATIENCE: Duration = Duration::from_secs(20);
 /// How long it waits at least while it undoes what it has made.
 const UNDOING: Duration = Duration::from_secs(5);
-/// How often it is told then that its time is over.
-const INTERVAL: Duration = Duration::from_millis(10);
+/// How often it looks again.
+const INTERVAL: Duration = Duration::from_millis(2);
 
 /// What is left of this call's patience: a process makes one call.
 static CALL: Patience = Patience::new(PATIENCE);
@@ -64,90 +58,16 @@ impl Patience {
         *left = (*left).max(time);
     }
 
-    /// Begins to wait, in a system call that will be interrupted when no time is left.
-    /// `None` if none is.
-    fn begin(&self) -> io::Result<Option<Wait<'_>>> {
-        let left = *self.left();
-        if left.is_zero() {
-            return Ok(None);
+    /// Waits a moment; says whether there was one left.
+    fn wait(&self) -> bool {
+        if self.left().is_zero() {
+            return false;
         }
-        Ok(Some(Wait {
-            patience: self,
-            began: Instant::now(),
-            _alarm: Alarm::set(left)?,
-        }))
-    }
-}
-
-/// Waiting, until it is dropped.
-struct Wait<'p> {
-    patience: &'p Patience,
-    began: Instant,
-    _alarm: Alarm,
-}
-
-impl Drop for Wait<'_> {
-    fn drop(&mut self) {
-        let mut left = self.patience.left();
-        *left = left.saturating_sub(self.began.elapsed());
-    }
-}
-
-/// Interrupts what the calling thread waits in when some time is over, and then again and
-/// again until it is dropped, as the first signal may come just before the waiting begins.
-///
-/// So the kernel wakes who has waited longest as soon as a lock is free, and nobody else.
-struct Alarm(libc::c_int);
-
-impl Alarm {
-    fn set(after: Duration) -> io::Result<Self> {
-        extern "C" fn ring(_: libc::c_int) {}
-        let handler = SigAction::new(SigHandler::Handler(ring), SaFlags::empty(), SigSet::empty());
-        // SAFETY: the handler does nothing.
-        unsafe { sigaction(Signal::SIGALRM, &handler) }?;
-        // Whoever called the plugin may have blocked it.
-        SigSet::from(Signal::SIGALRM).thread_unblock()?;
-
-        // SAFETY: all zeroes are a value of that plain structure.
-        let mut event: libc::sigevent = unsafe { mem::zeroed() };
-        event.sigev_notify = libc::SIGEV_THREAD_ID;
-        event.sigev_signo = libc::SIGALRM;
-        event.sigev_notify_thread_id = gettid().as_raw();
-        let mut timer: libc::c_int = 0;
-        // SAFETY: both outlive the call. The kernel's own call, as not every libc's is known.
-        let made = unsafe {
-            libc::syscall(
-                libc::SYS_timer_create,
-                libc::CLOCK_MONOTONIC,
-                &raw const event,
-                &raw mut timer,
-            )
-        };
-        Errno::result(made)?;
-        let alarm = Self(timer);
-        let when = libc::itimerspec {
-            it_interval: *TimeSpec::from(INTERVAL).as_ref(),
-            it_value: *TimeSpec::from(after).as_ref(),
-        };
-        // SAFETY: the timer was just made, and the time outlives the call.
-        let set = unsafe {
-            libc::syscall(
-                libc::SYS_timer_settime,
-                timer,
-                0,
-                &raw const when,
-                ptr::null_mut::<libc::itimerspec>(),
-            )
-        };
-        Errno::result(set)?;
-        Ok(alarm)
-    }
-}
-
-impl Drop for Alarm {
-    fn drop(&mut self) {
-        // SAFETY: a timer of its own, which nobody uses any more.
-        unsafe { libc::syscall(libc::SYS_timer_delete, self.0) };
+        let began = Instant::now();
+        thread::sleep(INTERVAL);
+        let mut left = self.left();
+        *left = left.saturating_sub(began.elapsed());
+        true
     }
 }
 
@@ -354,32 +274,32 @@ pub fn lock(file: File, mode: Mode, path: &Path) -> Result<Flock<File>, LockErro
 
 fn lock_with(
     patience: &Patience,
-    file: File,
+    mut file: File,
     mode: Mode,
     path: &Path,
 ) -> Result<Flock<File>, LockError> {
-    let error = |source| LockError::Io {
-        path: path.to_owned(),
-        source,
+    let how = match mode {
+        Mode::Shared => FlockArg::LockSharedNonblock,
+        Mode::Exclusive => FlockArg::LockExclusiveNonblock,
     };
-    let (at_once, waiting) = match mode {
-        Mode::Shared => (FlockArg::LockSharedNonblock, FlockArg::LockShared),
-        Mode::Exclusive => (FlockArg::LockExclusiveNonblock, FlockArg::LockExclusive),
-    };
-    let mut locked = Flock::lock(file, at_once);
     loop {
-        let unlocked = match locked {
+        let (unlocked, errno) = match Flock::lock(file, how) {
             Ok(lock) => return Ok(lock),
-            Err((unlocked, Errno::EWOULDBLOCK | Errno::EINTR)) => unlocked,
-            Err((_, errno)) => return Err(error(errno.into())),
+            Err(refused) => refused,
         };
-        let Some(_wait) = patience.begin().map_err(error)? else {
+        if errno != Errno::EWOULDBLOCK && errno != Errno::EINTR {
+            return Err(LockError::Io {
+                path: path.to_owned(),
+                source: errno.into(),
+            });
+        }
+        if !patience.wait() {
             return Err(LockError::Held {
                 path: path.to_owned(),
                 holder: holder(&unlocked).unwrap_or_else(|| "a process that was not found".into()),
             });
-        };
-        locked = Flock::lock(unlocked, waiting);
+        }
+        file = unlocked;
     }
 }
 
@@ -413,8 +333,6 @@ fn holder(file: &File) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use std::thread;
-
     use super::*;
 
     #[test]

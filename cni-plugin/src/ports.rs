@@ -210,7 +210,10 @@ pub fn withdraw(nat: &mut Nat<'_>, record: &Record) -> Result<(), datapath::Erro
     }
     // Sockets of the node that are connected to the pod would go on sending to an
     // address that may soon be another pod's.
-    if let (false, Ok(sockets)) = (served.is_empty(), SockDiag::host()) {
+    if served.is_empty() {
+        return Ok(());
+    }
+    if let Ok(sockets) = SockDiag::host() {
         for remote in served {
             let _ = sockets.destroy_connected(remote);
         }
