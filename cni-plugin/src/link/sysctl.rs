@@ -182,7 +182,7 @@ impl Sysctl {
             _ => {}
         }
         let written = fault::request(Kind::File, self)
-            .and_then(|()| opened)
+            .and(opened)
             // Behind the beginning it would be ignored.
             .and_then(|file| file.write_all_at(value.to_string().as_bytes(), 0));
         match written {
