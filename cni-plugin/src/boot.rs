@@ -9,9 +9,12 @@ use crate::netns;
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
 /// The name of this boot, one word; empty if the system does not tell.
-pub fn id() -> String {
-    let id = fs::read_to_string(BOOT_ID).unwrap_or_default();
-    id.split_whitespace().next().unwrap_or_default().into()
+pub fn id() -> &'static str {
+    static ID: OnceLock<String> = OnceLock::new();
+    ID.get_or_init(|| {
+        let id = fs::read_to_string(BOOT_ID).unwrap_or_default();
+        id.split_whitespace().next().unwrap_or_default().into()
+    })
 }
 
 /// The name of this boot and of the node's network namespace. Within both, the kernel

@@ -345,56 +345,63 @@ pub fn remove_unused(
     }
 }
 
-/// Gives the gateway an address, as `ensureAddr` of the stock plugin does: IPv4
+/// Gives the gateway its addresses, as `ensureAddr` of the stock plugin does: IPv4
 /// has one, IPv6 one in each subnet; another is in the way, unless `force` is set.
 ///
 /// # Errors
 ///
 /// [`GatewayError::OtherAddress`], or the kernel refuses a change.
-pub fn ensure_address(
+pub fn ensure_addresses(
     host: &Netlink,
     datapath: &mut Datapath,
     gateway: &Gateway,
     bridge: &str,
-    wanted: IpNet,
+    addresses: &[IpNet],
     force: bool,
 ) -> Result<(), GatewayError> {
-    if wanted.addr().is_ipv6() {
-        let _ = Sysctl::device(Family::Ipv6, bridge, "disable_ipv6")?.set(0)?;
-    }
-    let mut present = false;
-    for address in host.addresses(gateway.segment)? {
-        let other = address.net;
-        if other == wanted {
-            present = true;
-            continue;
-        }
-        let conflicts = match (other, wanted) {
-            (IpNet::V4(_), IpNet::V4(_)) => true,
-            (IpNet::V6(other), IpNet::V6(wanted)) => {
-                other.contains(&wanted.addr()) || wanted.contains(&other.addr())
+    let segment = gateway.segment;
+    let mut present: Vec<(IpNet, bool)> = host
+        .addresses(segment)?
+        .into_iter()
+        .map(|address| (address.net, address.link_local))
+        .collect();
+    for &wanted in addresses {
+        let stays =
+            |&(other, link_local): &(IpNet, bool)| link_local || !is_in_the_way(other, wanted);
+        for &(other, _) in present.iter().filter(|address| !stays(address)) {
+            if !force {
+                return Err(GatewayError::OtherAddress {
+                    bridge: bridge.to_owned(),
+                    wanted,
+                    present: other,
+                });
             }
-            _ => false,
-        };
-        if !conflicts || address.link_local {
-            continue;
+            host.delete_address(segment, other)?;
+            datapath.remove_gateway_address(segment, other.addr())?;
         }
-        if !force {
-            return Err(GatewayError::OtherAddress {
-                bridge: bridge.to_owned(),
-                wanted,
-                present: other,
-            });
+        present.retain(stays);
+        if !present.iter().any(|&(address, _)| address == wanted) {
+            if wanted.addr().is_ipv6() {
+                let _ = Sysctl::device(Family::Ipv6, bridge, "disable_ipv6")?.set(0)?;
+            }
+            host.add_address(segment, wanted, false)?;
+            host.wait_local(wanted.addr(), READY)?;
+            present.push((wanted, false));
         }
-        host.delete_address(gateway.segment, other)?;
-        datapath.remove_gateway_address(gateway.segment, other.addr())?;
+        datapath.add_gateway_address(segment, wanted.addr(), gateway.mac.octets())?;
     }
-    if !present {
-        host.add_address(gateway.segment, wanted, false)?;
-        host.wait_local(wanted.addr(), READY)?;
-    }
-    datapath.add_gateway_address(gateway.segment, wanted.addr(), gateway.mac.octets())?;
     Ok(())
+}
+
+/// Whether a device cannot have both addresses.
+fn is_in_the_way(other: IpNet, wanted: IpNet) -> bool {
+    match (other, wanted) {
+        (IpNet::V4(other), IpNet::V4(wanted)) => other != wanted,
+        (IpNet::V6(other), IpNet::V6(wanted)) => {
+            other != wanted && (other.contains(&wanted.addr()) || wanted.contains(&other.addr()))
+        }
+        _ => false,
+    }
 }
 
 /// Lets the host forward what pods send out and what is sent to them.

@@ -212,13 +212,6 @@ impl Lock {
         };
         fault::request(Kind::File, format_args!("lock {}", path.display())).map_err(error)?;
         loop {
-            if create && let Some(directory) = path.parent() {
-                DirBuilder::new()
-                    .recursive(true)
-                    .mode(0o700)
-                    .create(directory)
-                    .map_err(error)?;
-            }
             if leads_elsewhere(path) {
                 return Err(error(Errno::ELOOP.into()));
             }
@@ -231,7 +224,17 @@ impl Lock {
                 .open(path)
             {
                 Ok(file) => file,
-                Err(source) if source.kind() == io::ErrorKind::NotFound => return Ok(None),
+                Err(source) if source.kind() == io::ErrorKind::NotFound => {
+                    let Some(directory) = path.parent().filter(|_| create) else {
+                        return Ok(None);
+                    };
+                    DirBuilder::new()
+                        .recursive(true)
+                        .mode(0o700)
+                        .create(directory)
+                        .map_err(error)?;
+                    continue;
+                }
                 Err(source) => return Err(error(source)),
             };
             let file = lock_with(patience, file, mode, path)?;

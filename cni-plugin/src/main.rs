@@ -16,6 +16,11 @@ use std::{
 use bpf_bridge::fault;
 use bpf_bridge::{cni::dispatch, commands::BpfBridge, follow, upgrade};
 
+/// That of musl asks the kernel for memory, and gives it back, all the time.
+#[cfg(target_env = "musl")]
+#[global_allocator]
+static ALLOCATOR: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
+
 fn main() -> ExitCode {
     #[cfg(feature = "faults")]
     if let Ok(plan) = env::var(fault::VARIABLE)

@@ -11,13 +11,15 @@ use ipnet::IpNet;
 use crate::{
     attachment::{self, Masquerade, Record, hash},
     cni::{CniError, NetworkConfig, config::MasqBackend, result::IpConfig},
-    datapath::{self, Datapath, nat::Policy},
+    datapath::{
+        self, Datapath,
+        nat::{Nat, Policy},
+    },
     gateway,
     link::{
         Netlink,
         nftables::{self, Chain},
     },
-    uplinks,
 };
 
 /// How long a network's name may be to be part of a chain's, which has 255 bytes at most
@@ -93,14 +95,14 @@ fn is_chain_of(network: &str, chain: &str) -> bool {
 /// refuses.
 pub fn begin(
     host: &Netlink,
-    datapath: &Datapath,
+    nat: Option<&mut Nat<'_>>,
     config: &NetworkConfig,
     record: &Record,
     ips: &[IpConfig],
 ) -> Result<(), CniError> {
     match &record.masquerade {
         None => Ok(()),
-        Some(Masquerade::Ebpf) => claim(host, datapath, config, record, ips),
+        Some(Masquerade::Ebpf) => nat.map_or(Ok(()), |nat| claim(host, nat, config, record, ips)),
         Some(Masquerade::Nftables { chain, rules }) => {
             match nftables::chain(chain)? {
                 Some(present) if present.rules == *rules => return Ok(()),
@@ -120,15 +122,11 @@ pub fn begin(
 /// Lets the programs masquerade an attachment.
 fn claim(
     host: &Netlink,
-    datapath: &Datapath,
+    nat: &mut Nat<'_>,
     config: &NetworkConfig,
     record: &Record,
     ips: &[IpConfig],
 ) -> Result<(), CniError> {
-    let Some(mut nat) = datapath.nat()? else {
-        return Ok(());
-    };
-    uplinks::serve(host, &mut nat, config, record.outside())?;
     let policy = Policy::new(exempt(config, ips));
     for &address in &record.addresses {
         loop {
@@ -154,14 +152,14 @@ fn claim(
 /// The tables cannot be used, or netfilter refuses.
 pub fn end(
     host: &Netlink,
-    datapath: Option<&Datapath>,
+    nat: Option<&mut Nat<'_>>,
     network: &str,
     record: &Record,
 ) -> Result<(), CniError> {
     match &record.masquerade {
         None => {}
         Some(Masquerade::Ebpf) => {
-            if let Some(mut nat) = datapath.map(Datapath::nat).transpose()?.flatten() {
+            if let Some(nat) = nat {
                 for &address in &record.addresses {
                     nat.unmasquerade(address, record.segment, record.host_ifindex)?;
                 }

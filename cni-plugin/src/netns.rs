@@ -202,7 +202,10 @@ impl Netns {
     /// [`NetnsError::Open`] for the caller's own namespace and
     /// [`NetnsError::Enter`]; then `work` was not run.
     pub fn run_in<T>(&self, work: impl FnOnce() -> T) -> Result<T, NetnsError> {
-        let home = Self::current()?;
+        let home = File::open(CURRENT).map_err(|source| NetnsError::Open {
+            path: CURRENT.into(),
+            source,
+        })?;
         setns(&self.file, CloneFlags::CLONE_NEWNET).map_err(|errno| NetnsError::Enter {
             path: self.path.clone(),
             source: errno.into(),
@@ -213,11 +216,11 @@ impl Netns {
 }
 
 /// Returns the thread to the namespace when dropped.
-struct WayBack(Netns);
+struct WayBack(File);
 
 impl Drop for WayBack {
     fn drop(&mut self) {
-        if let Err(errno) = setns(&self.0.file, CloneFlags::CLONE_NEWNET) {
+        if let Err(errno) = setns(&self.0, CloneFlags::CLONE_NEWNET) {
             #[expect(clippy::print_stderr, reason = "nobody is left to report it to")]
             {
                 eprintln!("cannot return to the host's network namespace: {errno}");

@@ -18,7 +18,6 @@ use crate::{
     gateway::Gateway,
     link::{Link, Netlink, SockDiag},
     mac::MacAddr,
-    uplinks,
 };
 
 /// How many look-ups are still cheaper than to list every socket that listens.
@@ -74,16 +73,12 @@ pub fn uses_xdp(config: &NetworkConfig) -> bool {
 /// A port is taken: the error names who has it. Or a device cannot be served.
 pub fn publish(
     host: &Netlink,
-    datapath: &Datapath,
+    nat: &mut Nat<'_>,
     config: &NetworkConfig,
     record: &Record,
     gateway: &Gateway,
     ips: &[IpConfig],
 ) -> Result<(), CniError> {
-    let Some(mut nat) = datapath.nat()? else {
-        return Ok(());
-    };
-    let addresses = uplinks::serve(host, &mut nat, config, record.outside())?;
     let claimed = config
         .port_mappings
         .iter()
@@ -100,7 +95,7 @@ pub fn publish(
                 gateway_mac: gateway.mac,
                 xdp: uses_xdp(config),
             };
-            claim(host, datapath, &mut nat, &port, &service)
+            claim(host, nat, &port, &service)
         });
     if claimed.is_err() {
         // Before anybody else is refused for what this one does not get.
@@ -108,11 +103,7 @@ pub fn publish(
             nat.withdraw(port, record.host_ifindex)?;
         }
     }
-    claimed?;
-    // It is in nobody's way while it looks.
-    drop(nat);
-    warn_of_listeners(&record.published, &addresses);
-    Ok(())
+    claimed
 }
 
 /// Tells the operator of the node's own processes that clients will not reach any more.
@@ -120,7 +111,10 @@ pub fn publish(
     clippy::print_stderr,
     reason = "stderr is where a plugin's warnings go; stdout is the answer"
 )]
-fn warn_of_listeners(ports: &[NodePort], node: &[IpAddr]) {
+pub fn warn_of_listeners(ports: &[NodePort], node: &[IpAddr]) {
+    if ports.is_empty() {
+        return;
+    }
     let Ok(sockets) = SockDiag::host() else {
         return;
     };
@@ -164,7 +158,6 @@ fn warn_of_listeners(ports: &[NodePort], node: &[IpAddr]) {
 /// Claims one port, in place of an owner whose device is gone.
 fn claim(
     host: &Netlink,
-    datapath: &Datapath,
     nat: &mut Nat<'_>,
     port: &NodePort,
     service: &Service,
@@ -177,7 +170,7 @@ fn claim(
             return Err(error.into());
         };
         match host.link_by_index(*owner)? {
-            Some(link) if datapath.port(*owner)?.is_some() => {
+            Some(link) if nat.datapath().port(*owner)?.is_some() => {
                 return Err(CniError::internal(format!(
                     "publishing {port}: {taken} is published by {}",
                     owner_name(&link)
@@ -207,13 +200,7 @@ fn owner_name(link: &Link) -> String {
 /// # Errors
 ///
 /// The tables cannot be used.
-pub fn withdraw(datapath: &Datapath, record: &Record) -> Result<(), datapath::Error> {
-    if record.published.is_empty() {
-        return Ok(());
-    }
-    let Some(mut nat) = datapath.nat()? else {
-        return Ok(());
-    };
+pub fn withdraw(nat: &mut Nat<'_>, record: &Record) -> Result<(), datapath::Error> {
     let mut served = HashSet::new();
     for port in &record.published {
         let service = nat.withdraw(port, record.host_ifindex)?;
@@ -223,7 +210,10 @@ pub fn withdraw(datapath: &Datapath, record: &Record) -> Result<(), datapath::Er
     }
     // Sockets of the node that are connected to the pod would go on sending to an
     // address that may soon be another pod's.
-    if let (false, Ok(sockets)) = (served.is_empty(), SockDiag::host()) {
+    if served.is_empty() {
+        return Ok(());
+    }
+    if let Ok(sockets) = SockDiag::host() {
         for remote in served {
             let _ = sockets.destroy_connected(remote);
         }

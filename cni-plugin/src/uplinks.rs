@@ -13,7 +13,7 @@ use crate::{
         nat::{Nat, XdpRun},
     },
     gateway,
-    link::{Link, Netlink},
+    link::{Address, Link, Netlink},
 };
 
 /// The kind of the devices that stand for a routing table (VRF): what is enslaved to
@@ -42,7 +42,7 @@ pub fn follow(
     if outside.is_needed() {
         serve(host, &mut nat, config, outside)?;
     } else {
-        note_addresses(host, &mut nat)?;
+        note_addresses(&mut nat, &host.all_addresses()?)?;
     }
     Ok(())
 }
@@ -58,7 +58,8 @@ pub fn serve(
     config: &NetworkConfig,
     outside: Outside,
 ) -> Result<Vec<IpAddr>, CniError> {
-    for device in devices(host, config)? {
+    let all = host.all_addresses()?;
+    for device in devices(host, config, &all)? {
         match nat.serve_on(host, &device) {
             // They come and go, and others' pods may have some.
             Err(_) if host.link_by_index(device.index)?.is_none() => {}
@@ -74,15 +75,14 @@ pub fn serve(
             }
         }
     }
-    note_addresses(host, nat)
+    note_addresses(nat, &all)
 }
 
 /// Tells the programs the node's addresses, and those of its uplinks.
-fn note_addresses(host: &Netlink, nat: &mut Nat<'_>) -> Result<Vec<IpAddr>, CniError> {
-    let all = host.all_addresses()?;
+fn note_addresses(nat: &mut Nat<'_>, all: &[Address]) -> Result<Vec<IpAddr>, CniError> {
     let addresses: Vec<IpAddr> = all.iter().map(|address| address.net.addr()).collect();
     nat.set_addresses(&addresses)?;
-    nat.set_uplinks(&all)?;
+    nat.set_uplinks(all)?;
     Ok(addresses)
 }
 
@@ -124,12 +124,17 @@ fn warn_of_generic(device: &Link, because: Option<&str>) {
 
 /// The devices on which others may reach the node: those that carry an address and are
 /// not ours, or those that the configuration names.
-fn devices(host: &Netlink, config: &NetworkConfig) -> Result<Vec<Link>, CniError> {
+fn devices(host: &Netlink, config: &NetworkConfig, all: &[Address]) -> Result<Vec<Link>, CniError> {
     if let Some(names) = &config.uplinks {
         return named(host, "uplinks", names);
     }
+    let all: Vec<Address> = all
+        .iter()
+        .filter(|address| address.ifindex != LOOPBACK)
+        .copied()
+        .collect();
     let mut devices = Vec::new();
-    for link in host.links_with(&host.all_addresses()?)? {
+    for link in host.links_with(&all)? {
         if is_uplink(host, &link)? {
             devices.push(link);
         }
@@ -150,7 +155,7 @@ fn named(host: &Netlink, key: &'static str, names: &[String]) -> Result<Vec<Link
 }
 
 fn is_uplink(host: &Netlink, link: &Link) -> Result<bool, CniError> {
-    if link.index == LOOPBACK || gateway::is_gateway(link) {
+    if gateway::is_gateway(link) {
         return Ok(false);
     }
     match link.master {

@@ -47,13 +47,13 @@ pub(crate) fn plugin() -> Result<PathBuf> {
 /// the binary.
 fn build() -> Result<PathBuf> {
     setup::build()?;
-    let host = host()?;
+    let target = setup::static_target()?;
     let mut cargo = cargo();
     cargo
         .args(["build", "--release"])
         // With an explicit target the flags below are for the plugin and not for
         // proc macros, which must be dynamic.
-        .arg(format!("--target={host}"))
+        .arg(format!("--target={target}"))
         .env("CARGO_ENCODED_RUSTFLAGS", static_flags());
     let binary = executable(cargo)?;
     ensure_static(&binary)?;

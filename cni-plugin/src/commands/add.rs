@@ -43,7 +43,7 @@ use crate::{
     mac::MacAddr,
     masquerade,
     netns::Netns,
-    ports,
+    ports, uplinks,
 };
 
 /// How long the kernel may take to make the host veth's carrier and the local
@@ -226,7 +226,9 @@ impl Add<'_> {
         self.assign(&inside, &given)?;
 
         let mut record = self.record(&given.ips);
-        let gateway = self.join(claim, shared, &mut record, &given)?;
+        let (gateway, node) = self.join(claim, shared, &mut record, &given)?;
+        // It is in nobody's way while it looks.
+        ports::warn_of_listeners(&record.published, &node);
         if shared.gateway.is_some() {
             // As often as gateways are made, those that were deleted are forgotten.
             gateway::forget_deleted(self.host)?;
@@ -242,12 +244,12 @@ impl Add<'_> {
                 settle(&inside, self.pair.peer)?;
                 confirm(&record)?;
             }
-            for &address in &record.addresses {
+            // Those of IPv4 are there when the kernel has acknowledged them.
+            for &address in record.addresses.iter().filter(|address| address.is_ipv6()) {
                 inside.wait_local(address, READY)?;
             }
         }
-        let mtu = inside.link_by_index(self.pair.peer)?.map(|link| link.mtu);
-        Ok((self.result(&gateway, given, mtu), record))
+        Ok((self.result(&gateway, given), record))
     }
 
     /// What is known of the attachment before it joins a segment.
@@ -354,14 +356,15 @@ impl Add<'_> {
         Ok(())
     }
 
-    /// The port joins the segment, whose gateway is made if it is the first.
+    /// The port joins the segment, whose gateway is made if it is the first. Returns that,
+    /// and the node's addresses if anything is published.
     fn join(
         &self,
         claim: &mut Claim,
         shared: &mut Shared,
         record: &mut Record,
         given: &CniResult,
-    ) -> Result<Gateway, CniError> {
+    ) -> Result<(Gateway, Vec<IpAddr>), CniError> {
         let config = self.config;
         let level = config.log_level;
         let mtu = config.mtu.unwrap_or(0);
@@ -401,12 +404,20 @@ impl Add<'_> {
             self.sandbox.run_in(|| announce(ifname))??;
         }
         self.serve(&mut datapath, &gateway, given)?;
-        masquerade::begin(self.host, &datapath, config, record, &given.ips)?;
+        let mut nat = match outside.is_needed() {
+            true => datapath.nat()?,
+            false => None,
+        };
+        let node = match &mut nat {
+            Some(nat) => uplinks::serve(self.host, nat, config, outside)?,
+            None => Vec::new(),
+        };
+        masquerade::begin(self.host, nat.as_mut(), config, record, &given.ips)?;
         self.host.set_up(record.host_ifindex)?;
-        if outside.publishes {
-            ports::publish(self.host, &datapath, config, record, &gateway, &given.ips)?;
+        if let Some(nat) = &mut nat {
+            ports::publish(self.host, nat, config, record, &gateway, &given.ips)?;
         }
-        Ok(gateway)
+        Ok((gateway, node))
     }
 
     /// Adds the port, in place of dead ones that had its addresses: pods whose
@@ -445,22 +456,21 @@ impl Add<'_> {
             return Ok(());
         }
         let addresses: Vec<IpNet> = given.ips.iter().filter_map(gateway_address).collect();
-        for &address in &addresses {
-            gateway::ensure_address(
-                self.host,
-                datapath,
-                gateway,
-                &config.bridge,
-                address,
-                config.force_address,
-            )?;
-        }
+        gateway::ensure_addresses(
+            self.host,
+            datapath,
+            gateway,
+            &config.bridge,
+            &addresses,
+            config.force_address,
+        )?;
         Ok(gateway::enable_forwarding(&addresses)?)
     }
 
     /// What the runtime is told: the interfaces in the order of the stock plugin
     /// (gateway device, host veth, container's), after those of plugins before.
-    fn result(&self, gateway: &Gateway, given: CniResult, mtu: Option<u32>) -> CniResult {
+    fn result(&self, gateway: &Gateway, given: CniResult) -> CniResult {
+        let mtu = Some(self.pair.mtu);
         let mac_of_gateway = Some(gateway.mac.to_string());
         let bridge = Interface {
             name: self.config.bridge.clone(),

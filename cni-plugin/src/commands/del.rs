@@ -67,10 +67,15 @@ pub(super) fn unplug(attachment: &Attachment<'_>, record: Option<&Record>) -> Re
             // The locks in the order in which an ADD takes them.
             let _lock = gateway::lock(&record.bridge)?;
             let mut datapath = known(Datapath::open())?;
-            if let Some(datapath) = &mut datapath {
-                ports::withdraw(datapath, record)?;
+            let mut nat = match &datapath {
+                Some(datapath) if record.outside().is_needed() => datapath.nat()?,
+                _ => None,
+            };
+            if let Some(nat) = &mut nat {
+                ports::withdraw(nat, record)?;
             }
-            masquerade::end(&host, datapath.as_ref(), attachment.network, record)?;
+            masquerade::end(&host, nat.as_mut(), attachment.network, record)?;
+            drop(nat);
             match &mut datapath {
                 Some(datapath) => Ok(datapath.remove_port(
                     record.host_ifindex,

@@ -7,9 +7,8 @@
 //! costs 0.3 ms and nothing. It also dies with its device, so that nothing needs
 //! to be undone, and it exists on every kernel that the programs run on.
 
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, OwnedFd};
 
-use aya::programs::SchedClassifier;
 use aya_obj::generated::bpf_prog_type;
 
 use super::{Datapath, Error, LogLevel, bpf, pins};
@@ -33,20 +32,17 @@ impl Datapath {
     ///
     /// # Errors
     ///
-    /// [`Error::Program`] if it is not pinned, [`Error::Attach`] if the kernel
+    /// [`Error::Pin`] if it is not pinned, [`Error::Attach`] if the kernel
     /// refused.
     pub fn attach(&self, level: LogLevel, host: &Netlink, index: u32) -> Result<(), Error> {
-        let program = self.open_program(level)?;
-        let fd = program
-            .fd()
-            .map_err(|source| Error::program(PROGRAM, source))?;
+        let (program, _) = self.open_program(level)?;
         host.add_clsact(index)?;
         host.add_bpf(
             index,
             Hook::Ingress,
             FILTER_PRIORITY,
             FILTER_HANDLE,
-            fd.as_fd(),
+            program.as_fd(),
             PROGRAM,
         )?;
         Ok(())
@@ -58,7 +54,7 @@ impl Datapath {
     ///
     /// The programs for `level` are not pinned.
     pub fn program_id(&self, level: LogLevel) -> Result<u32, Error> {
-        self.require_program(level).map(|program| program.id)
+        self.open_program(level).map(|(_, program)| program.id)
     }
 
     /// Whether the program of this id is one of ours, for `level`: perhaps of another
@@ -72,14 +68,8 @@ impl Datapath {
         }
     }
 
-    fn open_program(&self, level: LogLevel) -> Result<SchedClassifier, Error> {
-        self.require_program(level)?;
-        SchedClassifier::from_pin(pins::variant(level).join(PROGRAM))
-            .map_err(|source| Error::program(PROGRAM, source))
-    }
-
-    fn require_program(&self, level: LogLevel) -> Result<bpf::Program, Error> {
-        super::require_program(
+    fn open_program(&self, level: LogLevel) -> Result<(OwnedFd, bpf::Program), Error> {
+        super::open_program(
             &pins::variant(level).join(PROGRAM),
             PROGRAM,
             bpf_prog_type::BPF_PROG_TYPE_SCHED_CLS,

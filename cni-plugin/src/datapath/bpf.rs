@@ -15,12 +15,17 @@ use std::{
 
 use aya::util::nr_cpus;
 use aya_obj::generated::{
-    bpf_btf_info, bpf_cmd, bpf_link_info, bpf_map_info, bpf_map_type, bpf_prog_info,
+    bpf_attach_type, bpf_btf_info, bpf_cmd, bpf_link_info, bpf_map_info, bpf_map_type,
+    bpf_prog_info,
 };
 use nix::libc;
 
 use super::shape::{Btf, Shape};
+use crate::link::Hook;
 
+/// How many programs a device carries at most by tcx (`BPF_MPROG_MAX` of
+/// `linux/bpf_mprog.h`).
+const TCX_MAX: usize = 64;
 /// How many entries are read at once.
 const BATCH: usize = 4096;
 
@@ -135,6 +140,44 @@ pub(super) fn update_link(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::
         old: 0,
     };
     bpf(bpf_cmd::BPF_LINK_UPDATE, &mut update).map(drop)
+}
+
+/// The ids of the programs that a device carries by tcx.
+pub(super) fn tcx_programs(device: u32, hook: Hook) -> io::Result<Vec<u32>> {
+    #[repr(C)]
+    struct Query {
+        device: u32,
+        hook: u32,
+        flags: u32,
+        attach_flags: u32,
+        ids: u64,
+        count: u32,
+        reserved: u32,
+        each_attach_flags: u64,
+        links: u64,
+        link_attach_flags: u64,
+        // The kernel writes it, so there must be room.
+        revision: u64,
+    }
+    let mut ids = [0_u32; TCX_MAX];
+    let mut query = Query {
+        device,
+        hook: match hook {
+            Hook::Ingress => bpf_attach_type::BPF_TCX_INGRESS as u32,
+            Hook::Egress => bpf_attach_type::BPF_TCX_EGRESS as u32,
+        },
+        flags: 0,
+        attach_flags: 0,
+        ids: address(ids.as_mut_ptr()),
+        count: u32::try_from(TCX_MAX).unwrap_or(0),
+        reserved: 0,
+        each_attach_flags: 0,
+        links: 0,
+        link_attach_flags: 0,
+        revision: 0,
+    };
+    bpf(bpf_cmd::BPF_PROG_QUERY, &mut query)?;
+    Ok(ids.into_iter().take(size(query.count)).collect())
 }
 
 /// Pins an object.

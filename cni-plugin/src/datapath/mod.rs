@@ -25,7 +25,7 @@ use std::{
     collections::{HashMap as StdHashMap, HashSet},
     io,
     net::IpAddr,
-    os::fd::AsFd as _,
+    os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
     thread,
     time::Duration,
@@ -1050,12 +1050,15 @@ fn foreign(name: &str, detail: &MapError) -> Error {
 
 /// Opens a pinned program, if it is a program of this name and kind (`BPF_PROG_TYPE_*`),
 /// and uses the map `map` of ours.
-fn require_program(
+///
+/// Not as one of aya's, which would first load half a dozen programs of its own, to find
+/// out what the kernel can do.
+fn open_program(
     path: &Path,
     name: &str,
     kind: bpf_prog_type,
     map: Option<u32>,
-) -> Result<bpf::Program, Error> {
+) -> Result<(OwnedFd, bpf::Program), Error> {
     let error = |source| Error::Pin {
         path: path.to_owned(),
         source,
@@ -1082,7 +1085,7 @@ fn require_program(
             "a program of the name {name:?} for other maps than those beside it"
         )));
     }
-    Ok(program)
+    Ok((fd, program))
 }
 
 fn failed(

@@ -411,11 +411,12 @@ fn remove_below(path: &Path) -> io::Result<()> {
 /// carried over first.
 pub(super) fn lock(mode: Mode) -> Result<Lock, Error> {
     loop {
-        carry::settle()?;
         let lock = lock_any(mode)?;
         if other()?.is_none() {
             return Ok(lock);
         }
+        drop(lock);
+        carry::settle()?;
     }
 }
 

@@ -11,12 +11,13 @@ use netlink_packet_route::{
     RouteNetlinkMessage,
     link::{
         AfSpecInet, AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoKind, InfoVeth,
-        LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkLayerType, LinkMessage, LinkXdp,
-        State,
+        LinkAttribute, LinkExtentMask, LinkFlags, LinkHeader, LinkInfo, LinkLayerType, LinkMessage,
+        LinkXdp, State,
     },
 };
 use rtnetlink::packet_core::{
-    DefaultNla, Emitable, NLA_F_NESTED, NLM_F_CREATE, NLM_F_ECHO, NLM_F_EXCL,
+    DecodeError, DefaultNla, Emitable, NLA_F_NESTED, NLM_F_CREATE, NLM_F_ECHO, NLM_F_EXCL,
+    NlasIterator, ParseableParametrized as _,
 };
 
 use super::{Address, LinkError, Netlink, netlink::poll};
@@ -87,13 +88,15 @@ pub struct VethSpec<'a> {
     pub mtu: u32,
 }
 
-/// Indices of a new veth pair.
+/// A new veth pair: the indices of its ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VethIndices {
     /// The end in the connection's namespace.
     pub host: u32,
     /// The peer, in its own namespace.
     pub peer: u32,
+    /// Their MTU in bytes.
+    pub mtu: u32,
 }
 
 /// Changes to a device, made by one request ([`Netlink::configure`]). What is
@@ -349,8 +352,9 @@ impl Netlink {
             Some(Link {
                 index: host,
                 peer_index: Some(peer),
+                mtu,
                 ..
-            }) => Ok(VethIndices { host, peer }),
+            }) => Ok(VethIndices { host, peer, mtu }),
             _ => Err(LinkError::Protocol {
                 operation: operation(),
                 problem: "the new device has no peer",
@@ -473,6 +477,28 @@ fn ipv4_conf(settings: &[(Ipv4Conf, u32)]) -> AfSpecInet {
     let mut nested = vec![0; settings.as_slice().buffer_len()];
     settings.as_slice().emit(&mut nested);
     AfSpecInet::Other(DefaultNla::new(IFLA_INET_CONF | NLA_F_NESTED, nested))
+}
+
+/// The attributes that a [`Link`] is made of, by their numbers in the kernel's
+/// `include/uapi/linux/if_link.h`: name, alias, address, MTU, state, master, peer, the
+/// peer's namespace, kind and XDP.
+const WANTED: [u16; 10] = [3, IFLA_IFALIAS, 1, 4, 16, 10, 5, 37, 18, 43];
+
+/// Reads what the kernel tells of a device, as far as anybody here wants to know: the rest is
+/// most of it, and takes longer to read than the kernel takes to tell.
+pub(super) fn parse(payload: &[u8]) -> Result<LinkMessage, DecodeError> {
+    let mut message = LinkMessage::default();
+    message.header = LinkHeader::parse(payload)?;
+    let family = message.header.interface_family;
+    let attributes = payload.get(message.header.buffer_len()..);
+    for attribute in NlasIterator::new(attributes.unwrap_or_default()) {
+        let attribute = attribute?;
+        if WANTED.contains(&attribute.kind()) {
+            let attribute = LinkAttribute::parse_with_param(&attribute, family)?;
+            message.attributes.push(attribute);
+        }
+    }
+    Ok(message)
 }
 
 fn find_link(messages: Vec<RouteNetlinkMessage>) -> Option<Link> {

@@ -1,22 +1,22 @@
 //! The rtnetlink connection and its errors.
 
 use std::{
-    fmt, io, thread,
+    fmt, io,
+    sync::{Mutex, PoisonError},
+    thread,
     time::{Duration, Instant},
 };
 
-use futures_util::StreamExt;
 use netlink_packet_route::RouteNetlinkMessage;
-use rtnetlink::{
-    Handle,
-    packet_core::{
-        ErrorMessage, NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkMessage,
-        NetlinkPayload, NlasIterator,
-    },
+use nix::libc;
+use rtnetlink::packet_core::{
+    ErrorMessage, NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkBuffer,
+    NetlinkMessage, NetlinkPayload, NlasIterator,
 };
+use rtnetlink::sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 use thiserror::Error;
-use tokio::runtime::{Builder, Runtime};
 
+use super::device;
 use crate::{
     fault,
     netns::{Netns, NetnsError},
@@ -24,6 +24,9 @@ use crate::{
 
 /// How often a dump that the kernel calls inconsistent is asked for again.
 const DUMP_ATTEMPTS: usize = 16;
+/// How long a datagram of the kernel's may be, in bytes: twice as long as it makes those of
+/// a dump.
+const DATAGRAM_MAX: usize = 64 * 1024;
 
 /// What failed on an rtnetlink connection.
 #[derive(Debug, Error)]
@@ -90,9 +93,9 @@ impl LinkError {
     #[must_use]
     pub fn is_missing(&self) -> bool {
         // ENODEV for devices, EADDRNOTAVAIL for addresses, ESRCH for routes.
-        matches!(self.errno(), Some(code) if code == nix::libc::ENODEV
-            || code == nix::libc::EADDRNOTAVAIL
-            || code == nix::libc::ESRCH)
+        matches!(self.errno(), Some(code) if code == libc::ENODEV
+            || code == libc::EADDRNOTAVAIL
+            || code == libc::ESRCH)
     }
 }
 
@@ -123,8 +126,16 @@ pub(super) fn poll(
 /// later. Methods block until the kernel has answered.
 #[derive(Debug)]
 pub struct Netlink {
-    handle: Handle,
-    runtime: Runtime,
+    socket: Socket,
+    exchange: Mutex<Exchange>,
+}
+
+/// What one request after the other uses. The kernel answers in the call that asks, so
+/// nothing else need be done meanwhile.
+#[derive(Debug)]
+struct Exchange {
+    number: u32,
+    buffer: Vec<u8>,
 }
 
 impl Netlink {
@@ -134,9 +145,14 @@ impl Netlink {
     ///
     /// [`LinkError::Open`].
     pub fn host() -> Result<Self, LinkError> {
-        let runtime = runtime()?;
-        let socket = socket(&runtime);
-        Self::drive(runtime, socket)
+        let socket = socket().map_err(LinkError::Open)?;
+        Ok(Self {
+            socket,
+            exchange: Mutex::new(Exchange {
+                number: 0,
+                buffer: Vec::with_capacity(DATAGRAM_MAX),
+            }),
+        })
     }
 
     /// Connects to `netns`.
@@ -145,16 +161,8 @@ impl Netlink {
     ///
     /// [`LinkError::Open`] and [`LinkError::Netns`].
     pub fn open(netns: &Netns) -> Result<Self, LinkError> {
-        let runtime = runtime()?;
         // A socket belongs to the namespace of the thread that makes it.
-        let socket = netns.run_in(|| socket(&runtime))?;
-        Self::drive(runtime, socket)
-    }
-
-    fn drive(runtime: Runtime, socket: io::Result<Socket>) -> Result<Self, LinkError> {
-        let (connection, handle) = socket.map_err(LinkError::Open)?;
-        runtime.spawn(connection);
-        Ok(Self { handle, runtime })
+        netns.run_in(Self::host)?
     }
 
     /// Sends one request and waits for its acknowledgement. Returns what the
@@ -165,7 +173,13 @@ impl Netlink {
         flags: u16,
         operation: impl Fn() -> String,
     ) -> Result<Vec<RouteNetlinkMessage>, LinkError> {
-        self.exchange(message, flags | NLM_F_REQUEST | NLM_F_ACK, &operation)
+        // What only asks is answered, or refused, without one as well.
+        let acknowledged = if Kind(message.message_type()).is_change() {
+            NLM_F_ACK
+        } else {
+            0
+        };
+        self.exchange(message, flags | acknowledged, &operation)
             .map(|answer| answer.messages)
     }
 
@@ -177,10 +191,10 @@ impl Netlink {
         operation: impl Fn() -> String,
     ) -> Result<Vec<RouteNetlinkMessage>, LinkError> {
         for _ in 0..DUMP_ATTEMPTS {
-            match self.exchange(message.clone(), NLM_F_REQUEST | NLM_F_DUMP, &operation) {
+            match self.exchange(message.clone(), NLM_F_DUMP, &operation) {
                 Ok(answer) if answer.interrupted => {}
                 Ok(answer) => return Ok(answer.messages),
-                Err(error) if error.errno() == Some(nix::libc::EINTR) => {}
+                Err(error) if error.errno() == Some(libc::EINTR) => {}
                 Err(error) => return Err(error),
             }
         }
@@ -202,28 +216,54 @@ impl Netlink {
             source,
             detail: String::new(),
         })?;
-        let mut request = NetlinkMessage::from(message);
-        request.header.flags = flags;
-        // The operation is put into words only here, outside the runtime:
+        // The operation is put into words only here, where the connection is free again:
         // wording it may take a request of its own.
         let answer = self
-            .runtime
-            .block_on(answer(self.handle.clone(), request))
+            .answer(message, flags)
             .map_err(|failure| match failure {
                 Failure::Refused { source, detail } => LinkError::Refused {
                     operation: operation(),
                     source,
                     detail,
                 },
-                Failure::Lost => LinkError::Protocol {
+                Failure::Protocol(problem) => LinkError::Protocol {
                     operation: operation(),
-                    problem: "the rtnetlink connection broke off",
+                    problem,
                 },
             })?;
         if kind.is_change() {
             fault::point(kind);
         }
         Ok(answer)
+    }
+
+    /// Sends a request, and reads all of the answer.
+    fn answer(&self, message: RouteNetlinkMessage, flags: u16) -> Result<Answer, Failure> {
+        let mut exchange = self.exchange.lock().unwrap_or_else(PoisonError::into_inner);
+        let Exchange { number, buffer } = &mut *exchange;
+        *number = number.wrapping_add(1);
+        let mut request = NetlinkMessage::from(message);
+        request.header.flags = NLM_F_REQUEST | flags;
+        request.header.sequence_number = *number;
+        request.finalize();
+        buffer.clear();
+        buffer.resize(request.buffer_len(), 0);
+        request.serialize(buffer);
+        uninterrupted(|| self.socket.send(buffer, 0))?;
+
+        let mut answer = Answer::default();
+        loop {
+            buffer.clear();
+            buffer.reserve(DATAGRAM_MAX);
+            // The length that it has, even if there is no room for it.
+            let length = uninterrupted(|| self.socket.recv(buffer, libc::MSG_TRUNC))?;
+            if length > buffer.len() {
+                return Err(Failure::Protocol("the kernel's answer is too long"));
+            }
+            if answer.take(buffer, *number, flags)? {
+                return Ok(answer);
+            }
+        }
     }
 
     /// How a device is called in an error: by its name, while it has one.
@@ -263,73 +303,103 @@ impl fmt::Display for Kind {
 /// Why an exchange failed, before it is known what it was for.
 enum Failure {
     Refused { source: io::Error, detail: String },
-    Lost,
+    Protocol(&'static str),
 }
 
-async fn answer(
-    mut handle: Handle,
-    request: NetlinkMessage<RouteNetlinkMessage>,
-) -> Result<Answer, Failure> {
-    let mut responses = handle.request(request).map_err(|_| Failure::Lost)?;
-    let mut answer = Answer::default();
-    let mut complete = false;
-    while let Some(response) = responses.next().await {
-        answer.interrupted |= response.header.flags & NLM_F_DUMP_INTR != 0;
-        match response.payload {
-            NetlinkPayload::InnerMessage(message) => answer.messages.push(message),
-            NetlinkPayload::Error(error) if error.code.is_some() => {
-                return Err(Failure::Refused {
-                    source: error.to_io(),
-                    detail: detail(&error),
-                });
-            }
-            // A dump that fails halfway says so at its end.
-            NetlinkPayload::Done(done) if done.code != 0 => {
-                return Err(Failure::Refused {
-                    source: io::Error::from_raw_os_error(done.code.saturating_abs()),
-                    detail: String::new(),
-                });
-            }
-            NetlinkPayload::Error(_) | NetlinkPayload::Done(_) => complete = true,
-            _ => {}
+impl From<io::Error> for Failure {
+    fn from(source: io::Error) -> Self {
+        Self::Refused {
+            source,
+            detail: String::new(),
         }
     }
-    // The stream also ends when the connection does.
-    if complete {
-        Ok(answer)
-    } else {
-        Err(Failure::Lost)
+}
+
+/// Repeats a system call that a signal interrupts.
+fn uninterrupted<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match call() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            done => return done,
+        }
     }
 }
 
-type Socket = (rtnetlink::proto::Connection<RouteNetlinkMessage>, Handle);
-
-fn runtime() -> Result<Runtime, LinkError> {
-    Builder::new_current_thread()
-        .enable_io()
-        .build()
-        .map_err(LinkError::Open)
-}
-
-fn socket(runtime: &Runtime) -> io::Result<Socket> {
-    let _reactor = runtime.enter();
+fn socket() -> io::Result<Socket> {
+    let socket = Socket::new(NETLINK_ROUTE)?;
+    // From now on nobody but the kernel can send to it.
+    socket.connect(&SocketAddr::new(0, 0))?;
     // Strict checking is what makes the kernel filter a dump.
-    let (mut connection, handle, _) = rtnetlink::new_connection_with_strict_check()?;
-    // Otherwise an acknowledged request looks like a lost connection.
-    connection.set_forward_ack(true);
-    connection.set_forward_done(true);
-    let socket = rtnetlink::sys::AsyncSocket::socket_mut(connection.socket_mut());
+    socket.set_netlink_get_strict_chk(true)?;
     // Reasons in words, and no echo of the request before them. Neither is
     // needed to work (Linux 4.12 and 4.3 have them).
     let _ = socket.set_ext_ack(true);
     let _ = socket.set_cap_ack(true);
-    Ok((connection, handle))
+    Ok(socket)
 }
 
 #[derive(Default)]
 struct Answer {
     messages: Vec<RouteNetlinkMessage>,
     interrupted: bool,
+}
+
+impl Answer {
+    /// Adds what a datagram has of the answer to request `number`; says whether that was
+    /// all of it.
+    fn take(&mut self, datagram: &[u8], number: u32, flags: u16) -> Result<bool, Failure> {
+        const INCOMPLETE: Failure = Failure::Protocol("the kernel's answer is cut off");
+        let ends_with_message = flags & (NLM_F_ACK | NLM_F_DUMP) == 0;
+        let mut rest = datagram;
+        while !rest.is_empty() {
+            let header = NetlinkBuffer::new_checked(rest).map_err(|_| INCOMPLETE)?;
+            let length = header.length() as usize;
+            let (message, behind) = rest.split_at_checked(length).ok_or(INCOMPLETE)?;
+            rest = behind
+                .get(length.next_multiple_of(4) - length..)
+                .unwrap_or_default();
+            // The rest of an answer that was given up.
+            if header.sequence_number() != number {
+                continue;
+            }
+            self.interrupted |= header.flags() & NLM_F_DUMP_INTR != 0;
+            let parsed = if header.message_type() == libc::RTM_NEWLINK {
+                device::parse(header.payload())
+                    .map(|link| NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewLink(link)))
+            } else {
+                NetlinkMessage::deserialize(message).map(|message| message.payload)
+            };
+            let payload = match parsed {
+                Ok(payload) => payload,
+                // Nothing else would follow.
+                Err(_) if ends_with_message => {
+                    return Err(Failure::Protocol("the kernel's answer is not understood"));
+                }
+                Err(_) => continue,
+            };
+            match payload {
+                NetlinkPayload::InnerMessage(message) => {
+                    self.messages.push(message);
+                    if ends_with_message {
+                        return Ok(true);
+                    }
+                }
+                NetlinkPayload::Error(error) if error.code.is_some() => {
+                    return Err(Failure::Refused {
+                        source: error.to_io(),
+                        detail: detail(&error),
+                    });
+                }
+                // A dump that fails halfway says so at its end.
+                NetlinkPayload::Done(done) if done.code != 0 => {
+                    return Err(io::Error::from_raw_os_error(done.code.saturating_abs()).into());
+                }
+                NetlinkPayload::Error(_) | NetlinkPayload::Done(_) => return Ok(true),
+                _ => {}
+            }
+        }
+        Ok(false)
+    }
 }
 
 /// `NLMSGERR_ATTR_MSG` of the kernel's `include/uapi/linux/netlink.h`.

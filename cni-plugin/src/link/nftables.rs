@@ -15,13 +15,11 @@ use netlink_packet_netfilter::{
     none::ControlMessage,
 };
 use nix::libc;
-use rtnetlink::{
-    packet_core::{
-        NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST,
-        NetlinkMessage, NetlinkPayload,
-    },
-    sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER},
+use rtnetlink::packet_core::{
+    NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage,
+    NetlinkPayload,
 };
+use rtnetlink::sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
 use thiserror::Error;
 
 use crate::fault::{self, Kind};

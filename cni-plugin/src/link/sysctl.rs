@@ -6,8 +6,11 @@
 use std::{
     fmt,
     fs::File,
-    io::{self, Write as _},
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    io,
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::fs::FileExt as _,
+    },
     path::{Path, PathBuf},
     sync::OnceLock,
 };
@@ -154,12 +157,8 @@ impl Sysctl {
             path: self.path.clone(),
             source,
         };
-        match self.open(OFlags::RDONLY).and_then(io::read_to_string) {
-            Ok(text) => text
-                .trim()
-                .parse()
-                .map(Some)
-                .map_err(|error| failed(io::Error::new(io::ErrorKind::InvalidData, error))),
+        match self.open(OFlags::RDONLY).and_then(|file| read(&file)) {
+            Ok(value) => Ok(Some(value)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(failed(error)),
         }
@@ -172,14 +171,20 @@ impl Sysctl {
     ///
     /// [`SysctlError::Read`] and [`SysctlError::Write`].
     pub fn set(&self, value: u32) -> Result<Outcome, SysctlError> {
-        match self.get()? {
-            None => return Ok(Outcome::Missing),
-            Some(found) if found == i64::from(value) => return Ok(Outcome::Unchanged),
-            Some(_) => {}
+        let opened = self.open(OFlags::RDWR);
+        let found = match &opened {
+            Ok(file) => read(file).ok(),
+            Err(_) => self.get()?,
+        };
+        match (found, &opened) {
+            (Some(found), _) if found == i64::from(value) => return Ok(Outcome::Unchanged),
+            (None, Err(_)) => return Ok(Outcome::Missing),
+            _ => {}
         }
         let written = fault::request(Kind::File, self)
-            .and_then(|()| self.open(OFlags::WRONLY))
-            .and_then(|mut file| file.write_all(value.to_string().as_bytes()));
+            .and(opened)
+            // Behind the beginning it would be ignored.
+            .and_then(|file| file.write_all_at(value.to_string().as_bytes(), 0));
         match written {
             Ok(()) => {
                 fault::point(self);
@@ -194,6 +199,16 @@ impl Sysctl {
             }),
         }
     }
+}
+
+/// The number that a setting's file has.
+fn read(file: &File) -> io::Result<i64> {
+    let mut text = [0; 32];
+    let length = file.read_at(&mut text, 0)?;
+    str::from_utf8(&text[..length])
+        .ok()
+        .and_then(|text| text.trim().parse().ok())
+        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "it is no number"))
 }
 
 impl fmt::Display for Sysctl {

@@ -576,7 +576,7 @@ fn open_classifier(name: &str) -> Result<SchedClassifier, Error> {
 /// The kernel's id of a pinned classifier of this name.
 fn id(pin: &Path, name: &str) -> Result<u32, Error> {
     let kind = bpf_prog_type::BPF_PROG_TYPE_SCHED_CLS;
-    super::require_program(pin, name, kind, None).map(|program| program.id)
+    super::open_program(pin, name, kind, None).map(|(_, program)| program.id)
 }
 
 fn pin_link(
@@ -627,6 +627,11 @@ impl Datapath {
 }
 
 impl Nat<'_> {
+    /// What it is part of.
+    pub const fn datapath(&self) -> &Datapath {
+        self.datapath
+    }
+
     /// Whether the uplinks are served.
     pub fn has_uplinks(&self) -> bool {
         Part::Outside.is_loaded()

@@ -20,7 +20,7 @@ use bpf_bridge_common::layout::{Address, Present, Uplink};
 
 use super::{
     super::{
-        ANY, Error, FILTER_HANDLE, FILTER_PRIORITY, entries, hooks,
+        ANY, Error, FILTER_HANDLE, FILTER_PRIORITY, Wire, bpf, entries, failed, hooks,
         pins::{self, Root},
         remove, set, table,
     },
@@ -88,10 +88,12 @@ impl Nat<'_> {
     /// The table cannot be read or written.
     pub fn set_addresses(&mut self, addresses: &[IpAddr]) -> Result<(), Error> {
         let wanted: HashSet<Address> = addresses.iter().copied().map(octets).collect();
-        let present: HashSet<Address> = entries(&self.addresses, "ADDRESSES")?
-            .into_iter()
-            .map(|(address, _)| address)
-            .collect();
+        let present: HashSet<Address> = self
+            .addresses
+            .keys()
+            .map(|key| key.map(|Wire(address)| address))
+            .collect::<Result<_, _>>()
+            .map_err(|source| failed("listing", "ADDRESSES", &"", source))?;
         for &address in present.difference(&wanted) {
             remove(&mut self.addresses, "ADDRESSES", address)?;
         }
@@ -367,8 +369,8 @@ fn is_attached(host: &Netlink, device: &Link, hook: Hook) -> Result<bool, Error>
     }
     let own = id(&pin, name)?;
     if link_pin(hook, device.index).exists()
-        && let Ok((_, carried)) = SchedClassifier::query_tcx(&device.name, tcx_hook(hook))
-        && carried.iter().any(|program| program.id() == own)
+        && let Ok(carried) = bpf::tcx_programs(device.index, hook)
+        && carried.contains(&own)
     {
         return Ok(true);
     }

@@ -16,9 +16,9 @@ use aya_obj::{generated::bpf_prog_type, programs::XdpAttachType};
 
 use super::{
     super::{
-        ANY, Error, hooks,
+        ANY, Error, hooks, open_program,
         pins::{self, Root},
-        require_program, set,
+        set,
     },
     Nat, Translators, pin_link,
 };
@@ -133,7 +133,7 @@ fn hand_over(device: &Link, program: &Xdp) -> Result<bool, Error> {
 
 fn open() -> Result<Xdp, Error> {
     let path = pins::nat(PROGRAM);
-    require_program(&path, PROGRAM, bpf_prog_type::BPF_PROG_TYPE_XDP, None)?;
+    open_program(&path, PROGRAM, bpf_prog_type::BPF_PROG_TYPE_XDP, None)?;
     Xdp::from_pin(path, XdpAttachType::Interface).map_err(failed)
 }
 

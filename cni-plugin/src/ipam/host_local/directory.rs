@@ -202,7 +202,7 @@ impl Directory {
             .map_err(|error| StoreError::io("listing the directory", self.path.clone(), error))
     }
 
-    /// Starts a file that appears under its names only when it is whole and on the disk.
+    /// Starts a file that appears under its names only when it is whole.
     pub(super) fn draft(&self, content: &[u8]) -> Result<Draft, StoreError> {
         mutation(self, DRAFT)?;
         let flags = OFlag::O_WRONLY | OFlag::O_TMPFILE | OFlag::O_CLOEXEC;
@@ -241,9 +241,15 @@ impl Directory {
         step();
         (&draft.file)
             .write_all(content)
-            .and_then(|()| draft.file.sync_all())
             .map_err(|error| self.error("writing a file in", "", error))?;
         Ok(draft)
+    }
+
+    /// Puts the content of a draft on the disk.
+    pub(super) fn sync_draft(&self, draft: &Draft) -> Result<(), StoreError> {
+        step();
+        let synced = draft.file.sync_all();
+        synced.map_err(|error| self.error("syncing a file in", "", error))
     }
 
     /// Gives the draft a (further) name, which nothing has yet.

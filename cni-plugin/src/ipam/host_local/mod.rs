@@ -29,13 +29,15 @@
 //!
 //! # What is never half done
 //!
-//! A lease is written to a file without a name, synced, and then given its name: all
+//! A lease is written to a file without a name, and then given its name: all
 //! addresses of an attachment are names of one file. The entry is written before them and
 //! removed after them, and the directory's time is set last. Whatever dies in between
 //! leaves a time that does not fit, and the next operation looks at everything.
 //!
-//! Removing is not synced: a lease of ours that a power failure brings back is of an earlier
-//! boot and goes away with the rest of them. (One that another program wrote is synced.)
+//! Nothing of that waits for the disk. A power failure ends the boot, and with it all pods, so
+//! that leases of ours that it loses are missed by nobody, and those that it tears or brings
+//! back are of an earlier boot and go away with the rest of them. (The removal of one that
+//! another program wrote is synced; so is all, where the system does not tell its boots apart.)
 //!
 //! # Taking back
 //!

@@ -233,7 +233,7 @@ impl Store {
     /// # Errors
     /// The name is not a network's, or a directory cannot be opened or made.
     pub fn open(data_dir: &Path, network: &str) -> Result<Self, StoreError> {
-        Self::open_in_boot(data_dir, network, boot::id())
+        Self::open_in_boot(data_dir, network, boot::id().to_owned())
     }
 
     /// Opens the store of a network if it has one: for DEL, CHECK, GC and STATUS, which
@@ -909,6 +909,12 @@ impl Session<'_> {
             boot,
         } = self.store;
         let draft = network.draft(lease_text(name).as_bytes())?;
+        // A power failure ends the boot, and with it the lease: whatever is left of it then is
+        // removed, unless boots cannot be told apart.
+        let must_last = boot.is_empty();
+        if must_last {
+            network.sync_draft(&draft)?;
+        }
         let failed = |error| network.error("locking a file in", "", error);
         // Nobody has seen it yet, so this does not wait.
         draft.file().lock().map_err(failed)?;
@@ -932,7 +938,7 @@ impl Session<'_> {
             for (set, &(address, _)) in chosen.iter().enumerate() {
                 self.set_last_reserved(set, address)?;
             }
-            network.sync()
+            if must_last { network.sync() } else { Ok(()) }
         });
         if let Err(error) = written {
             // As far as it goes; what this leaves, the next operation finds.
