@@ -118,7 +118,7 @@ pub(crate) fn fuzz() -> Result<()> {
     Ok(())
 }
 
-/// Provides what formatting and linting need; returns as [`build`] does.
+/// Provides what formatting and linting need; returns as [`build()`] does.
 pub(crate) fn lint() -> Result<Toolchain> {
     let toolchain = build()?;
     for component in ["rustfmt", "clippy"] {

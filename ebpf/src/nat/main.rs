@@ -20,7 +20,7 @@
 //! What is remembered has its place in somebody's [`share`].
 //!
 //! This object is loaded in parts, when a network needs them; [`shared`] has what it has
-//! in common with the one that switches.
+//! in common with the one that switches. Minimum kernel: 5.11 (`bpf_ktime_get_coarse_ns`).
 #![no_std]
 #![no_main]
 #![allow(
