@@ -289,7 +289,7 @@ fn a_driver_without_xdp_is_said_plainly() -> Result<()> {
     let result = reply.success()?;
     let warning = "XDP runs on macvlan0 as generic XDP only";
     ensure!(reply.stderr.contains(warning), "{}", reply.stderr);
-    ensure!(reply.stderr.contains("not supported"), "{}", reply.stderr);
+    ensure!(reply.stderr.contains("os error 95"), "{}", reply.stderr);
     ensure!(mode(&node, "macvlan0")? == Some(GENERIC));
 
     let mut checked = config.clone();
