@@ -13,6 +13,7 @@ use std::{
     net::{IpAddr, Ipv4Addr},
     path::{Path, PathBuf},
     process::Command,
+    sync::{Mutex, PoisonError},
 };
 
 use anyhow::{Context as _, Result, ensure};
@@ -81,8 +82,10 @@ fn upgrade_error(node: &Node) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stderr).into_owned())
 }
 
-/// Another build of a plugin.
+/// Another build of a plugin, which tests share: it is made once, as others may call it.
 fn another_build(of: &Path, number: u8) -> Result<PathBuf> {
+    static MAKING: Mutex<()> = Mutex::new(());
+    let _alone = MAKING.lock().unwrap_or_else(PoisonError::into_inner);
     tidy()?;
     let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!(
         "upgrade-{}-{number}-{}",
@@ -92,6 +95,10 @@ fn another_build(of: &Path, number: u8) -> Result<PathBuf> {
             .unwrap_or_default()
             .to_string_lossy()
     ));
+    let made = directory.join("bpf-bridge");
+    if made.exists() {
+        return Ok(made);
+    }
     bpf_bridge_tests::another_build(of, &directory, number)
 }
 

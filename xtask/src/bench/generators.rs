@@ -412,9 +412,10 @@ mod tests {
     #[test]
     fn a_client_ends_in_time() {
         let finish = |script: &str, interrupt| {
-            let mut command = tokio::process::Command::new("sh");
+            // A shell that is started in the background ignores what it is to be asked by.
+            let mut command = tokio::process::Command::new("env");
             command
-                .args(["-c", script])
+                .args(["--default-signal=INT", "sh", "-c", script])
                 .stdout(Stdio::piped())
                 .kill_on_drop(true);
             tokio::runtime::Builder::new_current_thread()
