@@ -16,11 +16,13 @@ use std::{
         fs::symlink,
     },
     path::{Path, PathBuf},
-    sync::OnceLock,
 };
 
 use arbitrary::{Arbitrary, Unstructured};
-use bpf_bridge::ipam::host_local::{Config, Owner, Requests, Store};
+use bpf_bridge::{
+    boot,
+    ipam::host_local::{Config, Owner, Requests, Store},
+};
 use libfuzzer_sys::{Corpus, fuzz_target};
 use serde_json::{Value, json};
 
@@ -202,7 +204,7 @@ impl Entry {
                 addresses,
             } => {
                 let origin = if *written { "written" } else { "seen" };
-                let boot = if *of_this_boot { boot() } else { "another" };
+                let boot = if *of_this_boot { boot::id() } else { "another" };
                 let mut text = format!("{origin} {boot}");
                 for last in addresses.iter().take(4) {
                     text += &format!(" 10.1.0.{}@1.000000000", last % 16);
@@ -211,11 +213,6 @@ impl Entry {
             }
         };
     }
-}
-
-fn boot() -> &'static str {
-    static BOOT: OnceLock<String> = OnceLock::new();
-    BOOT.get_or_init(bpf_bridge::boot::id)
 }
 
 #[derive(Arbitrary, Debug)]

@@ -92,23 +92,31 @@ impl Machine {
         guest.extend_from_slice(include_bytes!("guest.sh"));
         self.put("guest.sh", &guest)?;
         self.put("tests.sh", &self.script)?;
-        let mut machine = self.command(&initramfs, emulator()?);
-        let mut child = machine
-            .spawn()
-            .with_context(|| format!("running {}", line(&machine)))?;
-        let ended = wait(&mut child, LIMIT)?;
-        let status = fs::read_to_string(self.share().join("status"));
-        match status.as_deref().map(str::trim) {
-            Ok("0") => Ok(self.share),
-            Ok(_) => bail!("tests failed on Linux {}", self.image.release),
-            Err(_) if ended => bail!(
-                "the virtual machine with Linux {} ended before the tests did",
-                self.image.release
-            ),
-            Err(_) => bail!(
-                "the virtual machine with Linux {} took longer than {LIMIT:?}",
-                self.image.release
-            ),
+        // The emulator may run code that the kernel is rewriting (static keys) half written,
+        // which is the end of the machine ("int3"). A fault of ours would end the next as well.
+        let mut again = true;
+        loop {
+            let mut machine = self.command(&initramfs, emulator()?);
+            let mut child = machine
+                .spawn()
+                .with_context(|| format!("running {}", line(&machine)))?;
+            let ended = wait(&mut child, LIMIT)?;
+            let status = fs::read_to_string(self.share().join("status"));
+            let release = &self.image.release;
+            match status.as_deref().map(str::trim) {
+                Ok("0") => return Ok(self.share),
+                Ok(_) => bail!("tests failed on Linux {release}"),
+                Err(_) if ended && again => {
+                    println!("the machine with Linux {release} ended before the tests did; again");
+                    again = false;
+                }
+                Err(_) if ended => {
+                    bail!("the virtual machine with Linux {release} ended before the tests did")
+                }
+                Err(_) => {
+                    bail!("the virtual machine with Linux {release} took longer than {LIMIT:?}")
+                }
+            }
         }
     }
 
