@@ -31,7 +31,7 @@ use bpf_bridge_common::{
         AGEING_NS, Endpoint, Learned, LearnedPlace, MAX_LEARNED, Mac, MacKey, PLACE_HAND,
         PLACES_LEARNED, POD_SHARE, PORT_GATEWAY, PORT_HAIRPIN, PORT_ISOLATED, PORT_MACSPOOFCHK,
         PORT_PROMISC, PORT_ROUTED, PORT_VIA_HOST, PROGRAM_BETWEEN, PROGRAM_FROM_HOST,
-        PROGRAM_FROM_POD, PlaceKey, Port, REFRESH_NS,
+        PROGRAM_FROM_POD, PlaceKey, Port, REFRESH_NS, is_older,
     },
 };
 
@@ -185,7 +185,7 @@ fn strange_source(ifindex: u32, port: &Port, from: Mac) -> Result<(), DropReason
         // at worst a store is lost.
         let known = unsafe { &mut *known };
         if known.port == ifindex {
-            if now.wrapping_sub(known.seen) > REFRESH_NS {
+            if is_older(now, known.seen, REFRESH_NS) {
                 known.seen = now;
             }
             return Ok(());
@@ -288,13 +288,13 @@ fn unicast(ctx: &TcContext, ifindex: u32, port: &Port, to: Mac) -> Result<i32, D
     // SAFETY: the value is read at once.
     if let Some(learned) = unsafe { LEARNED.get(&key) } {
         // SAFETY: a helper that reads a clock.
-        let age = unsafe { bpf_ktime_get_ns() }.wrapping_sub(learned.seen);
+        let now = unsafe { bpf_ktime_get_ns() };
         let at = learned.port;
         // SAFETY: as above. The port may be gone since, or be another segment's.
         let there = unsafe { PORTS.get(at) };
         if let Some(there) = there
             && there.segment == port.segment
-            && age < AGEING_NS
+            && !is_older(now, learned.seen, AGEING_NS)
         {
             if at == ifindex {
                 return same_port(port, ifindex);

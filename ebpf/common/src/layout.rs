@@ -119,6 +119,14 @@ pub const MAX_PEERS: u32 = 32_768;
 pub const POD_SHARE: u32 = 4;
 /// How many places can be taken of all shares together; more evict the oldest.
 pub const MAX_PLACES: u32 = MAX_FLOWS + MAX_FRAGMENTS + MAX_HELD_TOTAL;
+/// Whether `seen` is longer than `limit` before `now` (all in ns). What another CPU has
+/// written since `now` was read is new, and what is of a time before the clock's beginning
+/// is old: as the kernel's `time_after64`.
+#[inline(always)]
+pub const fn is_older(now: u64, seen: u64, limit: u64) -> bool {
+    now.wrapping_sub(seen) as i64 > limit as i64
+}
+
 /// How long ago something must have been used to give its place to another, in ns, unless
 /// all are used. (A flow that only hears is written half as often as it may be silent.)
 pub const SPARED_NS: u64 = MASQUERADE_IDLE_NS / 2;

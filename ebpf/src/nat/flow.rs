@@ -2,7 +2,7 @@
 
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use bpf_bridge_common::{
-    layout::{Address, FLOW_IDLE_NS, FLOW_REFRESH_NS, Flow, FlowKey, Published},
+    layout::{Address, FLOW_IDLE_NS, FLOW_REFRESH_NS, Flow, FlowKey, Published, is_older},
     packet::{IPPROTO_TCP, IPPROTO_UDP},
 };
 
@@ -89,11 +89,9 @@ pub(crate) fn find(
                 // SAFETY: an entry that is evicted meanwhile is memory of the map
                 // still; at worst a store is lost.
                 let flow = unsafe { &mut *flow };
-                // Another CPU may have written it since.
-                let age = now.saturating_sub(flow.seen);
                 if is_same(flow, wanted) {
                     if comes_from(flow, from) {
-                        return if age > FLOW_REFRESH_NS {
+                        return if is_older(now, flow.seen, FLOW_REFRESH_NS) {
                             Found::Stale
                         } else {
                             Found::Known
@@ -103,7 +101,7 @@ pub(crate) fn find(
                         return Found::Ceded;
                     }
                 }
-                if best.1 == Found::Full && age > FLOW_IDLE_NS {
+                if best.1 == Found::Full && is_older(now, flow.seen, FLOW_IDLE_NS) {
                     best = (port, Found::Idle);
                 }
             }

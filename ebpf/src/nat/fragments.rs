@@ -13,7 +13,7 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use bpf_bridge_common::{
-    layout::{FRAGMENT_NS, FragmentKey, Fragments, HELD_LEN, Held, HeldKey, MAX_HELD},
+    layout::{FRAGMENT_NS, FragmentKey, Fragments, HELD_LEN, Held, HeldKey, MAX_HELD, is_older},
     packet::{Fragment, Parsed, Version},
 };
 
@@ -81,7 +81,7 @@ fn first(ctx: &TcContext, work: &mut Work, port: u32, hold: bool) -> Standing {
     let now = now();
     // SAFETY: the value is read at once.
     let held = match unsafe { FRAGMENTS.get(&key) } {
-        Some(before) if now.saturating_sub(before.seen) <= FRAGMENT_NS => before.held,
+        Some(before) if !is_older(now, before.seen, FRAGMENT_NS) => before.held,
         Some(_) => 0,
         None => {
             work.share.fragment.datagram = key;
@@ -124,7 +124,7 @@ fn later(ctx: &TcContext, work: &mut Work, port: u32, hold: bool) -> Standing {
     let before = unsafe { FRAGMENTS.get(&key) };
     let is_new = before.is_none();
     if let Some(before) = before
-        && now.saturating_sub(before.seen) <= FRAGMENT_NS
+        && !is_older(now, before.seen, FRAGMENT_NS)
     {
         if before.protocol != 0 {
             work.parsed.protocol = before.protocol;

@@ -16,7 +16,7 @@ use bpf_bridge_common::{
     layout::{
         Address, CONNECTION_IDLE_NS, ENDED_NS, ExemptKey, FLOW_DIRECT, FLOW_MASQUERADED,
         FLOW_REFRESH_NS, Flow, FlowKey, MASQUERADE_IDLE_NS, Masqueraded, PodKey, REPLY_DIRECT,
-        REPLY_ENDED, Reply, ReplyKey,
+        REPLY_ENDED, Reply, ReplyKey, is_older,
     },
     packet::{IPPROTO_SCTP, IPPROTO_TCP, Parsed, Query, Tuple},
 };
@@ -146,7 +146,7 @@ pub(crate) fn settle(ctx: &TcContext, work: &mut Work) -> Option<Result<(), Drop
         // It is not the pod that has begun it.
         Some(flow) if step != Step::Begins && lasts(flow, work.parsed.protocol) => {
             let now = now();
-            if now.saturating_sub(flow.seen) > FLOW_REFRESH_NS {
+            if is_older(now, flow.seen, FLOW_REFRESH_NS) {
                 flow.seen = now;
             }
             return None;
@@ -184,7 +184,7 @@ pub(crate) fn settle(ctx: &TcContext, work: &mut Work) -> Option<Result<(), Drop
 /// of it. Of a connection it says itself when a new one begins.
 #[inline(always)]
 fn lasts(flow: &Flow, protocol: u8) -> bool {
-    protocol == IPPROTO_TCP || now().saturating_sub(flow.seen) <= MASQUERADE_IDLE_NS
+    protocol == IPPROTO_TCP || !is_older(now(), flow.seen, MASQUERADE_IDLE_NS)
 }
 
 /// What [`begin`] says if it is not the number of a reason.
@@ -215,7 +215,7 @@ fn is_kept(ctx: &TcContext, work: &mut Work, owner: &Owner, flow: &mut Flow, ste
         return false;
     }
     note(reply, step);
-    if now.saturating_sub(reply.seen) <= FLOW_REFRESH_NS {
+    if !is_older(now, reply.seen, FLOW_REFRESH_NS) {
         return true;
     }
     reply.seen = now;
@@ -396,7 +396,7 @@ fn is_idle(reply: &Reply, now: u64, protocol: u8) -> bool {
         IPPROTO_TCP => CONNECTION_IDLE_NS,
         _ => MASQUERADE_IDLE_NS,
     };
-    now.saturating_sub(reply.seen) > limit
+    is_older(now, reply.seen, limit)
 }
 
 /// Whether nobody else uses the port: no pod publishes it, and no process of the node has
@@ -538,7 +538,7 @@ fn remember_flow(work: &mut Work, sent: &Tuple, owner: &Owner) {
 pub(crate) fn touch(reply: &mut Reply, step: Step) {
     note(reply, step);
     let now = now();
-    if now.saturating_sub(reply.seen) > FLOW_REFRESH_NS {
+    if is_older(now, reply.seen, FLOW_REFRESH_NS) {
         reply.seen = now;
     }
 }
@@ -577,7 +577,7 @@ pub(crate) fn recall(work: &mut Work, step: Step) -> Option<&'static Reply> {
         return None;
     }
     note(reply, step);
-    if now.saturating_sub(reply.seen) > MASQUERADE_IDLE_NS / 2 {
+    if is_older(now, reply.seen, MASQUERADE_IDLE_NS / 2) {
         // Nor is who only hears idle. (Mostly it is the pod's packets that say so.)
         reply.seen = now;
     }

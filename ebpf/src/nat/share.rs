@@ -14,7 +14,7 @@ use aya_ebpf::{Global, bindings::BPF_NOEXIST, helpers::bpf_get_prandom_u32};
 use bpf_bridge_common::layout::{
     FLOW_MASQUERADED, Flow, FlowKey, HeldKey, MAX_FLOWS, MAX_FRAGMENTS, MAX_HELD_TOTAL, PLACE_HAND,
     PLACES_FLOWS, PLACES_FRAGMENTS, PLACES_HELD, PLACES_REPLIES, POD_SHARE, Place, PlaceKey,
-    REPLY_ENDED, ReplyKey, SPARED_NS,
+    REPLY_ENDED, ReplyKey, SPARED_NS, is_older,
 };
 
 use crate::{
@@ -120,11 +120,12 @@ extern "C" fn take_place(owner: u32, table: u32) -> u32 {
     while attempt < ATTEMPTS {
         share.key.number = number;
         let seen = last_use(share);
+        if seen <= OVER || is_older(now, seen, SPARED_NS) {
+            (best, least) = (number, seen);
+            break;
+        }
         if seen < least {
             (best, least) = (number, seen);
-        }
-        if now.saturating_sub(seen) > SPARED_NS {
-            break;
         }
         // SAFETY: a helper that makes a number.
         number = unsafe { bpf_get_prandom_u32() } % size;

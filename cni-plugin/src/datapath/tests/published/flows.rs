@@ -206,7 +206,7 @@ fn without_a_free_port_a_client_is_refused_and_counted() {
             let keys: Vec<_> = stage.flows.iter().map(Result::unwrap).collect();
             for (key, Wire(mut flow)) in keys {
                 if flow.client == wire(family.of("far")) && key.0.client_port != 4000 {
-                    flow.seen -= FLOW_IDLE_NS + 1;
+                    flow.seen = flow.seen.wrapping_sub(FLOW_IDLE_NS + 1);
                     stage.flows.insert(key, Wire(flow), ANY).unwrap();
                     break;
                 }
@@ -261,7 +261,7 @@ fn an_address_that_is_gone_is_not_served_any_longer() {
         assert_eq!(stage.run("uplink", "up0", &request).verdict, REDIRECT);
         stage.delete_address("up1", family.of("new"));
         change(stage, client, original, |mut flow| {
-            flow.seen -= FLOW_REFRESH_NS + 1;
+            flow.seen = flow.seen.wrapping_sub(FLOW_REFRESH_NS + 1);
             Some(flow)
         });
         stage.passes("half a second later", "uplink", "up0", &request);
@@ -634,10 +634,10 @@ fn what_is_in_use_is_spared() {
         for client in 1..=SHARE {
             change(stage, family.end("x", 1000 + client), original, |flow| {
                 let seen = if client == 1 {
-                    u64::MAX
+                    // As if it were used all the time.
+                    flow.seen + u64::MAX / 4
                 } else {
-                    // On a machine that is younger than that, at its beginning: never 0.
-                    flow.seen.saturating_sub(SPARED_NS + 1).max(2)
+                    flow.seen.wrapping_sub(SPARED_NS + 1)
                 };
                 Some(bpf_bridge_common::layout::Flow { seen, ..flow })
             });

@@ -116,7 +116,7 @@ fn age(stage: &mut Stage, by: u64) {
     for (key, Wire(mut value)) in entries {
         assert_eq!((value.held, key.0.reserved), (0, [0; 3]));
         assert_ne!(value.protocol, 0);
-        value.seen -= by;
+        value.seen = value.seen.wrapping_sub(by);
         stage.fragments.insert(key, Wire(value), ANY).unwrap();
     }
 }
