@@ -28,10 +28,10 @@ use bpf_bridge_common::{
     },
     guard::{IPPROTO_ICMP, ND_HOP_LIMIT},
     layout::{
-        AGEING_NS, Endpoint, Learned, LearnedPlace, MAX_LEARNED, Mac, MacKey, PLACE_HAND,
-        PLACES_LEARNED, POD_SHARE, PORT_GATEWAY, PORT_HAIRPIN, PORT_ISOLATED, PORT_MACSPOOFCHK,
-        PORT_PROMISC, PORT_ROUTED, PORT_VIA_HOST, PROGRAM_BETWEEN, PROGRAM_FROM_HOST,
-        PROGRAM_FROM_POD, PlaceKey, Port, REFRESH_NS, is_older,
+        AGEING_NS, Learned, LearnedPlace, MAX_LEARNED, Mac, MacKey, PLACE_HAND, PLACES_LEARNED,
+        POD_SHARE, PORT_GATEWAY, PORT_HAIRPIN, PORT_ISOLATED, PORT_MACSPOOFCHK, PORT_PROMISC,
+        PORT_ROUTED, PORT_VIA_HOST, PROGRAM_BETWEEN, PROGRAM_FROM_HOST, PROGRAM_FROM_POD, PlaceKey,
+        Port, REFRESH_NS, is_older,
     },
 };
 
@@ -39,8 +39,8 @@ use crate::{
     flood, guard,
     maps::{LEARNED, LEARNED_PLACES, PROGRAMS},
     shared::{
-        ENDPOINTS, PACKET_HOST, PORTS, SEGMENT, TARGET, TARGET_FLAGS, count_drop, ifindex,
-        set_mark, skb, to_host,
+        ENDPOINTS, FLAGS, PACKET_HOST, PORTS, SEGMENT, TARGET, count_drop, ifindex, set_mark, skb,
+        to_host,
     },
 };
 
@@ -259,17 +259,16 @@ fn unicast(ctx: &TcContext, ifindex: u32, port: &Port, to: Mac) -> Result<i32, D
         if endpoint.flags & PORT_GATEWAY != 0 {
             set_mark(ctx, 0);
             // Comes back only if no network needs that program.
-            // SAFETY: the program that is called takes the same context.
-            unsafe { PROGRAMS.tail_call(ctx, PROGRAM_FROM_POD) };
+            call(ctx, PROGRAM_FROM_POD, port, endpoint.port, port.flags);
             return Ok(to_host(port.segment));
         }
         if (port.flags | endpoint.flags) & NOT_PLAIN != 0 {
             show_to_host(ctx, port);
             if port.flags & PORT_GATEWAY != 0 {
-                call(ctx, PROGRAM_FROM_HOST, port, endpoint);
+                call(ctx, PROGRAM_FROM_HOST, port, endpoint.port, endpoint.flags);
             } else if (port.flags | endpoint.flags) & (PORT_ROUTED | PORT_VIA_HOST) != 0 {
                 // Isolated ones may still answer what the host has brought.
-                call(ctx, PROGRAM_BETWEEN, port, endpoint);
+                call(ctx, PROGRAM_BETWEEN, port, endpoint.port, endpoint.flags);
             }
             if endpoint.flags & port.flags & PORT_ISOLATED != 0 {
                 return Err(DropReason::Isolated);
@@ -312,15 +311,15 @@ fn unicast(ctx: &TcContext, ifindex: u32, port: &Port, to: Mac) -> Result<i32, D
     flood::start(ctx)
 }
 
-/// Lets another program go on with a frame for `endpoint`; comes back only if it is not
-/// loaded.
+/// Lets another program go on with a frame for the port `target`, which is told the flags;
+/// comes back only if it is not loaded.
 #[inline(always)]
-fn call(ctx: &TcContext, program: u32, port: &Port, endpoint: &Endpoint) {
+fn call(ctx: &TcContext, program: u32, port: &Port, target: u32, flags: u32) {
     // SAFETY: the program that is called takes the same context, which is valid for as
     // long as a program runs.
     unsafe {
-        (*skb(ctx)).cb[TARGET] = endpoint.port;
-        (*skb(ctx)).cb[TARGET_FLAGS] = endpoint.flags;
+        (*skb(ctx)).cb[TARGET] = target;
+        (*skb(ctx)).cb[FLAGS] = flags;
         (*skb(ctx)).cb[SEGMENT] = port.segment;
         PROGRAMS.tail_call(ctx, program);
     }

@@ -29,8 +29,8 @@ pub(crate) const PACKET_HOST: u32 = 0;
 /// Where in the control buffer `port` leaves the ifindex of the host veth that a frame is
 /// for, to a program that it calls.
 pub(crate) const TARGET: usize = 0;
-/// And that port's flags.
-pub(crate) const TARGET_FLAGS: usize = 1;
+/// And that port's flags; to what pods send the gateway, those of the pod's port.
+pub(crate) const FLAGS: usize = 1;
 /// And the segment.
 pub(crate) const SEGMENT: usize = 2;
 

@@ -28,7 +28,7 @@
 //! | `EXEMPT` | LPM trie | [`ExemptKey`] | one byte, 1 |
 //! | `REPLIES` | LRU hash | [`ReplyKey`] | [`Reply`] |
 //! | `UPLINKS` | hash | ifindex | [`Uplink`] |
-//! | `USED` | array | a port of the node / 64 | one bit a port that masquerade has used for TCP |
+//! | `USED` | array | a port of the node / 8 | for each of eight ports a byte of `USED_*` bits |
 //! | `NEXT` | program array | `NEXT_*` | the programs that those of the second object call |
 //!
 //! From `PUBLISHED` on they belong to the second object, which is loaded when a
@@ -90,12 +90,16 @@ pub const MAX_REPLIES: u32 = 131_072;
 pub const MAX_MASQUERADED: u32 = MAX_NEIGHBORS;
 /// How many destinations can be exempt from masquerade, once for every policy.
 pub const MAX_EXEMPT: u32 = 16_384;
-/// How many words of bits all ports are.
+/// How many words are a byte for each port.
 #[cfg(not(feature = "next-layout"))]
-pub const USED_WORDS: u32 = 65_536 / 64;
-/// How many words of bits all ports are, and one that is not used.
+pub const USED_WORDS: u32 = 65_536 / 8;
+/// How many words are a byte for each port, and one that is not used.
 #[cfg(feature = "next-layout")]
-pub const USED_WORDS: u32 = 65_536 / 64 + 1;
+pub const USED_WORDS: u32 = 65_536 / 8 + 1;
+/// In the byte of a port: `REPLIES` has an entry for it, or had one.
+pub const USED_NOTED: u8 = 1 << 0;
+/// And one of a connection of a pod (TCP).
+pub const USED_MASQUERADED: u8 = 1 << 1;
 /// How many devices of the node can be uplinks.
 pub const MAX_UPLINKS: u32 = 4096;
 /// How many datagrams can arrive in fragments at once.
@@ -131,7 +135,7 @@ pub const fn is_older(now: u64, seen: u64, limit: u64) -> bool {
 /// all are used. (A flow that only hears is written half as often as it may be silent.)
 pub const SPARED_NS: u64 = MASQUERADE_IDLE_NS / 2;
 /// How old a flow may be before it is written again, and before it is asked again
-/// whether what the client addresses is the node's, in ns.
+/// whether what the client addresses is the node's, and where replies go, in ns.
 pub const FLOW_REFRESH_NS: u64 = 500_000_000;
 /// How long a flow must have been without a request before another one may take its
 /// port if none is free, in ns: as long as Linux's connection tracking remembers a
@@ -586,19 +590,24 @@ pub struct Flow {
     /// another pod; 0 if the host's stack brings them, to which replies then go. If
     /// the flow is masqueraded, the uplink that it leaves by.
     pub from: u32,
-    /// Where a client on the same link is: the request's source.
-    pub client_mac: Mac,
-    /// And its destination.
-    pub gateway_mac: Mac,
+    /// The destination that the pod's packets have on the link of [`Flow::from`]: where a
+    /// client on that link is, or the next hop.
+    pub link_to: Mac,
+    /// And their source.
+    pub link_from: Mac,
     /// `FLOW_*` bits.
-    pub flags: u32,
+    pub flags: u16,
+    /// How long the pod's packets may be that leave the node like this, in bytes from the IP
+    /// header on; 0 if the routing tables must be asked. Of no meaning once the flow is
+    /// older than [`FLOW_REFRESH_NS`].
+    pub mtu: u16,
 }
 
 /// The pod has begun the flow, and is masqueraded as [`Flow::original`]; the client is
 /// whom it asked.
-pub const FLOW_MASQUERADED: u32 = 1 << 0;
+pub const FLOW_MASQUERADED: u16 = 1 << 0;
 /// Neither direction of the flow passes the host's stack, although it is masqueraded.
-pub const FLOW_DIRECT: u32 = 1 << 1;
+pub const FLOW_DIRECT: u16 = 1 << 1;
 
 /// An address of a pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]

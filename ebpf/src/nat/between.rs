@@ -84,8 +84,8 @@ fn choose(ctx: &TcContext, work: &mut Work, port: u32, flags: u32, target: &Targ
     work.from = From {
         ifindex: port,
         segment: target.segment,
-        client_mac: [0; 6],
-        gateway_mac: [0; 6],
+        link_to: [0; 6],
+        link_from: [0; 6],
         linked: true,
         again: BPF_F_INGRESS,
     };

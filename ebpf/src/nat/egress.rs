@@ -19,7 +19,7 @@ use bpf_bridge_common::{
 use crate::{
     fib,
     fragments::{self, Standing},
-    maps::{ADDRESSES, FLOWS, REPLIES},
+    maps::{ADDRESSES, FLOWS},
     masquerade::{self, GO_ON, Owner},
     own, share,
     shared::{PORTS, count_drop, ifindex, set_mark, skb},
@@ -273,7 +273,7 @@ fn standing(ctx: &TcContext, work: &mut Work) -> Other {
         &masquerade::answer(&work.parsed.tuple),
         work.parsed.protocol,
     );
-    let Some(reply) = REPLIES.get_ptr_mut(&work.reply_key) else {
+    let Some(reply) = masquerade::replied(&work.reply_key) else {
         if work.from.segment == 0
             && own::is_denial(&Skb(ctx), &work.parsed)
             && masquerade::is_used(work.reply_key.local_port)
@@ -283,15 +283,12 @@ fn standing(ctx: &TcContext, work: &mut Work) -> Other {
         note_stack(work);
         return Other::Alone;
     };
-    // SAFETY: an entry that is evicted meanwhile is memory of the map still; at worst a
-    // store is lost.
-    let reply = unsafe { &mut *reply };
     if reply.port == 0 {
         if reply.inner_port != work.parsed.tuple.source_port {
             // One of the stack's own flows was given this port, when it had to give way.
             return Other::Collides;
         }
-        masquerade::touch(reply, own::step(&Skb(ctx), &work.parsed));
+        masquerade::touch(reply, work.step);
         return Other::Alone;
     }
     let came_by = work.from.segment;

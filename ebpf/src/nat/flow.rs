@@ -44,6 +44,7 @@ pub(crate) fn describe(
     flow.original = *original.0;
     flow.original_port = original.1;
     flow.flags = 0;
+    flow.mtu = 0;
 }
 
 /// What came of looking for a flow.
@@ -126,8 +127,11 @@ pub(crate) fn refresh(key: &FlowKey, from: &From) {
         // SAFETY: as in `find`.
         let flow = unsafe { &mut *flow };
         flow.seen = now();
-        flow.client_mac = from.client_mac;
-        flow.gateway_mac = from.gateway_mac;
+        flow.mtu = 0;
+        if from.segment != 0 {
+            flow.link_to = from.link_to;
+            flow.link_from = from.link_from;
+        }
     }
 }
 
@@ -142,8 +146,8 @@ pub(crate) fn make(key: &FlowKey, flow: &mut Flow, from: &From, found: Found) ->
     };
     flow.seen = now();
     flow.from = from.ifindex;
-    flow.client_mac = from.client_mac;
-    flow.gateway_mac = from.gateway_mac;
+    flow.link_to = from.link_to;
+    flow.link_from = from.link_from;
     if found == Found::Free && !share::of_flow(share::owner(key, from)) {
         return false;
     }

@@ -5,16 +5,17 @@
 use aya_ebpf::{bindings::TC_ACT_SHOT, macros::classifier, programs::TcContext};
 use bpf_bridge_common::{
     drops::DropReason,
-    layout::{FLOW_DIRECT, Port},
+    layout::{FLOW_DIRECT, FLOW_MASQUERADED},
     translate::pass_on,
 };
 
 use crate::{
     fib::{self, Leaving},
-    maps::UPLINKS,
+    maps::{FLOWS, UPLINKS},
     masquerade::{self, Owner},
+    own::Step,
     reply,
-    shared::{PORTS, count_drop, set_mark, to_host},
+    shared::{count_drop, set_mark, to_host},
     skb::{OURS, Skb},
     work::{Outcome, Work, apart},
 };
@@ -25,11 +26,7 @@ pub(crate) fn forward(ctx: TcContext) -> i32 {
     let Some(work) = Work::get() else {
         return TC_ACT_SHOT;
     };
-    // SAFETY: the plugin replaces entries of this map whole.
-    let Some(port) = (unsafe { PORTS.get(work.from.ifindex) }) else {
-        return TC_ACT_SHOT;
-    };
-    match apart(|| try_forward(&ctx, work, port)) {
+    match apart(|| try_forward(&ctx, work)) {
         Some(Ok(verdict)) => verdict,
         Some(Err(reason)) => {
             count_drop(work.account, reason);
@@ -41,15 +38,33 @@ pub(crate) fn forward(ctx: TcContext) -> i32 {
 }
 
 #[inline(always)]
-fn try_forward(ctx: &TcContext, work: &mut Work, port: &Port) -> Outcome {
+fn try_forward(ctx: &TcContext, work: &mut Work) -> Outcome {
+    let segment = work.from.segment;
     let tuple = &work.parsed.tuple;
     if tuple.destination.is_group() || tuple.destination.is_link_local() {
         return None;
     }
-    let pod = masquerade::pod(&mut work.pod_key, &tuple.source, port.segment)?;
     let length = reply::wire_length(Skb(ctx), &work.parsed);
+    masquerade::set_flow_key(
+        &mut work.key,
+        tuple,
+        work.parsed.protocol,
+        work.from.ifindex,
+    );
+    // SAFETY: an entry that is evicted meanwhile is memory of the map still.
+    if let Some(flow) = unsafe { FLOWS.get(&work.key) }
+        && flow.flags == FLOW_MASQUERADED | FLOW_DIRECT
+        && reply::knows_way(flow, length)
+        && work.step == Step::Other
+    {
+        work.to = *tuple;
+        work.to.source = flow.original;
+        work.to.source_port = flow.original_port;
+        return go(ctx, work, |skb| skb.out_of_node(flow));
+    }
+    let pod = masquerade::pod(&mut work.pod_key, &tuple.source, segment)?;
     let leaving = Leaving {
-        via: port.segment,
+        via: segment,
         device: 0,
         length,
         protocol: work.parsed.protocol,
@@ -62,26 +77,47 @@ fn try_forward(ctx: &TcContext, work: &mut Work, port: &Port) -> Outcome {
     UPLINKS.get_ptr(exit.device)?;
     work.account = work.from.ifindex;
     if exit.too_big {
-        return Some(reply::refuse(Skb(ctx), &work.parsed, port.segment));
+        return Some(reply::refuse(Skb(ctx), &work.parsed, segment));
     }
     work.owner = Owner {
         port: work.from.ifindex,
-        segment: port.segment,
+        segment,
         device: exit.device,
         flags: FLOW_DIRECT,
         policy: pod.policy,
     };
-    let settled = masquerade::settle(ctx, work)?;
+    if let Err(reason) = masquerade::settle(ctx, work)? {
+        return Some(Err(reason));
+    }
+    // SAFETY: as above; at worst a store is lost.
+    if let Some(flow) = FLOWS
+        .get_ptr_mut(&work.key)
+        .map(|flow| unsafe { &mut *flow })
+        && flow.flags == FLOW_MASQUERADED | FLOW_DIRECT
+        && flow.from == exit.device
+    {
+        exit.hop.keep(flow);
+    }
+    go(ctx, work, |skb| {
+        set_mark(skb.0, OURS);
+        Ok(exit.go())
+    })
+}
+
+/// Makes the packet what it is to become, and sends it by `way`.
+#[inline(always)]
+fn go(
+    ctx: &TcContext,
+    work: &Work,
+    way: impl FnOnce(Skb<'_>) -> Result<i32, DropReason>,
+) -> Outcome {
     if !pass_on(&mut Skb(ctx), &work.parsed) {
         // The stack says that its time is over.
         return None;
     }
-    Some(match settled {
-        Ok(()) if work.rewrite(ctx) => {
-            set_mark(ctx, OURS);
-            Ok(exit.go())
-        }
-        Ok(()) => Err(DropReason::Helper),
-        Err(reason) => Err(reason),
+    Some(if work.rewrite(ctx) {
+        way(Skb(ctx))
+    } else {
+        Err(DropReason::Helper)
     })
 }

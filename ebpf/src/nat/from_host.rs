@@ -21,10 +21,9 @@ use crate::{
     fragments::{self, Standing},
     maps::FLOWS,
     masquerade,
-    own::{self, Step},
+    own::Step,
     shared::{
-        ENDPOINTS, NEIGHBORS, PORTS, SEGMENT, TARGET, TARGET_FLAGS, count_drop, ifindex, set_mark,
-        skb,
+        ENDPOINTS, FLAGS, NEIGHBORS, PORTS, SEGMENT, TARGET, count_drop, ifindex, set_mark, skb,
     },
     skb::{Skb, is_marked},
     work::{From, Work},
@@ -48,7 +47,7 @@ impl Target {
         let cb = unsafe { &(*skb(ctx)).cb };
         Self {
             port: cb[TARGET],
-            flags: cb[TARGET_FLAGS],
+            flags: cb[FLAGS],
             segment: cb[SEGMENT],
         }
     }
@@ -174,7 +173,7 @@ fn remember(ctx: &TcContext, work: &mut Work, target: &Target) -> Result<(), Dro
         // The pod has begun it.
         return Ok(());
     }
-    let begins = own::step(&Skb(ctx), &work.parsed) == Step::Begins;
+    let begins = work.step == Step::Begins;
     match flow::find(&mut work.key, &work.flow, &work.from, true, begins) {
         Found::Known => {}
         found => {

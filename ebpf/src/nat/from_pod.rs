@@ -9,14 +9,14 @@ use aya_ebpf::{
 };
 use bpf_bridge_common::{
     frame::ETH_HLEN,
-    layout::{NEXT_FORWARD, PORT_DIRECT, PORT_PUBLISHED, Port},
+    layout::{NEXT_FORWARD, PORT_DIRECT, PORT_PUBLISHED},
 };
 
 use crate::{
     fragments::{self, Standing},
     maps::NEXT,
     reply, request,
-    shared::{PORTS, count_drop, ifindex, to_host},
+    shared::{FLAGS, SEGMENT, count_drop, ifindex, skb, to_host},
     skb::Skb,
     work::{From, Outcome, Work},
 };
@@ -25,58 +25,57 @@ use crate::{
 #[classifier]
 pub(crate) fn from_pod(ctx: TcContext) -> i32 {
     let ifindex = ifindex(&ctx);
-    // SAFETY: the plugin replaces entries of this map whole.
-    let Some(port) = (unsafe { PORTS.get(ifindex) }) else {
-        return TC_ACT_SHOT;
-    };
+    // SAFETY: the context is valid for as long as the program runs.
+    let cb = unsafe { &(*skb(&ctx)).cb };
+    let (segment, flags) = (cb[SEGMENT], cb[FLAGS]);
     let Some(work) = Work::get() else {
-        return to_host(port.segment);
+        return to_host(segment);
     };
     work.from = From {
         ifindex,
-        segment: port.segment,
-        client_mac: [0; 6],
-        gateway_mac: [0; 6],
+        segment,
+        link_to: [0; 6],
+        link_from: [0; 6],
         linked: true,
         again: BPF_F_INGRESS,
     };
-    match translate(&ctx, work, port) {
+    match translate(&ctx, work, flags) {
         Some(Ok(verdict)) => verdict,
         Some(Err(reason)) => {
             count_drop(work.account, reason);
             TC_ACT_SHOT
         }
-        None => to_host(port.segment),
+        None => to_host(segment),
     }
 }
 
 #[inline(always)]
-fn translate(ctx: &TcContext, work: &mut Work, port: &Port) -> Outcome {
+fn translate(ctx: &TcContext, work: &mut Work, flags: u32) -> Outcome {
     if Skb(ctx).is_tagged() || !work.read_received(ctx, ETH_HLEN) {
         return None;
     }
-    let publishes = port.flags & PORT_PUBLISHED != 0;
-    let hold = publishes || port.flags & PORT_DIRECT != 0;
+    let publishes = flags & PORT_PUBLISHED != 0;
+    let hold = publishes || flags & PORT_DIRECT != 0;
     match fragments::complete(ctx, work, work.from.ifindex, hold) {
         Standing::Known => {}
         Standing::Unknown => return None,
         Standing::Done => return Some(Ok(TC_ACT_SHOT)),
     }
     if work.parsed.is_icmp() && work.read_error(ctx) {
-        if publishes && let Some(done) = reply::undo_error(ctx, work, port) {
+        if publishes && let Some(done) = reply::undo_error(ctx, work) {
             return Some(done);
         }
         return request::lead_error(ctx, work);
     }
     if work.parsed.is_transport() {
-        if publishes && let Some(done) = reply::undo(ctx, work, port) {
+        if publishes && let Some(done) = reply::undo(ctx, work) {
             return Some(done);
         }
         if let Some(done) = request::lead(ctx, work) {
             return Some(done);
         }
     }
-    if port.flags & PORT_DIRECT != 0 {
+    if flags & PORT_DIRECT != 0 {
         // SAFETY: the program that is called takes the same context.
         unsafe { NEXT.tail_call(ctx, NEXT_FORWARD) };
     }

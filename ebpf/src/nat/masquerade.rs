@@ -16,7 +16,7 @@ use bpf_bridge_common::{
     layout::{
         Address, CONNECTION_IDLE_NS, ENDED_NS, ExemptKey, FLOW_DIRECT, FLOW_MASQUERADED,
         FLOW_REFRESH_NS, Flow, FlowKey, MASQUERADE_IDLE_NS, Masqueraded, PodKey, REPLY_DIRECT,
-        REPLY_ENDED, Reply, ReplyKey, is_older,
+        REPLY_ENDED, Reply, ReplyKey, USED_MASQUERADED, USED_NOTED, is_older,
     },
     packet::{IPPROTO_SCTP, IPPROTO_TCP, Parsed, Query, Tuple},
 };
@@ -27,7 +27,6 @@ use crate::{
     own::{self, Step},
     share,
     shared::PORTS,
-    skb::Skb,
     work::{Outcome, Work, now},
 };
 
@@ -48,7 +47,7 @@ pub(crate) struct Owner {
     /// The device by which they leave.
     pub(crate) device: u32,
     /// `FLOW_*` bits.
-    pub(crate) flags: u32,
+    pub(crate) flags: u16,
     /// The pod's policy, 0 if it is no pod.
     pub(crate) policy: u64,
 }
@@ -121,7 +120,7 @@ pub(crate) fn settle(ctx: &TcContext, work: &mut Work) -> Option<Result<(), Drop
     // It comes from there, so that the verifier knows nothing of it: all that lead here are
     // one case.
     let owner = &{ work.owner };
-    let step = own::step(&Skb(ctx), &work.parsed);
+    let step = work.step;
     set_flow_key(
         &mut work.key,
         &work.parsed.tuple,
@@ -220,6 +219,11 @@ fn is_kept(ctx: &TcContext, work: &mut Work, owner: &Owner, flow: &mut Flow, ste
     }
     reply.seen = now;
     flow.seen = now;
+    // If the plugin has written the word at the same time.
+    use_port(
+        work.reply_key.local_port,
+        work.parsed.protocol == IPPROTO_TCP,
+    );
     owner.segment == 0
         || fib::is_local(
             ctx.as_ptr(),
@@ -480,24 +484,37 @@ fn remember(work: &mut Work, owner: &Owner, found: Found, step: Step) -> bool {
             return false;
         }
     }
-    if work.parsed.protocol == IPPROTO_TCP {
-        use_port(work.reply_key.local_port);
-    }
+    use_port(
+        work.reply_key.local_port,
+        work.parsed.protocol == IPPROTO_TCP,
+    );
     let tuple = work.parsed.tuple;
     remember_flow(work, &tuple, owner);
     true
 }
 
-/// Notes that answers to `port` may be to a pod.
+/// Where it is said of a port what it was used for.
 #[inline(always)]
-fn use_port(port: u16) {
-    if let Some(word) = USED.get_ptr_mut(u32::from(port) / 64) {
-        let bit = 1 << (port % 64);
-        // SAFETY: the word is always there; if another CPU writes it at the same time, a
-        // bit may be lost.
+fn used(port: u16) -> Option<*mut u8> {
+    let word = USED.get_ptr_mut(u32::from(port) / 8)?;
+    // SAFETY: a word has eight bytes.
+    Some(unsafe { word.cast::<u8>().add(usize::from(port % 8)) })
+}
+
+/// Notes that `REPLIES` has an entry for `port`, and whether it is of a pod's connection.
+#[inline(always)]
+fn use_port(port: u16, is_connection: bool) {
+    let bits = if is_connection {
+        USED_NOTED | USED_MASQUERADED
+    } else {
+        USED_NOTED
+    };
+    if let Some(used) = used(port) {
+        // SAFETY: the byte is always there. If another CPU writes it at the same time, it is
+        // noted all the same.
         unsafe {
-            if *word & bit == 0 {
-                *word |= bit;
+            if *used & bits != bits {
+                *used |= bits;
             }
         }
     }
@@ -506,8 +523,20 @@ fn use_port(port: u16) {
 /// Whether answers to `port` may have been to a pod.
 #[inline(always)]
 pub(crate) fn is_used(port: u16) -> bool {
-    USED.get(u32::from(port) / 64)
-        .is_some_and(|word| word & 1 << (port % 64) != 0)
+    // SAFETY: as in `use_port`.
+    used(port).is_some_and(|used| unsafe { *used } & USED_MASQUERADED != 0)
+}
+
+/// Who has begun the flow of `key`, if it is known. Most ports never had one: a byte that is
+/// read says so sooner than the table.
+#[inline(always)]
+pub(crate) fn replied(key: &ReplyKey) -> Option<&'static mut Reply> {
+    // SAFETY: as in `use_port`.
+    if unsafe { *used(key.local_port)? } == 0 {
+        return None;
+    }
+    // SAFETY: as in `settle`.
+    REPLIES.get_ptr_mut(key).map(|reply| unsafe { &mut *reply })
 }
 
 /// Remembers the flow of `sent` as the pod sees it.
@@ -522,9 +551,10 @@ fn remember_flow(work: &mut Work, sent: &Tuple, owner: &Owner) {
         original_port: work.reply_key.local_port,
         client_port: sent.destination_port,
         from: owner.device,
-        client_mac: [0; 6],
-        gateway_mac: [0; 6],
+        link_to: [0; 6],
+        link_from: [0; 6],
         flags: FLOW_MASQUERADED | owner.flags,
+        mtu: 0,
     };
     if FLOWS.get_ptr(&work.key).is_none() && !share::of_flow(work.key.port) {
         return;
@@ -555,19 +585,19 @@ pub(crate) fn cede(work: &mut Work) {
     };
     let _ = REPLIES.insert(&work.reply_key, &work.reply, u64::from(BPF_NOEXIST));
     let _ = REPLIES.get_ptr(&work.reply_key);
+    use_port(work.reply_key.local_port, false);
 }
 
 /// What is known of a packet that comes back, if its flow is known; sets `work.to`.
 #[inline(always)]
-pub(crate) fn recall(work: &mut Work, step: Step) -> Option<&'static Reply> {
+pub(crate) fn recall(work: &mut Work) -> Option<&'static Reply> {
+    let step = work.step;
     set_reply_key(
         &mut work.reply_key,
         &work.parsed.tuple,
         work.parsed.protocol,
     );
-    let reply = REPLIES.get_ptr_mut(&work.reply_key)?;
-    // SAFETY: as in `settle`.
-    let reply = unsafe { &mut *reply };
+    let reply = replied(&work.reply_key)?;
     let now = now();
     if reply.port != 0
         && (work.parsed.protocol != IPPROTO_TCP || step == Step::Begins)

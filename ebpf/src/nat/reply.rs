@@ -5,7 +5,7 @@ use aya_ebpf::programs::TcContext;
 use bpf_bridge_common::{
     checksum,
     drops::DropReason,
-    layout::{FLOW_DIRECT, FLOW_MASQUERADED, Flow, Port},
+    layout::{FLOW_DIRECT, FLOW_MASQUERADED, FLOW_REFRESH_NS, Flow, is_older},
     packet::{IPPROTO_TCP, Packet as _, Parsed, Tuple, Version},
 };
 
@@ -14,7 +14,7 @@ use crate::{
     maps::FLOWS,
     shared::{PORTS, set_mark, to_host},
     skb::{OURS, Skb},
-    work::{Outcome, Work, apart},
+    work::{Outcome, Work, apart, now},
 };
 
 /// "Don't fragment", in the byte that it is in.
@@ -22,12 +22,12 @@ const DF: u8 = 0x40;
 
 /// Sends a reply to where its request came from.
 #[inline(always)]
-pub(crate) fn undo(ctx: &TcContext, work: &mut Work, port: &Port) -> Outcome {
-    apart(|| try_undo(ctx, work, port))
+pub(crate) fn undo(ctx: &TcContext, work: &mut Work) -> Outcome {
+    apart(|| try_undo(ctx, work))
 }
 
 #[inline(always)]
-fn try_undo(ctx: &TcContext, work: &mut Work, port: &Port) -> Outcome {
+fn try_undo(ctx: &TcContext, work: &mut Work) -> Outcome {
     let tuple = &work.parsed.tuple;
     let key = &mut work.key;
     key.pod = tuple.source;
@@ -37,10 +37,11 @@ fn try_undo(ctx: &TcContext, work: &mut Work, port: &Port) -> Outcome {
     key.port = work.from.ifindex;
     key.protocol = work.parsed.protocol;
     key.reserved = [0; 3];
-    // SAFETY: an entry that is evicted meanwhile is memory of the map still.
-    let flow = unsafe { FLOWS.get(&*key) }?;
+    // SAFETY: an entry that is evicted meanwhile is memory of the map still; at worst a
+    // store is lost.
+    let flow = unsafe { &mut *FLOWS.get_ptr_mut(&*key)? };
     if flow.flags & FLOW_MASQUERADED != 0 {
-        return (flow.flags & FLOW_DIRECT == 0).then_some(Ok(to_host(port.segment)));
+        return (flow.flags & FLOW_DIRECT == 0).then_some(Ok(to_host(work.from.segment)));
     }
     work.account = work.from.ifindex;
     work.to.source = flow.original;
@@ -49,13 +50,20 @@ fn try_undo(ctx: &TcContext, work: &mut Work, port: &Port) -> Outcome {
     work.to.destination_port = flow.client_port;
     let length = wire_length(Skb(ctx), &work.parsed);
     Some(
-        match choose(ctx, flow, &work.to, work.parsed.protocol, port, length) {
-            Back::TOO_BIG => refuse(Skb(ctx), &work.parsed, port.segment),
+        match choose(
+            ctx,
+            flow,
+            &work.to,
+            work.parsed.protocol,
+            work.from.segment,
+            length,
+        ) {
+            Back::TOO_BIG => refuse(Skb(ctx), &work.parsed, work.from.segment),
             Back::NOWHERE => Err(DropReason::NoRoute),
             back => {
                 work.back = back;
                 if work.rewrite(ctx) {
-                    go(Skb(ctx), work, flow, port)
+                    go(Skb(ctx), work, flow)
                 } else {
                     Err(DropReason::Helper)
                 }
@@ -66,12 +74,12 @@ fn try_undo(ctx: &TcContext, work: &mut Work, port: &Port) -> Outcome {
 
 /// Sends an error about a request to the client.
 #[inline(always)]
-pub(crate) fn undo_error(ctx: &TcContext, work: &mut Work, port: &Port) -> Outcome {
-    apart(|| try_undo_error(ctx, work, port))
+pub(crate) fn undo_error(ctx: &TcContext, work: &mut Work) -> Outcome {
+    apart(|| try_undo_error(ctx, work))
 }
 
 #[inline(always)]
-fn try_undo_error(ctx: &TcContext, work: &mut Work, port: &Port) -> Outcome {
+fn try_undo_error(ctx: &TcContext, work: &mut Work) -> Outcome {
     let request = &work.inner.tuple;
     let key = &mut work.key;
     key.pod = request.destination;
@@ -82,9 +90,9 @@ fn try_undo_error(ctx: &TcContext, work: &mut Work, port: &Port) -> Outcome {
     key.protocol = work.inner.protocol;
     key.reserved = [0; 3];
     // SAFETY: as in `undo`.
-    let flow = unsafe { FLOWS.get(&*key) }?;
+    let flow = unsafe { &mut *FLOWS.get_ptr_mut(&*key)? };
     if flow.flags & FLOW_MASQUERADED != 0 {
-        return Some(Ok(to_host(port.segment)));
+        return Some(Ok(to_host(work.from.segment)));
     }
     work.account = work.from.ifindex;
     work.to.source = flow.client;
@@ -96,13 +104,20 @@ fn try_undo_error(ctx: &TcContext, work: &mut Work, port: &Port) -> Outcome {
     work.outer.destination = flow.client;
     work.outer.destination_port = 0;
     Some(
-        match choose(ctx, flow, &work.outer, work.parsed.protocol, port, 0) {
+        match choose(
+            ctx,
+            flow,
+            &work.outer,
+            work.parsed.protocol,
+            work.from.segment,
+            0,
+        ) {
             Back::TOO_BIG => Err(DropReason::Helper),
             Back::NOWHERE => Err(DropReason::NoRoute),
             back => {
                 work.back = back;
                 if work.rewrite_error(ctx) {
-                    go(Skb(ctx), work, flow, port)
+                    go(Skb(ctx), work, flow)
                 } else {
                     Err(DropReason::Helper)
                 }
@@ -118,6 +133,8 @@ pub(crate) struct Back(u64);
 impl Back {
     /// To the host's stack, which brought the request, on the gateway device.
     const STACK: Self = Self(1 << 32);
+    /// By the way that the flow knows.
+    const KNOWN: Self = Self(5 << 32);
     /// Into the pod that asked.
     const POD: Self = Self(2 << 32);
     /// It is too long for the way.
@@ -138,13 +155,14 @@ impl Back {
 /// packet was rewritten it forgets that it matters, and takes the code for another way that
 /// comes to the same place later for dead.
 #[inline(always)]
-fn go(skb: Skb<'_>, work: &Work, flow: &Flow, port: &Port) -> Result<i32, DropReason> {
+fn go(skb: Skb<'_>, work: &Work, flow: &Flow) -> Result<i32, DropReason> {
     // SAFETY: a reference is valid and aligned. The compiler knows what was stored there,
     // but the verifier is not to.
     let back = unsafe { (&raw const work.back).read_volatile() };
     match back {
-        Back::STACK => Ok(to_host(port.segment)),
-        Back::POD => skb.into_pod(flow.from, flow.client_mac, flow.gateway_mac),
+        Back::STACK => Ok(to_host(work.from.segment)),
+        Back::POD => skb.into_pod(flow.from, flow.link_to, flow.link_from),
+        Back::KNOWN => skb.out_of_node(flow),
         Back(verdict) => {
             set_mark(skb.0, OURS);
             Ok(verdict as i32)
@@ -152,16 +170,27 @@ fn go(skb: Skb<'_>, work: &Work, flow: &Flow, port: &Port) -> Result<i32, DropRe
     }
 }
 
+/// Whether a packet of that length leaves the node as the last one of the flow did that the
+/// routing tables were asked about. They are asked again after half a second, and so are
+/// neighbours, which the kernel looks after only as long as it is asked for them.
+#[inline(always)]
+pub(crate) fn knows_way(flow: &Flow, length: u16) -> bool {
+    length != 0 && length <= flow.mtu && !is_older(now(), flow.seen, FLOW_REFRESH_NS)
+}
+
 /// The way back.
 #[inline(always)]
 fn choose(
     ctx: &TcContext,
-    flow: &Flow,
+    flow: &mut Flow,
     to: &Tuple,
     protocol: u8,
-    port: &Port,
+    segment: u32,
     length: u16,
 ) -> Back {
+    if knows_way(flow, length) {
+        return Back::KNOWN;
+    }
     if flow.from == 0 {
         return Back::STACK;
     }
@@ -171,12 +200,12 @@ fn choose(
     let question = Question {
         protocol,
         length,
-        device: port.segment,
+        device: segment,
     };
     let way = if to.destination.is_link_local() {
         fib::send_on_link(flow.from, &to.destination)
     } else {
-        fib::send(ctx, to, &question)
+        fib::send(ctx, to, &question, flow)
     };
     match way {
         Way::Out(verdict) => Back::out(verdict),

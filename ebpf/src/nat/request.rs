@@ -34,8 +34,7 @@ fn try_lead(ctx: &TcContext, work: &mut Work) -> Outcome {
     if work.from.segment != 0 {
         work.note_client(ctx)?;
     }
-    let step = own::step(&Skb(ctx), &work.parsed);
-    if let Err(reason) = follow(ctx.as_ptr(), work, pod, step)? {
+    if let Err(reason) = follow(ctx.as_ptr(), work, pod)? {
         return Some(Err(reason));
     }
     Some(if work.rewrite(ctx) {
@@ -48,13 +47,12 @@ fn try_lead(ctx: &TcContext, work: &mut Work) -> Outcome {
 /// Finds the flow of a packet for a port of `pod`, or makes it, and says what the packet
 /// is to become. `None` if it is not for the node.
 ///
-/// `ctx` is that of a tc or an XDP program, and `step` the packet's.
+/// `ctx` is that of a tc or an XDP program.
 #[inline(always)]
 pub(crate) fn follow(
     ctx: *mut c_void,
     work: &mut Work,
     pod: &Published,
-    step: Step,
 ) -> Option<Result<(), DropReason>> {
     let tuple = &work.parsed.tuple;
     flow::describe(
@@ -67,10 +65,10 @@ pub(crate) fn follow(
         work.parsed.protocol,
     );
     work.account = pod.port;
-    let begins = step == Step::Begins;
+    let begins = work.step == Step::Begins;
     let found = flow::find(&mut work.key, &work.flow, &work.from, true, begins);
     if found != Found::Known
-        && let Err(refused) = admit(ctx, work, pod, found, step)
+        && let Err(refused) = admit(ctx, work, pod, found)
     {
         return refused.map(Err);
     }
@@ -90,8 +88,8 @@ fn admit(
     work: &mut Work,
     pod: &Published,
     found: Found,
-    step: Step,
 ) -> Result<(), Option<DropReason>> {
+    let step = work.step;
     let tuple = &work.parsed.tuple;
     if found == Found::Ceded && step != Step::Begins
         || !fib::is_local(ctx, pod.segment, &tuple.source, &tuple.destination)

@@ -15,9 +15,9 @@ use bpf_bridge_common::{
 
 use crate::{
     fragments::{self, Standing},
-    maps::{REPLIES, gateway_mac},
+    maps::gateway_mac,
     masquerade::{self, GO_ON},
-    own, request,
+    request,
     shared::{PORTS, count_drop, ifindex, set_mark},
     skb::{OURS, Skb},
     work::{From, Outcome, Work, apart},
@@ -49,8 +49,8 @@ fn receive(ctx: &TcContext, l3: usize) -> i32 {
     work.from = From {
         ifindex: ifindex(ctx),
         segment: 0,
-        client_mac: [0; 6],
-        gateway_mac: [0; 6],
+        link_to: [0; 6],
+        link_from: [0; 6],
         linked: l3 != 0,
         again: BPF_F_INGRESS,
     };
@@ -94,8 +94,7 @@ fn lead(ctx: &TcContext, work: &mut Work, l3: usize) -> Outcome {
 /// Leads an answer to where it was asked.
 #[inline(always)]
 fn come_back(ctx: &TcContext, work: &mut Work) -> Outcome {
-    let step = own::step(&Skb(ctx), &work.parsed);
-    let reply = masquerade::recall(work, step)?;
+    let reply = masquerade::recall(work)?;
     if reply.port == 0 {
         // The stack's, and nobody else's, whatever is published under this number.
         if reply.inner_port == work.parsed.tuple.destination_port || work.rewrite(ctx) {
@@ -123,8 +122,7 @@ fn come_back_error(ctx: &TcContext, work: &mut Work) -> Outcome {
         &masquerade::answer(&sent),
         work.inner.protocol,
     );
-    // SAFETY: an entry that is evicted meanwhile is memory of the map still.
-    let reply = unsafe { REPLIES.get(&work.reply_key) }?;
+    let reply = masquerade::replied(&work.reply_key)?;
     work.to = sent;
     work.to.source = reply.address;
     work.to.source_port = reply.inner_port;
@@ -136,7 +134,7 @@ fn come_back_error(ctx: &TcContext, work: &mut Work) -> Outcome {
         }
         return Some(Err(DropReason::Helper));
     }
-    // SAFETY: as above.
+    // SAFETY: as in `come_back`.
     let port = unsafe { PORTS.get(reply.port) }?;
     work.account = reply.port;
     Some(if work.rewrite_error(ctx) {

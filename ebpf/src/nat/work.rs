@@ -19,12 +19,22 @@ use bpf_bridge_common::{
     translate::{rewrite, rewrite_inner, rewrite_outer},
 };
 
-use crate::{fib::Exit, linear::Linear, masquerade::Owner, reply::Back, share::Share, skb::Skb};
+use crate::{
+    fib::Exit,
+    linear::Linear,
+    masquerade::Owner,
+    own::{self, Step},
+    reply::Back,
+    share::Share,
+    skb::Skb,
+};
 
 /// The state of one packet.
 pub(crate) struct Work {
     /// The packet.
     pub(crate) parsed: Parsed,
+    /// Its part in its connection.
+    pub(crate) step: Step,
     /// The packet that it is about, if it is an ICMP error.
     pub(crate) inner: Parsed,
     /// What the packet, or the inner one, is to become.
@@ -66,10 +76,10 @@ pub(crate) struct From {
     pub(crate) ifindex: u32,
     /// The segment of the port that it is, 0 for uplinks.
     pub(crate) segment: u32,
-    /// As [`Flow::client_mac`].
-    pub(crate) client_mac: Mac,
-    /// As [`Flow::gateway_mac`].
-    pub(crate) gateway_mac: Mac,
+    /// As [`Flow::link_to`].
+    pub(crate) link_to: Mac,
+    /// As [`Flow::link_from`].
+    pub(crate) link_from: Mac,
     /// Whether frames have an Ethernet header.
     pub(crate) linked: bool,
     /// How a frame gets there once more: received, or sent (`bpf_clone_redirect`).
@@ -81,8 +91,8 @@ impl From {
     pub(crate) const STACK: Self = Self {
         ifindex: 0,
         segment: 0,
-        client_mac: [0; 6],
-        gateway_mac: [0; 6],
+        link_to: [0; 6],
+        link_from: [0; 6],
         linked: false,
         again: BPF_F_INGRESS,
     };
@@ -157,7 +167,10 @@ impl Work {
             _ => None,
         };
         match parsed {
-            Some(parsed) => self.parsed = parsed,
+            Some(parsed) => {
+                self.step = own::step(&frame, &parsed);
+                self.parsed = parsed;
+            }
             None => return false,
         }
         true
@@ -167,7 +180,10 @@ impl Work {
     fn read_any(&mut self, ctx: &TcContext, l3: usize) -> bool {
         let skb = Skb(ctx);
         match parse(&skb, l3, skb.ethertype()) {
-            Some(parsed) => self.parsed = parsed,
+            Some(parsed) => {
+                self.step = own::step(&skb, &parsed);
+                self.parsed = parsed;
+            }
             None => return false,
         }
         true
@@ -200,8 +216,8 @@ impl Work {
     #[inline(always)]
     pub(crate) fn note_client(&mut self, ctx: &TcContext) -> Option<()> {
         let [a, b, c, d, e, f, g, h, i, j, k, l] = Skb(ctx).load(0)?;
-        self.from.gateway_mac = [a, b, c, d, e, f];
-        self.from.client_mac = [g, h, i, j, k, l];
+        self.from.link_from = [a, b, c, d, e, f];
+        self.from.link_to = [g, h, i, j, k, l];
         Some(())
     }
 

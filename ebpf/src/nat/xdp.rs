@@ -26,7 +26,7 @@ use bpf_bridge_common::{
 
 use crate::{
     linear::Linear,
-    maps::{REPLIES, XDP_UPLINKS, published},
+    maps::{XDP_UPLINKS, published},
     masquerade, own, request,
     shared::count_drop,
     work::{From, Work},
@@ -85,13 +85,11 @@ fn lead<const ETHERTYPE: u16>(ctx: &XdpContext, work: &mut Work) -> Outcome {
         &work.parsed.tuple,
         work.parsed.protocol,
     );
-    if REPLIES.get_ptr(&work.reply_key).is_some() {
+    if masquerade::replied(&work.reply_key).is_some() {
         // It answers somebody, whatever is published under this number.
         return None;
     }
-    let parsed = work.parsed.with_plain_offsets(ETH_HLEN, ETHERTYPE);
-    let step = own::step(&Linear(ctx), &parsed);
-    if let Err(reason) = request::follow(ctx.as_ptr(), work, pod, step)? {
+    if let Err(reason) = request::follow(ctx.as_ptr(), work, pod)? {
         return Some(Err(reason));
     }
     Some(if write::<ETHERTYPE>(ctx, work, pod) {
@@ -113,12 +111,13 @@ fn read<const ETHERTYPE: u16>(ctx: &XdpContext, work: &mut Work) -> bool {
     if !is_sound(&frame, &parsed, length.saturating_sub(ETH_HLEN), false) {
         return false;
     }
+    work.step = own::step(&frame, &parsed);
     work.parsed = parsed;
     work.from = From {
         ifindex: ctx.ingress_ifindex() as u32,
         segment: 0,
-        client_mac: [0; 6],
-        gateway_mac: [0; 6],
+        link_to: [0; 6],
+        link_from: [0; 6],
         linked: true,
         again: BPF_F_INGRESS,
     };

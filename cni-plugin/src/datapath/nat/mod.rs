@@ -107,9 +107,10 @@ pub(super) const MAPS: [&str; 14] = [
     "XDP_UPLINKS",
     "MASQUERADED",
     "EXEMPT",
+    // Before what it is asked for.
+    "USED",
     "REPLIES",
     "UPLINKS",
-    "USED",
 ];
 /// Those of the first object that this one uses.
 const SHARED: [&str; 5] = ["PORTS", "STATS", "NEIGHBORS", "ENDPOINTS", "SEGMENTS"];

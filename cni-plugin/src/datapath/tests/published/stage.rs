@@ -6,6 +6,7 @@ use std::{
     fs, io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::{AsFd as _, AsRawFd as _},
+    process::Command,
     ptr,
     sync::Mutex,
 };
@@ -163,6 +164,7 @@ pub(super) struct Stage {
     pub(super) ebpf: Ebpf,
     pub(super) links: Netlink,
     _peers: Netns,
+    ports: Table<u32, Port>,
     pub(super) flows: Table<FlowKey, Flow>,
     pub(super) fragments: Table<FragmentKey, Fragments>,
     pub(super) addresses: Table<Address, u8>,
@@ -326,7 +328,7 @@ impl Stage {
                 indices.insert(peer_name, made.peer);
             }
         }
-        let mut known: Table<u32, Port> = table(&ebpf, "PORTS");
+        let mut ports: Table<u32, Port> = table(&ebpf, "PORTS");
         let segments = (indices["cni0"], indices["cni1"]);
         for (name, segment, flags) in [
             ("gate", segments.0, PORT_GATEWAY),
@@ -347,10 +349,11 @@ impl Stage {
                 },
                 reserved: [0; 2],
             };
-            known.insert(Wire(indices[name]), Wire(port), ANY).unwrap();
+            ports.insert(Wire(indices[name]), Wire(port), ANY).unwrap();
         }
         let stats = PerCpuHashMap::try_from(open(&ebpf, "STATS")).unwrap();
         let mut stage = Self {
+            ports,
             flows: table(&ebpf, "FLOWS"),
             fragments: table(&ebpf, "FRAGMENTS"),
             addresses: table(&ebpf, "ADDRESSES"),
@@ -400,6 +403,21 @@ impl Stage {
             ..LinkSettings::default()
         };
         self.links.configure(self.index(device), &settings).unwrap();
+    }
+
+    /// Says where the router is on the link.
+    pub(super) fn set_router(&self, mac: Mac) {
+        for family in FAMILIES {
+            let (router, mac) = (
+                family.of("router").to_string(),
+                MacAddr::new(mac).to_string(),
+            );
+            let status = Command::new("ip")
+                .args(["neigh", "replace", &router, "lladdr", &mac])
+                .args(["dev", "up0", "nud", "permanent"])
+                .status();
+            assert!(status.unwrap().success());
+        }
     }
 
     pub(super) fn set_mtu(&self, device: &str, mtu: u32) {
@@ -670,8 +688,14 @@ impl Stage {
             padding: u32,
         }
         let mut context = [0; SKB_LEN];
+        // What `port` tells the program that it goes on with.
+        let said = (program == "from_pod").then(|| {
+            let Wire(port) = self.ports.get(&Wire(self.index(device)), 0).unwrap();
+            [(SKB_CB + 4, port.flags), (SKB_CB + 8, port.segment)]
+        });
         for (at, value) in [(SKB_MARK, MARK), (SKB_IFINDEX, self.index(device))]
             .iter()
+            .chain(said.iter().flatten())
             .chain(fields)
         {
             context[*at..*at + 4].copy_from_slice(&value.to_ne_bytes());
