@@ -135,7 +135,7 @@ pub const fn is_older(now: u64, seen: u64, limit: u64) -> bool {
 /// all are used. (A flow that only hears is written half as often as it may be silent.)
 pub const SPARED_NS: u64 = MASQUERADE_IDLE_NS / 2;
 /// How old a flow may be before it is written again, and before it is asked again
-/// whether what the client addresses is the node's, and where replies go, in ns.
+/// whether what the client addresses is the node's, in ns.
 pub const FLOW_REFRESH_NS: u64 = 500_000_000;
 /// How long a flow must have been without a request before another one may take its
 /// port if none is free, in ns: as long as Linux's connection tracking remembers a
@@ -590,24 +590,19 @@ pub struct Flow {
     /// another pod; 0 if the host's stack brings them, to which replies then go. If
     /// the flow is masqueraded, the uplink that it leaves by.
     pub from: u32,
-    /// The destination that the pod's packets have on the link of [`Flow::from`]: where a
-    /// client on that link is, or the next hop.
-    pub link_to: Mac,
-    /// And their source.
-    pub link_from: Mac,
+    /// Where a client on the same link is: the request's source.
+    pub client_mac: Mac,
+    /// And its destination.
+    pub gateway_mac: Mac,
     /// `FLOW_*` bits.
-    pub flags: u16,
-    /// How long the pod's packets may be that leave the node like this, in bytes from the IP
-    /// header on; 0 if the routing tables must be asked. Of no meaning once the flow is
-    /// older than [`FLOW_REFRESH_NS`].
-    pub mtu: u16,
+    pub flags: u32,
 }
 
 /// The pod has begun the flow, and is masqueraded as [`Flow::original`]; the client is
 /// whom it asked.
-pub const FLOW_MASQUERADED: u16 = 1 << 0;
+pub const FLOW_MASQUERADED: u32 = 1 << 0;
 /// Neither direction of the flow passes the host's stack, although it is masqueraded.
-pub const FLOW_DIRECT: u16 = 1 << 1;
+pub const FLOW_DIRECT: u32 = 1 << 1;
 
 /// An address of a pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]

@@ -84,8 +84,8 @@ fn choose(ctx: &TcContext, work: &mut Work, port: u32, flags: u32, target: &Targ
     work.from = From {
         ifindex: port,
         segment: target.segment,
-        link_to: [0; 6],
-        link_from: [0; 6],
+        client_mac: [0; 6],
+        gateway_mac: [0; 6],
         linked: true,
         again: BPF_F_INGRESS,
     };
@@ -214,11 +214,11 @@ fn request(ctx: &TcContext, work: &mut Work, target: &Target) -> Way {
         (&tuple.destination, tuple.destination_port),
         work.parsed.protocol,
     );
-    match flow::find(&mut work.key, &work.flow, &work.from, false, false) {
+    match flow::find(work, false, false) {
         Found::Known => {}
         Found::Stale => flow::refresh(&work.key, &work.from),
         found => {
-            if !flow::make(&work.key, &mut work.flow, &work.from, found) {
+            if !flow::make(work, found) {
                 return Way::Nowhere(DropReason::NoSourcePort);
             }
         }

@@ -1,24 +1,18 @@
 //! Questions to the host's routing tables.
 
-use core::{
-    ffi::c_void,
-    sync::atomic::{Ordering, compiler_fence},
-};
+use core::ffi::c_void;
 
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{
         BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NO_NEIGH,
         BPF_FIB_LKUP_RET_NOT_FWDED, BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LOOKUP_OUTPUT,
-        BPF_FIB_LOOKUP_SRC, bpf_fib_lookup as Lookup, bpf_redir_neigh,
+        BPF_FIB_LOOKUP_SKIP_NEIGH, BPF_FIB_LOOKUP_SRC, bpf_fib_lookup as Lookup, bpf_redir_neigh,
     },
     helpers::{bpf_fib_lookup, bpf_redirect_neigh},
     programs::TcContext,
 };
-use bpf_bridge_common::{
-    layout::{Address, Flow, Mac},
-    packet::Tuple,
-};
+use bpf_bridge_common::{layout::Address, packet::Tuple};
 
 use crate::{maps::ADDRESSES, shared::skb};
 
@@ -156,44 +150,6 @@ fn elsewhere(address: &Address) -> Address {
 /// The packet's mark counts as well (`BPF_FIB_LOOKUP_MARK`, since 6.10).
 const BPF_FIB_LOOKUP_MARK: u32 = 1 << 5;
 
-/// A next hop whose place on the link is known.
-#[derive(Clone, Copy)]
-pub(crate) struct Hop {
-    to: Mac,
-    from: Mac,
-    /// As [`Flow::mtu`]; 0 if it is not known.
-    mtu: u16,
-}
-
-impl Hop {
-    /// What the kernel has said of a packet whose length was `length`.
-    #[inline(always)]
-    fn of(answer: u32, lookup: &Lookup, length: u16) -> Self {
-        // Before the kernel looked at its state (6.4), one that is asked for had no address.
-        let known = answer == BPF_FIB_LKUP_RET_SUCCESS && lookup.dmac != [0; 6] && length != 0;
-        Self {
-            to: lookup.dmac,
-            from: lookup.smac,
-            // SAFETY: numbers; the kernel writes it in place of the length.
-            mtu: if known {
-                unsafe { lookup.__bindgen_anon_1.mtu_result }
-            } else {
-                0
-            },
-        }
-    }
-
-    /// Keeps it for the packets that follow.
-    #[inline(always)]
-    pub(crate) fn keep(&self, flow: &mut Flow) {
-        flow.link_to = self.to;
-        flow.link_from = self.from;
-        // Another CPU that reads this has read the others.
-        compiler_fence(Ordering::Release);
-        flow.mtu = self.mtu;
-    }
-}
-
 /// How a pod's packet leaves the node.
 #[derive(Clone, Copy)]
 pub(crate) struct Exit {
@@ -207,8 +163,6 @@ pub(crate) struct Exit {
     pub(crate) too_big: bool,
     /// The next hop.
     next: [u32; 4],
-    /// And where that is.
-    pub(crate) hop: Hop,
 }
 
 impl Exit {
@@ -244,7 +198,7 @@ pub(crate) fn exit(ctx: &TcContext, tuple: &Tuple, leaving: &Leaving, exit: &mut
     } = *leaving;
     // SAFETY: the context is valid for as long as the program runs.
     let mark = unsafe { (*skb(ctx)).mark };
-    let asked = BPF_FIB_LOOKUP_SRC;
+    let asked = BPF_FIB_LOOKUP_SRC | BPF_FIB_LOOKUP_SKIP_NEIGH;
     for (from, flags) in [
         // As the stack asks when it forwards.
         (via, asked | BPF_FIB_LOOKUP_MARK),
@@ -299,7 +253,6 @@ pub(crate) fn exit(ctx: &TcContext, tuple: &Tuple, leaving: &Leaving, exit: &mut
             family: lookup.family,
             too_big,
             next,
-            hop: Hop::of(answer, &lookup, length),
         };
         return true;
     }
@@ -318,10 +271,9 @@ pub(crate) struct Question {
     pub(crate) device: u32,
 }
 
-/// Sends a packet whose source is the node's own address to its destination; `flow` learns
-/// the way, if it is the one that its requests take.
+/// Sends a packet whose source is the node's own address to its destination.
 #[inline(never)]
-pub(crate) fn send(ctx: &TcContext, tuple: &Tuple, question: &Question, flow: &mut Flow) -> Way {
+pub(crate) fn send(ctx: &TcContext, tuple: &Tuple, question: &Question) -> Way {
     let mut lookup = zeroed();
     lookup.l4_protocol = question.protocol;
     lookup.sport = tuple.source_port.to_be();
@@ -329,14 +281,10 @@ pub(crate) fn send(ctx: &TcContext, tuple: &Tuple, question: &Question, flow: &m
     lookup.__bindgen_anon_1.tot_len = question.length;
     lookup.ifindex = question.device;
     set_addresses(&mut lookup, &tuple.source, &tuple.destination);
-    let answer = ask(ctx.as_ptr(), &mut lookup);
-    match answer {
+    match ask(ctx.as_ptr(), &mut lookup) {
         BPF_FIB_LKUP_RET_SUCCESS | BPF_FIB_LKUP_RET_NO_NEIGH => {}
         BPF_FIB_LKUP_RET_FRAG_NEEDED => return Way::TooBig,
         _ => return Way::None,
-    }
-    if lookup.ifindex == flow.from && question.length != 0 {
-        Hop::of(answer, &lookup, question.length).keep(flow);
     }
     // SAFETY: the kernel has written the next hop there, of the family that it says; an
     // IPv4 one is the first word.

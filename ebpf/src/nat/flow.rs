@@ -10,7 +10,7 @@ use crate::{
     maps::FLOWS,
     share,
     shared::PORTS,
-    work::{From, now},
+    work::{From, Work, now},
 };
 
 /// How many source ports are tried before a client is refused. The second is needed
@@ -44,11 +44,11 @@ pub(crate) fn describe(
     flow.original = *original.0;
     flow.original_port = original.1;
     flow.flags = 0;
-    flow.mtu = 0;
 }
 
 /// What came of looking for a flow.
 #[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
 pub(crate) enum Found {
     /// It is known; the key has the port that the pod sees.
     Known,
@@ -64,7 +64,22 @@ pub(crate) enum Found {
     Full,
 }
 
-/// Looks for the flow, and for a port under which it could be made.
+impl Found {
+    #[inline(always)]
+    fn from_number(number: u32) -> Self {
+        match number {
+            0 => Self::Known,
+            1 => Self::Stale,
+            2 => Self::Ceded,
+            3 => Self::Free,
+            4 => Self::Idle,
+            _ => Self::Full,
+        }
+    }
+}
+
+/// Looks for the flow that `work.key` and `work.flow` describe, and for a port under which it
+/// could be made, which the key has then.
 ///
 /// Nobody is shown as somebody else: a pod that writes another client's address into
 /// its packets has a flow of its own.
@@ -72,34 +87,45 @@ pub(crate) enum Found {
 /// `yields`: if the stack has begun it, it is the same flow, and not one that looks the
 /// same. `begins`: the packet begins a connection, which need not be looked for under later
 /// ports.
+#[inline(always)]
+pub(crate) fn find(work: &mut Work, yields: bool, begins: bool) -> Found {
+    Found::from_number(find_flow(work, u32::from(yields), u32::from(begins)))
+}
+
+/// A global function: see [`work`](crate::work).
+#[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) fn find(
-    key: &mut FlowKey,
-    wanted: &Flow,
-    from: &From,
-    yields: bool,
-    begins: bool,
-) -> Found {
+extern "C" fn find_flow(work: *mut Work, yields: u32, begins: u32) -> u32 {
+    // SAFETY: what is not null is a `Work`, and nobody else's.
+    let Some(work) = (unsafe { work.as_mut() }) else {
+        return Found::Full as u32;
+    };
+    // On the stack: the verifier of Linux 6.1 takes nothing else of a caller's for a key.
+    let mut key = work.key;
+    let (wanted, from) = (&work.flow, &work.from);
+    let (yields, begins) = (yields != 0, begins != 0);
     let now = now();
     let mut best = (0, Found::Full);
     for attempt in 0..ATTEMPTS {
         let port = port(wanted, attempt);
         key.client_port = port;
-        match FLOWS.get_ptr_mut(&*key) {
+        match FLOWS.get_ptr_mut(&key) {
             Some(flow) => {
                 // SAFETY: an entry that is evicted meanwhile is memory of the map
                 // still; at worst a store is lost.
                 let flow = unsafe { &mut *flow };
                 if is_same(flow, wanted) {
                     if comes_from(flow, from) {
+                        work.key.client_port = port;
                         return if is_older(now, flow.seen, FLOW_REFRESH_NS) {
-                            Found::Stale
+                            Found::Stale as u32
                         } else {
-                            Found::Known
+                            Found::Known as u32
                         };
                     }
                     if flow.from == 0 && yields {
-                        return Found::Ceded;
+                        work.key.client_port = port;
+                        return Found::Ceded as u32;
                     }
                 }
                 if best.1 == Found::Full && is_older(now, flow.seen, FLOW_IDLE_NS) {
@@ -116,8 +142,8 @@ pub(crate) fn find(
             break;
         }
     }
-    key.client_port = best.0;
-    best.1
+    work.key.client_port = best.0;
+    best.1 as u32
 }
 
 /// Says of a flow that it is still in use.
@@ -127,36 +153,47 @@ pub(crate) fn refresh(key: &FlowKey, from: &From) {
         // SAFETY: as in `find`.
         let flow = unsafe { &mut *flow };
         flow.seen = now();
-        flow.mtu = 0;
-        if from.segment != 0 {
-            flow.link_to = from.link_to;
-            flow.link_from = from.link_from;
-        }
+        flow.client_mac = from.client_mac;
+        flow.gateway_mac = from.gateway_mac;
     }
 }
 
-/// Remembers the flow in `work.key` (`key`), that is not known, as `found` says; says whether it could. Another
-/// CPU may do the same at the same time.
+/// Remembers the flow in `work.key`, that is not known, as `found` says; says whether it
+/// could. Another CPU may do the same at the same time.
+#[inline(always)]
+pub(crate) fn make(work: &mut Work, found: Found) -> bool {
+    make_flow(work, found as u32) != 0
+}
+
+/// A global function, too.
+#[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) fn make(key: &FlowKey, flow: &mut Flow, from: &From, found: Found) -> bool {
+extern "C" fn make_flow(work: *mut Work, found: u32) -> u32 {
+    // SAFETY: as in `find_flow`.
+    let Some(work) = (unsafe { work.as_mut() }) else {
+        return 0;
+    };
+    let found = Found::from_number(found);
+    let (key, mut flow, from) = (work.key, work.flow, &work.from);
     let flags = match found {
         Found::Free => BPF_NOEXIST,
-        Found::Full => return false,
+        Found::Full => return 0,
         _ => BPF_ANY,
     };
     flow.seen = now();
     flow.from = from.ifindex;
-    flow.link_to = from.link_to;
-    flow.link_from = from.link_from;
-    if found == Found::Free && !share::of_flow(share::owner(key, from)) {
-        return false;
+    flow.client_mac = from.client_mac;
+    flow.gateway_mac = from.gateway_mac;
+    if found == Found::Free && !share::of_flow(share::owner(&key, from)) {
+        return 0;
     }
     // A full table evicts.
-    let _ = FLOWS.insert(key, &*flow, u64::from(flags));
+    let _ = FLOWS.insert(&key, &flow, u64::from(flags));
     // Not only to be sure: a fresh entry that was never looked up counts as unused,
     // and could be the next to be evicted.
     // SAFETY: the value is read at once.
-    unsafe { FLOWS.get(key) }.is_some_and(|there| is_same(there, flow) && there.from == flow.from)
+    let there = unsafe { FLOWS.get(&key) };
+    u32::from(there.is_some_and(|there| is_same(there, &flow) && there.from == flow.from))
 }
 
 /// Whether the flow's requests come in where the packet at hand does: by a pod's own

@@ -3,17 +3,12 @@
 //! the pod.
 
 use aya_ebpf::{bindings::TC_ACT_SHOT, macros::classifier, programs::TcContext};
-use bpf_bridge_common::{
-    drops::DropReason,
-    layout::{FLOW_DIRECT, FLOW_MASQUERADED},
-    translate::pass_on,
-};
+use bpf_bridge_common::{drops::DropReason, layout::FLOW_DIRECT, translate::pass_on};
 
 use crate::{
     fib::{self, Leaving},
-    maps::{FLOWS, UPLINKS},
+    maps::UPLINKS,
     masquerade::{self, Owner},
-    own::Step,
     reply,
     shared::{count_drop, set_mark, to_host},
     skb::{OURS, Skb},
@@ -44,25 +39,8 @@ fn try_forward(ctx: &TcContext, work: &mut Work) -> Outcome {
     if tuple.destination.is_group() || tuple.destination.is_link_local() {
         return None;
     }
-    let length = reply::wire_length(Skb(ctx), &work.parsed);
-    masquerade::set_flow_key(
-        &mut work.key,
-        tuple,
-        work.parsed.protocol,
-        work.from.ifindex,
-    );
-    // SAFETY: an entry that is evicted meanwhile is memory of the map still.
-    if let Some(flow) = unsafe { FLOWS.get(&work.key) }
-        && flow.flags == FLOW_MASQUERADED | FLOW_DIRECT
-        && reply::knows_way(flow, length)
-        && work.step == Step::Other
-    {
-        work.to = *tuple;
-        work.to.source = flow.original;
-        work.to.source_port = flow.original_port;
-        return go(ctx, work, |skb| skb.out_of_node(flow));
-    }
     let pod = masquerade::pod(&mut work.pod_key, &tuple.source, segment)?;
+    let length = reply::wire_length(Skb(ctx), &work.parsed);
     let leaving = Leaving {
         via: segment,
         device: 0,
@@ -89,34 +67,13 @@ fn try_forward(ctx: &TcContext, work: &mut Work) -> Outcome {
     if let Err(reason) = masquerade::settle(ctx, work)? {
         return Some(Err(reason));
     }
-    // SAFETY: as above; at worst a store is lost.
-    if let Some(flow) = FLOWS
-        .get_ptr_mut(&work.key)
-        .map(|flow| unsafe { &mut *flow })
-        && flow.flags == FLOW_MASQUERADED | FLOW_DIRECT
-        && flow.from == exit.device
-    {
-        exit.hop.keep(flow);
-    }
-    go(ctx, work, |skb| {
-        set_mark(skb.0, OURS);
-        Ok(exit.go())
-    })
-}
-
-/// Makes the packet what it is to become, and sends it by `way`.
-#[inline(always)]
-fn go(
-    ctx: &TcContext,
-    work: &Work,
-    way: impl FnOnce(Skb<'_>) -> Result<i32, DropReason>,
-) -> Outcome {
     if !pass_on(&mut Skb(ctx), &work.parsed) {
         // The stack says that its time is over.
         return None;
     }
     Some(if work.rewrite(ctx) {
-        way(Skb(ctx))
+        set_mark(ctx, OURS);
+        Ok(exit.go())
     } else {
         Err(DropReason::Helper)
     })

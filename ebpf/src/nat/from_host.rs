@@ -174,15 +174,19 @@ fn remember(ctx: &TcContext, work: &mut Work, target: &Target) -> Result<(), Dro
         return Ok(());
     }
     let begins = work.step == Step::Begins;
-    match flow::find(&mut work.key, &work.flow, &work.from, true, begins) {
+    match flow::find(work, true, begins) {
         Found::Known => {}
         found => {
             if found == Found::Stale {
                 flow::refresh(&work.key, &work.from);
-            } else if !flow::make(&work.key, &mut work.flow, &work.from, found) {
+            } else if !flow::make(work, found) {
                 return Err(DropReason::NoSourcePort);
             }
-            masquerade::set_reply_key(&mut work.reply_key, tuple, work.parsed.protocol);
+            masquerade::set_reply_key(
+                &mut work.reply_key,
+                &work.parsed.tuple,
+                work.parsed.protocol,
+            );
             masquerade::cede(work);
             if turned {
                 mark_routed(target);
@@ -215,13 +219,13 @@ fn show_error(ctx: &TcContext, work: &mut Work, port: u32) -> Result<(), DropRea
         (&reply.source, reply.source_port),
         work.inner.protocol,
     );
-    let found = flow::find(&mut work.key, &work.flow, &work.from, true, false);
+    let found = flow::find(work, true, false);
     if !matches!(found, Found::Known | Found::Stale)
-        || work.key.client_port == reply.destination_port
+        || work.key.client_port == work.inner.tuple.destination_port
     {
         return Ok(());
     }
-    work.to = *reply;
+    work.to = work.inner.tuple;
     work.to.destination_port = work.key.client_port;
     work.outer = work.parsed.tuple;
     if work.rewrite_error(ctx) {

@@ -34,8 +34,8 @@ pub(crate) fn from_pod(ctx: TcContext) -> i32 {
     work.from = From {
         ifindex,
         segment,
-        link_to: [0; 6],
-        link_from: [0; 6],
+        client_mac: [0; 6],
+        gateway_mac: [0; 6],
         linked: true,
         again: BPF_F_INGRESS,
     };

@@ -47,7 +47,7 @@ pub(crate) struct Owner {
     /// The device by which they leave.
     pub(crate) device: u32,
     /// `FLOW_*` bits.
-    pub(crate) flags: u16,
+    pub(crate) flags: u32,
     /// The pod's policy, 0 if it is no pod.
     pub(crate) policy: u64,
 }
@@ -551,10 +551,9 @@ fn remember_flow(work: &mut Work, sent: &Tuple, owner: &Owner) {
         original_port: work.reply_key.local_port,
         client_port: sent.destination_port,
         from: owner.device,
-        link_to: [0; 6],
-        link_from: [0; 6],
+        client_mac: [0; 6],
+        gateway_mac: [0; 6],
         flags: FLOW_MASQUERADED | owner.flags,
-        mtu: 0,
     };
     if FLOWS.get_ptr(&work.key).is_none() && !share::of_flow(work.key.port) {
         return;

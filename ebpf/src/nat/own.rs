@@ -67,10 +67,9 @@ pub(crate) fn remember(asked: &Socket, port: u16) {
         original_port: port,
         client_port: asked.port as u16,
         from: 0,
-        link_to: [0; 6],
-        link_from: [0; 6],
+        client_mac: [0; 6],
+        gateway_mac: [0; 6],
         flags: 0,
-        mtu: 0,
     };
     let _ = FLOWS.insert(&key(&answer), &flow, u64::from(BPF_ANY));
 }

@@ -5,7 +5,7 @@ use aya_ebpf::programs::TcContext;
 use bpf_bridge_common::{
     checksum,
     drops::DropReason,
-    layout::{FLOW_DIRECT, FLOW_MASQUERADED, FLOW_REFRESH_NS, Flow, is_older},
+    layout::{FLOW_DIRECT, FLOW_MASQUERADED, Flow},
     packet::{IPPROTO_TCP, Packet as _, Parsed, Tuple, Version},
 };
 
@@ -14,7 +14,7 @@ use crate::{
     maps::FLOWS,
     shared::{PORTS, set_mark, to_host},
     skb::{OURS, Skb},
-    work::{Outcome, Work, apart, now},
+    work::{Outcome, Work, apart},
 };
 
 /// "Don't fragment", in the byte that it is in.
@@ -37,9 +37,8 @@ fn try_undo(ctx: &TcContext, work: &mut Work) -> Outcome {
     key.port = work.from.ifindex;
     key.protocol = work.parsed.protocol;
     key.reserved = [0; 3];
-    // SAFETY: an entry that is evicted meanwhile is memory of the map still; at worst a
-    // store is lost.
-    let flow = unsafe { &mut *FLOWS.get_ptr_mut(&*key)? };
+    // SAFETY: an entry that is evicted meanwhile is memory of the map still.
+    let flow = unsafe { FLOWS.get(&*key) }?;
     if flow.flags & FLOW_MASQUERADED != 0 {
         return (flow.flags & FLOW_DIRECT == 0).then_some(Ok(to_host(work.from.segment)));
     }
@@ -49,27 +48,18 @@ fn try_undo(ctx: &TcContext, work: &mut Work) -> Outcome {
     work.to.destination = flow.client;
     work.to.destination_port = flow.client_port;
     let length = wire_length(Skb(ctx), &work.parsed);
-    Some(
-        match choose(
-            ctx,
-            flow,
-            &work.to,
-            work.parsed.protocol,
-            work.from.segment,
-            length,
-        ) {
-            Back::TOO_BIG => refuse(Skb(ctx), &work.parsed, work.from.segment),
-            Back::NOWHERE => Err(DropReason::NoRoute),
-            back => {
-                work.back = back;
-                if work.rewrite(ctx) {
-                    go(Skb(ctx), work, flow)
-                } else {
-                    Err(DropReason::Helper)
-                }
+    Some(match choose(ctx, flow, &work.to, &question(work, length)) {
+        Back::TOO_BIG => refuse(Skb(ctx), &work.parsed, work.from.segment),
+        Back::NOWHERE => Err(DropReason::NoRoute),
+        back => {
+            work.back = back;
+            if work.rewrite(ctx) {
+                go(Skb(ctx), work, flow)
+            } else {
+                Err(DropReason::Helper)
             }
-        },
-    )
+        }
+    })
 }
 
 /// Sends an error about a request to the client.
@@ -90,7 +80,7 @@ fn try_undo_error(ctx: &TcContext, work: &mut Work) -> Outcome {
     key.protocol = work.inner.protocol;
     key.reserved = [0; 3];
     // SAFETY: as in `undo`.
-    let flow = unsafe { &mut *FLOWS.get_ptr_mut(&*key)? };
+    let flow = unsafe { FLOWS.get(&*key) }?;
     if flow.flags & FLOW_MASQUERADED != 0 {
         return Some(Ok(to_host(work.from.segment)));
     }
@@ -103,27 +93,18 @@ fn try_undo_error(ctx: &TcContext, work: &mut Work) -> Outcome {
     work.outer.source_port = 0;
     work.outer.destination = flow.client;
     work.outer.destination_port = 0;
-    Some(
-        match choose(
-            ctx,
-            flow,
-            &work.outer,
-            work.parsed.protocol,
-            work.from.segment,
-            0,
-        ) {
-            Back::TOO_BIG => Err(DropReason::Helper),
-            Back::NOWHERE => Err(DropReason::NoRoute),
-            back => {
-                work.back = back;
-                if work.rewrite_error(ctx) {
-                    go(Skb(ctx), work, flow)
-                } else {
-                    Err(DropReason::Helper)
-                }
+    Some(match choose(ctx, flow, &work.outer, &question(work, 0)) {
+        Back::TOO_BIG => Err(DropReason::Helper),
+        Back::NOWHERE => Err(DropReason::NoRoute),
+        back => {
+            work.back = back;
+            if work.rewrite_error(ctx) {
+                go(Skb(ctx), work, flow)
+            } else {
+                Err(DropReason::Helper)
             }
-        },
-    )
+        }
+    })
 }
 
 /// Where a reply goes: a verdict, or one of these.
@@ -133,8 +114,6 @@ pub(crate) struct Back(u64);
 impl Back {
     /// To the host's stack, which brought the request, on the gateway device.
     const STACK: Self = Self(1 << 32);
-    /// By the way that the flow knows.
-    const KNOWN: Self = Self(5 << 32);
     /// Into the pod that asked.
     const POD: Self = Self(2 << 32);
     /// It is too long for the way.
@@ -161,8 +140,7 @@ fn go(skb: Skb<'_>, work: &Work, flow: &Flow) -> Result<i32, DropReason> {
     let back = unsafe { (&raw const work.back).read_volatile() };
     match back {
         Back::STACK => Ok(to_host(work.from.segment)),
-        Back::POD => skb.into_pod(flow.from, flow.link_to, flow.link_from),
-        Back::KNOWN => skb.out_of_node(flow),
+        Back::POD => skb.into_pod(flow.from, flow.client_mac, flow.gateway_mac),
         Back(verdict) => {
             set_mark(skb.0, OURS);
             Ok(verdict as i32)
@@ -170,42 +148,29 @@ fn go(skb: Skb<'_>, work: &Work, flow: &Flow) -> Result<i32, DropReason> {
     }
 }
 
-/// Whether a packet of that length leaves the node as the last one of the flow did that the
-/// routing tables were asked about. They are asked again after half a second, and so are
-/// neighbours, which the kernel looks after only as long as it is asked for them.
+/// What is asked about the way of a packet of this length.
 #[inline(always)]
-pub(crate) fn knows_way(flow: &Flow, length: u16) -> bool {
-    length != 0 && length <= flow.mtu && !is_older(now(), flow.seen, FLOW_REFRESH_NS)
+fn question(work: &Work, length: u16) -> Question {
+    Question {
+        protocol: work.parsed.protocol,
+        length,
+        device: work.from.segment,
+    }
 }
 
 /// The way back.
 #[inline(always)]
-fn choose(
-    ctx: &TcContext,
-    flow: &mut Flow,
-    to: &Tuple,
-    protocol: u8,
-    segment: u32,
-    length: u16,
-) -> Back {
-    if knows_way(flow, length) {
-        return Back::KNOWN;
-    }
+fn choose(ctx: &TcContext, flow: &Flow, to: &Tuple, question: &Question) -> Back {
     if flow.from == 0 {
         return Back::STACK;
     }
     if PORTS.get_ptr(flow.from).is_some() {
         return Back::POD;
     }
-    let question = Question {
-        protocol,
-        length,
-        device: segment,
-    };
     let way = if to.destination.is_link_local() {
         fib::send_on_link(flow.from, &to.destination)
     } else {
-        fib::send(ctx, to, &question, flow)
+        fib::send(ctx, to, question)
     };
     match way {
         Way::Out(verdict) => Back::out(verdict),

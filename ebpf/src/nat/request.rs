@@ -66,7 +66,7 @@ pub(crate) fn follow(
     );
     work.account = pod.port;
     let begins = work.step == Step::Begins;
-    let found = flow::find(&mut work.key, &work.flow, &work.from, true, begins);
+    let found = flow::find(work, true, begins);
     if found != Found::Known
         && let Err(refused) = admit(ctx, work, pod, found)
     {
@@ -102,7 +102,10 @@ fn admit(
     }
     if step == Step::Answers {
         // The node has begun it, or somebody whom it lets appear as itself.
-        flow::make(&work.key, &mut work.flow, &From::STACK, found);
+        let from = work.from;
+        work.from = From::STACK;
+        flow::make(work, found);
+        work.from = from;
         return Err(None);
     }
     if step != Step::Begins && own::is_own(ctx, tuple, work.parsed.protocol) {
@@ -119,7 +122,7 @@ fn admit(
     if !has_way {
         return Err(Some(DropReason::NoRoute));
     }
-    if flow::make(&work.key, &mut work.flow, &work.from, found) {
+    if flow::make(work, found) {
         Ok(())
     } else {
         Err(Some(DropReason::NoSourcePort))
@@ -147,10 +150,7 @@ fn try_lead_error(ctx: &TcContext, work: &mut Work) -> Outcome {
         protocol,
     );
     work.account = pod.port;
-    if !matches!(
-        flow::find(&mut work.key, &work.flow, &work.from, true, false),
-        Found::Known | Found::Stale
-    ) {
+    if !matches!(flow::find(work, true, false), Found::Known | Found::Stale) {
         return None;
     }
     work.to.source = pod.address;

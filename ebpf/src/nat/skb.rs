@@ -6,7 +6,7 @@ use aya_ebpf::{
         bpf_hdr_start_off::BPF_HDR_START_MAC,
     },
     helpers::{
-        bpf_csum_update, bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_peer,
+        bpf_csum_update, bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_redirect_peer,
         bpf_skb_change_head, bpf_skb_load_bytes_relative,
     },
     programs::TcContext,
@@ -14,11 +14,11 @@ use aya_ebpf::{
 use bpf_bridge_common::{
     drops::DropReason,
     frame::{ETH_HLEN, ETH_P_IP, ETH_P_IPV6},
-    layout::{Flow, Mac},
+    layout::Mac,
     packet::{Covered, Packet, Version},
 };
 
-use crate::shared::{PACKET_HOST, set_mark, skb};
+use crate::shared::{PACKET_HOST, skb};
 
 /// The mark of a packet that a program has translated: nobody need look again whose it is.
 pub(crate) const OURS: u32 = 0x6266;
@@ -168,29 +168,16 @@ impl Skb<'_> {
         self.0.store(12, &ethertype.to_be_bytes(), 0).ok()
     }
 
-    /// Gives the frame the addresses that it has on a link.
-    #[inline(always)]
-    fn address(self, to: Mac, from: Mac) -> Result<(), DropReason> {
-        let [a, b, c, d, e, f] = to;
-        let [g, h, i, j, k, l] = from;
-        let addresses = [a, b, c, d, e, f, g, h, i, j, k, l];
-        (self.0.store(0, &addresses, 0)).map_err(|_| DropReason::Helper)
-    }
-
     /// Straight into the pod behind the host veth `port`.
     #[inline(always)]
     pub(crate) fn into_pod(self, port: u32, mac: Mac, from: Mac) -> Result<i32, DropReason> {
-        self.address(mac, from)?;
+        let [a, b, c, d, e, f] = mac;
+        let [g, h, i, j, k, l] = from;
+        let addresses = [a, b, c, d, e, f, g, h, i, j, k, l];
+        self.0
+            .store(0, &addresses, 0)
+            .map_err(|_| DropReason::Helper)?;
         self.deliver(port)
-    }
-
-    /// Out of the node, by the way that the flow knows.
-    #[inline(always)]
-    pub(crate) fn out_of_node(self, flow: &Flow) -> Result<i32, DropReason> {
-        self.address(flow.link_to, flow.link_from)?;
-        set_mark(self.0, OURS);
-        // SAFETY: a helper that takes numbers.
-        Ok(unsafe { bpf_redirect(flow.from, 0) } as i32)
     }
 
     /// The same for a frame that has the pod's MAC address already.

@@ -49,8 +49,8 @@ fn receive(ctx: &TcContext, l3: usize) -> i32 {
     work.from = From {
         ifindex: ifindex(ctx),
         segment: 0,
-        link_to: [0; 6],
-        link_from: [0; 6],
+        client_mac: [0; 6],
+        gateway_mac: [0; 6],
         linked: l3 != 0,
         again: BPF_F_INGRESS,
     };

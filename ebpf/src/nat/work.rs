@@ -5,7 +5,7 @@
 //! are functions of their own, with a stack frame each.
 
 use aya_ebpf::{
-    bindings::BPF_F_INGRESS,
+    bindings::{__sk_buff, BPF_F_INGRESS},
     btf_maps::{PerCpuArray, lpm_trie::Key},
     helpers::bpf_ktime_get_coarse_ns,
     macros::btf_map,
@@ -26,6 +26,7 @@ use crate::{
     own::{self, Step},
     reply::Back,
     share::Share,
+    shared::skb,
     skb::Skb,
 };
 
@@ -76,10 +77,10 @@ pub(crate) struct From {
     pub(crate) ifindex: u32,
     /// The segment of the port that it is, 0 for uplinks.
     pub(crate) segment: u32,
-    /// As [`Flow::link_to`].
-    pub(crate) link_to: Mac,
-    /// As [`Flow::link_from`].
-    pub(crate) link_from: Mac,
+    /// As [`Flow::client_mac`].
+    pub(crate) client_mac: Mac,
+    /// As [`Flow::gateway_mac`].
+    pub(crate) gateway_mac: Mac,
     /// Whether frames have an Ethernet header.
     pub(crate) linked: bool,
     /// How a frame gets there once more: received, or sent (`bpf_clone_redirect`).
@@ -91,8 +92,8 @@ impl From {
     pub(crate) const STACK: Self = Self {
         ifindex: 0,
         segment: 0,
-        link_to: [0; 6],
-        link_from: [0; 6],
+        client_mac: [0; 6],
+        gateway_mac: [0; 6],
         linked: false,
         again: BPF_F_INGRESS,
     };
@@ -154,7 +155,7 @@ impl Work {
     /// whether there is one.
     #[inline(always)]
     pub(crate) fn read(&mut self, ctx: &TcContext, l3: usize) -> bool {
-        l3 == ETH_HLEN && self.read_plain(ctx) || self.read_any(ctx, l3)
+        l3 == ETH_HLEN && self.read_plain(ctx) || read_any(skb(ctx), self, l3 as u32) != 0
     }
 
     /// Most packets: nothing is searched for, and the kernel is not asked for bytes.
@@ -176,90 +177,139 @@ impl Work {
         true
     }
 
-    #[inline(never)]
-    fn read_any(&mut self, ctx: &TcContext, l3: usize) -> bool {
-        let skb = Skb(ctx);
-        match parse(&skb, l3, skb.ethertype()) {
-            Some(parsed) => {
-                self.step = own::step(&skb, &parsed);
-                self.parsed = parsed;
-            }
-            None => return false,
-        }
-        true
-    }
-
     /// The same for a packet that the host's stack has not looked at: one that it would
     /// drop is left to it.
     #[inline(always)]
     pub(crate) fn read_received(&mut self, ctx: &TcContext, l3: usize) -> bool {
-        self.read(ctx, l3) && self.is_sound(ctx)
-    }
-
-    #[inline(never)]
-    fn is_sound(&self, ctx: &TcContext) -> bool {
-        let (skb, parsed) = (Skb(ctx), &self.parsed);
-        let room = (ctx.len() as usize).saturating_sub(parsed.l3 as usize);
-        let segmented = skb.segment_size() != 0;
-        let plain = parsed.with_plain_offsets(ETH_HLEN, ETH_P_IP);
-        let offsets = |parsed: &Parsed| (parsed.version, parsed.l3, parsed.l4);
-        if offsets(parsed) == offsets(&plain) {
-            let frame = Linear(ctx);
-            if is_sound(&frame, &plain, room, segmented) {
-                return true;
-            }
-        }
-        is_sound(&skb, parsed, room, segmented)
+        self.read(ctx, l3) && is_sound_packet(skb(ctx), self) != 0
     }
 
     /// Notes where a client on the same link is, so that it can be answered there.
     #[inline(always)]
     pub(crate) fn note_client(&mut self, ctx: &TcContext) -> Option<()> {
         let [a, b, c, d, e, f, g, h, i, j, k, l] = Skb(ctx).load(0)?;
-        self.from.link_from = [a, b, c, d, e, f];
-        self.from.link_to = [g, h, i, j, k, l];
+        self.from.gateway_mac = [a, b, c, d, e, f];
+        self.from.client_mac = [g, h, i, j, k, l];
         Some(())
     }
 
     /// Reads the packet that the packet at hand is an error about, and says whether
     /// there is one.
-    #[inline(never)]
+    #[inline(always)]
     pub(crate) fn read_error(&mut self, ctx: &TcContext) -> bool {
-        match quoted(&Skb(ctx), &self.parsed) {
-            Some(inner) => self.inner = inner,
-            None => return false,
-        }
-        true
+        read_quoted(skb(ctx), self) != 0
     }
 
     /// Makes the packet what it is to become.
-    #[inline(never)]
-    pub(crate) fn rewrite(&self, ctx: &TcContext) -> bool {
-        rewrite(&mut Skb(ctx), &self.parsed, &self.to).is_some()
+    #[inline(always)]
+    pub(crate) fn rewrite(&mut self, ctx: &TcContext) -> bool {
+        rewrite_packet(skb(ctx), self) != 0
     }
 
     /// Makes the error, and the packet that it is about, what they are to become.
     #[inline(always)]
     pub(crate) fn rewrite_error(&mut self, ctx: &TcContext) -> bool {
-        self.rewrite_inner(ctx) && self.rewrite_outer(ctx)
+        rewrite_quoted(skb(ctx), self) != 0 && rewrite_error(skb(ctx), self) != 0
     }
+}
 
-    #[inline(never)]
-    fn rewrite_inner(&mut self, ctx: &TcContext) -> bool {
-        match rewrite_inner(&mut Skb(ctx), &self.inner, &self.to) {
-            Some(diff) => self.diff = diff,
-            None => return false,
+// Global functions, which the verifier looks at once, and not once for each way that leads to
+// them: they take numbers, a context, and memory that may not be there.
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn read_any(skb: *mut __sk_buff, work: *mut Work, l3: u32) -> u32 {
+    // SAFETY: what is not null is a `Work`, and nobody else's.
+    let Some(work) = (unsafe { work.as_mut() }) else {
+        return 0;
+    };
+    let ctx = TcContext::new(skb);
+    let skb = Skb(&ctx);
+    match parse(&skb, l3 as usize, skb.ethertype()) {
+        Some(parsed) => {
+            work.step = own::step(&skb, &parsed);
+            work.parsed = parsed;
+            1
         }
-        true
+        None => 0,
     }
+}
 
-    #[inline(never)]
-    fn rewrite_outer(&self, ctx: &TcContext) -> bool {
-        let Tuple {
-            source,
-            destination,
-            ..
-        } = &self.outer;
-        rewrite_outer(&mut Skb(ctx), &self.parsed, source, destination, self.diff).is_some()
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn is_sound_packet(skb: *mut __sk_buff, work: *mut Work) -> u32 {
+    // SAFETY: as in `read_any`.
+    let Some(work) = (unsafe { work.as_ref() }) else {
+        return 0;
+    };
+    let ctx = TcContext::new(skb);
+    let (skb, parsed) = (Skb(&ctx), &work.parsed);
+    let room = (ctx.len() as usize).saturating_sub(parsed.l3 as usize);
+    let segmented = skb.segment_size() != 0;
+    let plain = parsed.with_plain_offsets(ETH_HLEN, ETH_P_IP);
+    let offsets = |parsed: &Parsed| (parsed.version, parsed.l3, parsed.l4);
+    let sound = offsets(parsed) == offsets(&plain)
+        && is_sound(&Linear(&ctx), &plain, room, segmented)
+        || is_sound(&skb, parsed, room, segmented);
+    u32::from(sound)
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn read_quoted(skb: *mut __sk_buff, work: *mut Work) -> u32 {
+    // SAFETY: as in `read_any`.
+    let Some(work) = (unsafe { work.as_mut() }) else {
+        return 0;
+    };
+    match quoted(&Skb(&TcContext::new(skb)), &work.parsed) {
+        Some(inner) => {
+            work.inner = inner;
+            1
+        }
+        None => 0,
     }
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn rewrite_packet(skb: *mut __sk_buff, work: *mut Work) -> u32 {
+    // SAFETY: as in `read_any`.
+    let Some(work) = (unsafe { work.as_ref() }) else {
+        return 0;
+    };
+    let done = rewrite(&mut Skb(&TcContext::new(skb)), &work.parsed, &work.to);
+    u32::from(done.is_some())
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn rewrite_quoted(skb: *mut __sk_buff, work: *mut Work) -> u32 {
+    // SAFETY: as in `read_any`.
+    let Some(work) = (unsafe { work.as_mut() }) else {
+        return 0;
+    };
+    match rewrite_inner(&mut Skb(&TcContext::new(skb)), &work.inner, &work.to) {
+        Some(diff) => {
+            work.diff = diff;
+            1
+        }
+        None => 0,
+    }
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn rewrite_error(skb: *mut __sk_buff, work: *mut Work) -> u32 {
+    // SAFETY: as in `read_any`.
+    let Some(work) = (unsafe { work.as_ref() }) else {
+        return 0;
+    };
+    let Tuple {
+        source,
+        destination,
+        ..
+    } = &work.outer;
+    let ctx = TcContext::new(skb);
+    let done = rewrite_outer(&mut Skb(&ctx), &work.parsed, source, destination, work.diff);
+    u32::from(done.is_some())
 }

@@ -116,8 +116,8 @@ fn read<const ETHERTYPE: u16>(ctx: &XdpContext, work: &mut Work) -> bool {
     work.from = From {
         ifindex: ctx.ingress_ifindex() as u32,
         segment: 0,
-        link_to: [0; 6],
-        link_from: [0; 6],
+        client_mac: [0; 6],
+        gateway_mac: [0; 6],
         linked: true,
         again: BPF_F_INGRESS,
     };

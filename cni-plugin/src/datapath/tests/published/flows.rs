@@ -94,7 +94,7 @@ fn forget(stage: &mut Stage, client: SocketAddr, original: SocketAddr) {
 }
 
 /// Changes or removes the one flow from `client` to `original`.
-pub(super) fn change(
+fn change(
     stage: &mut Stage,
     client: SocketAddr,
     original: SocketAddr,

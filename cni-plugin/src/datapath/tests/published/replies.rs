@@ -2,17 +2,13 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use bpf_bridge_common::{
-    drops::DropReason,
-    layout::{FLOW_REFRESH_NS, Mac},
-};
+use bpf_bridge_common::drops::DropReason;
 
 use super::{
     super::{super::Wire, bench::REDIRECT},
-    flows::change,
     packets::{Header, TCP, UDP, packet, segment, whole},
     requests::{PROTOCOLS, with_each},
-    stage::{FAMILIES, Family, Stage, frame, inbound, into, mac, out_of, ports, wire, with_stage},
+    stage::{FAMILIES, Family, frame, inbound, into, mac, out_of, ports, wire, with_stage},
 };
 
 #[test]
@@ -185,69 +181,6 @@ fn a_reply_that_is_too_long_is_left_to_the_stack_to_refuse() {
             });
         }
     }
-}
-
-#[test]
-fn replies_go_by_the_way_that_is_known_for_half_a_second() {
-    const ONE: Mac = [2, 0, 0, 0, 0xaa, 1];
-    const OTHER: Mac = [2, 0, 0, 0, 0xaa, 2];
-    with_each(|stage, family, protocol| {
-        stage.publish(family.unspecified(), protocol, "a");
-        stage.rename("up0", mac("up0"));
-        stage.set_mtu("up0", 1300);
-        let (port, pod_port) = ports(protocol);
-        let (client, pod) = (family.end("far", 4000), family.end("a", pod_port));
-        let original = family.end("up0", port);
-        let request = inbound(&whole(protocol, client, original, b"?"));
-        let reply = out_of("a", &whole(protocol, pod, client, b"!"));
-        let undone = whole(protocol, original, client, b"!");
-        let asks = |stage: &Stage, row: &str| {
-            let run = stage.run("from_pod", "a", &reply);
-            // The neighbour's address is written after the program.
-            assert_eq!(
-                (run.verdict, run.bytes),
-                (REDIRECT, out_of("a", &undone)),
-                "{row}"
-            );
-        };
-        let knows = |stage: &Stage, row: &str, router| {
-            let there = frame(router, mac("up0"), &undone);
-            stage.becomes(row, "from_pod", "a", &reply, &there);
-        };
-
-        stage.set_router(ONE);
-        assert_eq!(stage.run("uplink", "up0", &request).verdict, REDIRECT);
-        asks(stage, "the first");
-        knows(stage, "the second", ONE);
-        stage.set_router(OTHER);
-        knows(stage, "the router has moved", ONE);
-        change(stage, client, original, |mut flow| {
-            flow.seen = flow.seen.wrapping_sub(FLOW_REFRESH_NS + 1);
-            Some(flow)
-        });
-        asks(stage, "half a second later");
-        asks(stage, "nobody has asked since");
-        assert_eq!(stage.run("uplink", "up0", &request).verdict, REDIRECT);
-        asks(stage, "asked again");
-        knows(stage, "and once more", OTHER);
-
-        // What is too long for it is left to the stack to refuse, with the pod's address.
-        let long = out_of("a", &whole(protocol, pod, client, &[7; 1300]));
-        let run = stage.run("from_pod", "a", &long);
-        assert_eq!(run.verdict, REDIRECT);
-        assert_eq!(run.bytes[26..38], long[26..38]);
-
-        // The request has come in elsewhere than the reply goes out.
-        stage.reset();
-        let elsewhere = frame(
-            mac("up1"),
-            mac("x"),
-            &whole(protocol, client, original, b"?"),
-        );
-        assert_eq!(stage.run("uplink", "up1", &elsewhere).verdict, REDIRECT);
-        asks(stage, "another uplink");
-        asks(stage, "another uplink, again");
-    });
 }
 
 #[test]

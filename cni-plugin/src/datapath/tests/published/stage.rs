@@ -6,7 +6,6 @@ use std::{
     fs, io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::{AsFd as _, AsRawFd as _},
-    process::Command,
     ptr,
     sync::Mutex,
 };
@@ -403,21 +402,6 @@ impl Stage {
             ..LinkSettings::default()
         };
         self.links.configure(self.index(device), &settings).unwrap();
-    }
-
-    /// Says where the router is on the link.
-    pub(super) fn set_router(&self, mac: Mac) {
-        for family in FAMILIES {
-            let (router, mac) = (
-                family.of("router").to_string(),
-                MacAddr::new(mac).to_string(),
-            );
-            let status = Command::new("ip")
-                .args(["neigh", "replace", &router, "lladdr", &mac])
-                .args(["dev", "up0", "nud", "permanent"])
-                .status();
-            assert!(status.unwrap().success());
-        }
     }
 
     pub(super) fn set_mtu(&self, device: &str, mtu: u32) {
