@@ -8,11 +8,13 @@ use std::{
     net::{Ipv4Addr, Ipv6Addr},
     os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd},
     str::FromStr,
+    thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
 use nix::{
+    errno::Errno,
     libc,
     net::if_::if_nametoindex,
     poll::{PollFd, PollFlags, PollTimeout, poll},
@@ -320,13 +322,22 @@ impl PacketSocket {
         })
     }
 
-    /// Sends a frame.
+    /// Sends a frame, when the device has room for it: a veth with XDP has a ring, which
+    /// another CPU empties.
     ///
     /// # Errors
     ///
-    /// That the device is down, or the frame too long for it.
+    /// That the device is down, or full for long, or the frame too long for it.
     pub fn send(&self, frame: &Frame) -> Result<()> {
-        let sent = nix::unistd::write(&self.socket, &frame.0).context("sending a frame")?;
+        let end = Instant::now() + Duration::from_secs(5);
+        let sent = loop {
+            match nix::unistd::write(&self.socket, &frame.0) {
+                Err(Errno::ENOBUFS) if Instant::now() < end => {
+                    thread::sleep(Duration::from_millis(1));
+                }
+                sent => break sent.context("sending a frame")?,
+            }
+        };
         ensure!(sent == frame.0.len(), "a frame was cut to {sent} bytes");
         Ok(())
     }
