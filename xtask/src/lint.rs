@@ -1,5 +1,7 @@
 //! `cargo xtask lint`: format, lints and documentation, all without a warning.
 
+use std::process::Stdio;
+
 use anyhow::Result;
 
 use crate::{
@@ -12,6 +14,11 @@ pub(crate) fn run_all() -> Result<()> {
     let toolchain = setup::lint()?;
     run(cargo().args(["fmt", "--all", "--check"]))?;
     run(cargo().args(["fmt", "--manifest-path=fuzz/Cargo.toml", "--check"]))?;
+    // Its lock file must follow the plugin's dependencies.
+    run(cargo()
+        .args(["metadata", "--manifest-path=fuzz/Cargo.toml"])
+        .args(["--locked", "--format-version=1"])
+        .stdout(Stdio::null()))?;
     run(cargo()
         .args(["clippy", "--workspace", "--exclude=bpf-bridge-ebpf"])
         .args(["--all-targets", "--", "-Dwarnings"]))?;
