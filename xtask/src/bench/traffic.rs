@@ -11,7 +11,7 @@ use super::{
     Settings,
     cpu::{self, Account},
     generators::{CONNECTIONS, Iperf3, PAGE_BYTES, Web},
-    measurement::{Better, Cpu, Measurement},
+    measurement::{Better, Contender, Cpu, Measurement},
     node::Recipe,
     paths::{CALLED, Family, Path, Site},
     peer::{Caller, Connector, Ends, Flow, Transport},
@@ -51,6 +51,10 @@ const OUTSIDE_NOTE: &str = "Pod to outside: the machine outside has no route to 
      it answers was masqueraded. New connections go to eight addresses of it in turn, each \
      datagram of UDP_CRR to another of 65,536. kube-proxy's rules are those that every node has, \
      and of a service.";
+
+const XDP_NOTE: &str = "XDP: the uplink is a veth. One that receives by XDP takes segmentation \
+     offload from its peer (veth_xdp_set of Linux's drivers/net/veth.c), so its TCP streams come \
+     in single packets.";
 
 /// What the figures are.
 fn note() -> String {
@@ -498,6 +502,9 @@ impl Test {
         let mut notes = vec![note(), cpu::NOTE.to_owned()];
         if self.path == Path::PodToOutside {
             notes.push(OUTSIDE_NOTE.to_owned());
+        }
+        if self.path.concerns(Contender::Xdp) {
+            notes.push(XDP_NOTE.to_owned());
         }
         let mut lanes = Vec::new();
         for site in sites

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use super::{
     super::bench::{REDIRECT, SHOT},
-    packets::{Header, SYN, TCP, packet, segment, too_big, whole},
+    packets::{Header, SYN, TCP, checksum, packet, segment, too_big, whole},
     requests::with_each,
     stage::{Family, PASS, inbound, out_of, ports, with_stage},
 };
@@ -86,6 +86,58 @@ fn lengths_that_lie_are_left_alone() {
         };
         for (row, frame) in rows {
             stage.passes(row, "uplink", "up0", &frame);
+        }
+    });
+}
+
+#[test]
+fn what_the_stack_would_drop_is_left_to_it() {
+    with_each(|stage, family, protocol| {
+        stage.publish(family.unspecified(), protocol, "a");
+        let original = family.end("up0", ports(protocol).0);
+        let options = match family {
+            Family::V4 => vec![(0, vec![1; 8])],
+            Family::V6 => vec![(0, vec![0, 0, 1, 4, 0, 0, 0, 0])],
+        };
+        for options in [vec![], options] {
+            let header = Header {
+                options,
+                ..Header::default()
+            };
+            for (from, program, device) in [("x", "uplink", "up0"), ("c", "from_pod", "c")] {
+                let client = family.end(from, 4000);
+                let payload = segment(protocol, client, original, SYN, b"data");
+                let good = packet(client.ip(), original.ip(), protocol, &header, &payload);
+                let with = |at: usize, byte: u8, sums_up: bool| {
+                    let mut packet = good.clone();
+                    packet[at] = byte;
+                    if family == Family::V4 && sums_up {
+                        packet[10..12].fill(0);
+                        let end = good.len() - payload.len();
+                        let sum = checksum(&packet[..end]);
+                        packet[10..12].copy_from_slice(&sum);
+                    }
+                    packet
+                };
+                let rows = match family {
+                    Family::V4 => vec![
+                        ("a wrong checksum", with(10, good[10] ^ 1, false)),
+                        ("no time left", with(8, 0, true)),
+                        ("longer than it is", with(3, good[3] + 1, true)),
+                    ],
+                    Family::V6 => vec![
+                        ("no hop left", with(7, 0, true)),
+                        ("longer than it is", with(5, good[5] + 1, true)),
+                    ],
+                };
+                for (row, packet) in rows {
+                    let frame = match from {
+                        "x" => inbound(&packet),
+                        _ => out_of("c", &packet),
+                    };
+                    stage.passes(row, program, device, &frame);
+                }
+            }
         }
     });
 }
