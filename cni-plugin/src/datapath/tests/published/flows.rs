@@ -18,7 +18,7 @@ use super::{
     packets::{ACK, FIN, RST, SCTP, SYN, TCP, UDP, flagged, whole},
     requests::with_each,
     stage::{
-        FAMILIES, Family, Stage, frame, inbound, into, mac, out_of, ports, wire, with_stage,
+        FAMILIES, Family, PASS, Stage, frame, inbound, into, mac, out_of, ports, wire, with_stage,
         with_stage_of,
     },
 };
@@ -399,6 +399,33 @@ fn what_the_stack_brings_goes_back_to_it() {
             // A pod that is spoken to by the stack is still not at its mercy.
             stage.passes("another pod", "from_pod", "c", &out_of("c", &reply[14..]));
         }
+    });
+}
+
+#[test]
+fn answers_to_what_netfilter_has_translated_are_no_requests() {
+    // Netfilter has chosen a number that is published.
+    with_each(|stage, family, protocol| {
+        stage.publish(family.unspecified(), protocol, "a");
+        let node = family.end("up0", ports(protocol).0);
+        let far = family.end("far", 53);
+        stage
+            .addresses
+            .insert(Wire(wire(node.ip())), Wire(1), ANY)
+            .unwrap();
+        let answer = inbound(&whole(protocol, far, node, b"!"));
+        assert_eq!(
+            stage.run("uplink", "up0", &answer).verdict,
+            REDIRECT,
+            "nobody has asked"
+        );
+        stage.reset();
+        let asked = frame(mac("x"), mac("up0"), &whole(protocol, node, far, b"?"));
+        assert_eq!(stage.run_forwarded("up0", "gate", &asked).verdict, PASS);
+        stage.passes("asked", "uplink", "up0", &answer);
+        // From there only.
+        let other = inbound(&whole(protocol, family.end("far", 54), node, b"?"));
+        assert_eq!(stage.run("uplink", "up0", &other).verdict, REDIRECT);
     });
 }
 

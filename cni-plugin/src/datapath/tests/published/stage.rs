@@ -46,6 +46,7 @@ pub(super) const PASS: u32 = u32::MAX;
 
 const SKB_LEN: usize = 192;
 const SKB_MARK: usize = 8;
+const SKB_INGRESS_IFINDEX: usize = 36;
 const SKB_IFINDEX: usize = 40;
 const SKB_CB: usize = 48;
 const SKB_GSO_SIZE: usize = 176;
@@ -607,6 +608,12 @@ impl Stage {
         let run = self.run_with("from_host", "gate", &frame, &cb).unwrap();
         self.verify_sums("from_host", "gate", &frame, &cb, &run);
         run
+    }
+
+    /// The same for `egress`, of a packet that the host has received on `came_by`.
+    pub(super) fn run_forwarded(&self, device: &str, came_by: &str, frame: &[u8]) -> Run {
+        let fields = [(SKB_INGRESS_IFINDEX, self.index(came_by))];
+        self.run_with("egress", device, frame, &fields).unwrap()
     }
 
     /// The same for a packet that segmentation offload will cut.
