@@ -4,7 +4,7 @@
 use std::{
     fs::File,
     io::Write as _,
-    net::{IpAddr, UdpSocket},
+    net::{IpAddr, Ipv6Addr, UdpSocket},
     os::fd::{AsRawFd as _, OwnedFd},
     path::Path,
     process::{Child, Command, Output, Stdio},
@@ -116,6 +116,21 @@ impl Namespace {
             String::from_utf8_lossy(&output.stdout).trim(),
         );
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// Waits for an address to be one of this machine's: the kernel leaves IPv6's local routes
+    /// to a worker.
+    ///
+    /// # Errors
+    ///
+    /// That it is none for long.
+    pub fn wait_local(&self, address: Ipv6Addr) -> Result<()> {
+        let route = format!("ip -6 route show table local {address}");
+        wait_for(
+            &format!("local route to {address}"),
+            Duration::from_secs(10),
+            || Ok(!self.run(&route)?.is_empty()),
+        )
     }
 
     /// Runs `ip` with every line of `script`, stopping at the first that fails.

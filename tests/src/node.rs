@@ -198,6 +198,8 @@ impl Node {
             Outside::V4,
             Outside::V6
         ))?;
+        self.namespace.wait_local(Outside::NODE_V6)?;
+        namespace.wait_local(Outside::V6)?;
         Ok(Outside { namespace })
     }
 }

@@ -10,7 +10,7 @@ use std::{fs, os::unix::fs::symlink, path::Path};
 
 use anyhow::{Context as _, Result, ensure};
 use bpf_bridge_tests::{
-    Attachment, Call, Network, Node, Pod, Reply, Sandbox, Snapshot, Verb, faults_binary,
+    Attachment, Call, Network, Node, Outside, Pod, Reply, Sandbox, Snapshot, Verb, faults_binary,
 };
 use serde_json::{Value, json};
 
@@ -36,6 +36,7 @@ fn node() -> Result<Node> {
          link set far0 up\n\
          addr add 198.51.100.2/24 dev uplink0\n\
          addr add 2001:db8:ffff::2/64 dev uplink0 nodad")?;
+    node.wait_local(Outside::NODE_V6)?;
     Ok(node)
 }
 
