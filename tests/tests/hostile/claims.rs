@@ -198,6 +198,7 @@ fn is_not_believed(
 
 #[test]
 fn nobody_takes_a_pods_address() -> Result<()> {
+    let _peace = crate::peace();
     let node = Node::new()?;
     let network = network(&node, &json!({}));
     let stations = ["liar", "victim", "owner"].map(|name| Station::new(&network, name));
@@ -232,6 +233,7 @@ fn nobody_takes_a_pods_address() -> Result<()> {
 
 #[test]
 fn nobody_takes_the_gateways_address() -> Result<()> {
+    let _peace = crate::peace();
     let node = Node::new()?;
     let network = network(&node, &json!({}));
     let (liar, victim) = (
@@ -261,6 +263,7 @@ fn nobody_takes_the_gateways_address() -> Result<()> {
 /// Link-local addresses follow from MAC addresses, which are assigned.
 #[test]
 fn nobody_takes_a_link_local_address() -> Result<()> {
+    let _peace = crate::peace();
     let node = Node::new()?;
     let network = network(&node, &json!({}));
     let stations = ["liar", "victim", "owner"].map(|name| Station::new(&network, name));
@@ -301,6 +304,7 @@ fn nobody_takes_a_link_local_address() -> Result<()> {
 /// keepalived's way: the address was assigned to nobody, and whoever announces it has it.
 #[test]
 fn an_address_that_nobody_was_assigned_goes_to_who_announces_it() -> Result<()> {
+    let _peace = crate::peace();
     let node = Node::new()?;
     let network = network(&node, &json!({}));
     let stations = ["client", "first", "second"].map(|name| Station::new(&network, name));
@@ -340,6 +344,7 @@ fn an_address_that_nobody_was_assigned_goes_to_who_announces_it() -> Result<()> 
 
 #[test]
 fn duplicate_address_detection_works_both_ways() -> Result<()> {
+    let _peace = crate::peace();
     let node = Node::new()?;
     let network = network(&node, &json!({"enabledad": true}));
     let (owner, liar) = (
@@ -397,6 +402,7 @@ fn after(address: Ipv6Addr, more: u128) -> Ipv6Addr {
 
 #[test]
 fn what_was_said_before_an_address_was_assigned_is_corrected() -> Result<()> {
+    let _peace = crate::peace();
     let node = Node::new()?;
     let network = network(&node, &json!({}));
     let (victim, liar) = (
@@ -452,6 +458,7 @@ fn has_router(namespace: &Namespace) -> Result<bool> {
 #[test]
 fn a_pod_is_nobodys_router_where_there_is_a_gateway() -> Result<()> {
     each([true, false], |gateway| {
+        let _peace = crate::peace();
         let node = Node::new()?;
         let network = network(
             &node,
@@ -521,6 +528,7 @@ fn redirect(
 
 #[test]
 fn no_pod_redirects_another_or_the_node() -> Result<()> {
+    let _peace = crate::peace();
     let node = Node::new()?;
     let _outside = node.outside()?;
     let network = network(&node, &json!({}));
@@ -570,6 +578,7 @@ fn no_pod_redirects_another_or_the_node() -> Result<()> {
 
 #[test]
 fn macspoofchk_refuses_another_pods_ip_source() -> Result<()> {
+    let _peace = crate::peace();
     let node = Node::new()?;
     let network = network(&node, &json!({"macspoofchk": true}));
     let stations = ["liar", "victim", "owner"].map(|name| Station::new(&network, name));

@@ -437,6 +437,7 @@ fn misaddressed(scene: &Scene<'_>, family: usize) -> Result<Vec<Lie>> {
 /// Sends what lies from a pod to wherever a packet of it can go.
 #[test]
 fn malformed_frames_of_a_pod_leave_no_network() -> Result<()> {
+    let _peace = crate::peace();
     let node = Node::new()?;
     let outside = node.outside()?;
     let scene = Scene::new(&node, &outside, &json!({}))?;
@@ -476,6 +477,7 @@ fn malformed_frames_of_a_pod_leave_no_network() -> Result<()> {
 
 /// The same from outside, towards the published port and its pod.
 fn from_outside(more: &Value) -> Result<()> {
+    let _peace = crate::peace();
     let node = Node::new()?;
     let outside = node.outside()?;
     for subnet in ["10.77.0.0/16", "fd77::/64"] {
@@ -571,6 +573,7 @@ fn unacceptable(from: IpAddr, to: SocketAddr) -> Vec<(String, Vec<Vec<u8>>)> {
 
 #[test]
 fn nothing_makes_a_lie_acceptable() -> Result<()> {
+    let _peace = crate::peace();
     let node = Node::new()?;
     let outside = node.outside()?;
     let scene = Scene::new(&node, &outside, &json!({}))?;
@@ -644,6 +647,7 @@ fn is_error(seen: &Captured) -> bool {
 /// Options and headers that nobody needs to understand, but everybody must survive.
 #[test]
 fn odd_headers_hurt_nobody() -> Result<()> {
+    let _peace = crate::peace();
     let node = Node::new()?;
     let outside = node.outside()?;
     let scene = Scene::new(&node, &outside, &json!({}))?;
@@ -786,6 +790,7 @@ fn a_storm_of_mutations_hurts_nobody() -> Result<()> {
     let seed = fastrand::u64(..);
     println!("seed {seed}");
     let mut random = fastrand::Rng::with_seed(seed);
+    let _storm = crate::storm();
     let node = Node::new()?;
     let outside = node.outside()?;
     let scene = Scene::new(&node, &outside, &json!({}))?;

@@ -4,7 +4,11 @@
 mod claims;
 mod lies;
 
-use std::{net::IpAddr, time::Duration};
+use std::{
+    net::IpAddr,
+    sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, ensure};
 use bpf_bridge_common::{drops::DropReason, layout::PortStats};
@@ -15,8 +19,21 @@ use serde_json::{Value, json};
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How long to wait for what must not happen.
 const SILENCE: Duration = Duration::from_millis(100);
+/// The kernel has one table of IPv6 neighbours for all namespaces (`gc_thresh3` entries, 1,024
+/// mostly), and a storm of senders fills it: nobody else looks for a neighbour meanwhile.
+static NEIGHBOURS: RwLock<()> = RwLock::new(());
 /// Where the counters are pinned.
 const STATS: &str = "/sys/fs/bpf/bpf-bridge/v1/maps/STATS";
+
+/// Held by every test but the storm.
+fn peace() -> RwLockReadGuard<'static, ()> {
+    NEIGHBOURS.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Held by the storm.
+fn storm() -> RwLockWriteGuard<'static, ()> {
+    NEIGHBOURS.write().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// A pod, and what it is needed for.
 struct Station {
