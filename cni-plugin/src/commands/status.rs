@@ -1,5 +1,7 @@
 //! STATUS: whether an ADD would succeed, and whether those that did still hold.
 
+use std::{thread, time::Duration};
+
 use crate::{
     attachment::{self, Attachment, Record},
     cni::{Call, CniError, ErrorCode},
@@ -11,6 +13,10 @@ use crate::{
 };
 
 use super::is_alive;
+
+/// How often a pod is looked at before it is said to suffer, and how long after each other.
+const LOOKS: u32 = 10;
+const PAUSE: Duration = Duration::from_millis(20);
 
 /// Answers with the first reason why not: 51 if attached pods suffer from it, 50
 /// if only new ones would.
@@ -56,12 +62,18 @@ fn attached(call: &Call<'_>, host: &Netlink) -> Result<(), CniError> {
         if !is_alive(host, &attachment)? {
             continue;
         }
-        if let Err(fault) = suffers(host, &mut opened, &attachment, &record) {
-            // Nor does one that went while it was looked at: nobody is locked out here.
-            let stays = is_alive(host, &attachment)?;
-            if stays && attachment.peek().as_ref() == Some(&record) {
+        let mut looks = 1;
+        while let Err(fault) = suffers(host, &mut opened, &attachment, &record) {
+            // Nor does one that goes, or whose name comes again, while it is looked at: nobody
+            // is locked out here, and an ADD makes its device before it writes a record.
+            if !is_alive(host, &attachment)? || attachment.peek().as_ref() != Some(&record) {
+                break;
+            }
+            if looks == LOOKS {
                 return Err(fault);
             }
+            looks += 1;
+            thread::sleep(PAUSE);
         }
     }
     Ok(())
