@@ -14,18 +14,22 @@ fn shortest(family: Family) -> usize {
     14 + if family == Family::V4 { 20 } else { 40 }
 }
 
+/// Options that say nothing, so that a packet is not a plain one.
+fn padding(family: Family) -> Vec<(u8, Vec<u8>)> {
+    match family {
+        Family::V4 => vec![(0, vec![1; 8])],
+        Family::V6 => vec![(0, vec![0, 0, 1, 4, 0, 0, 0, 0])],
+    }
+}
+
 #[test]
 fn a_packet_that_ends_early_is_left_alone() {
     // Hazard 19.
     with_each(|stage, family, protocol| {
         stage.publish(family.unspecified(), protocol, "a");
         let original = family.end("up0", ports(protocol).0);
-        let options = match family {
-            Family::V4 => vec![(0, vec![1; 8])],
-            Family::V6 => vec![(0, vec![0, 0, 1, 4, 0, 0, 0, 0])],
-        };
         let header = Header {
-            options,
+            options: padding(family),
             ..Header::default()
         };
         for from in ["x", "c"] {
@@ -95,11 +99,7 @@ fn what_the_stack_would_drop_is_left_to_it() {
     with_each(|stage, family, protocol| {
         stage.publish(family.unspecified(), protocol, "a");
         let original = family.end("up0", ports(protocol).0);
-        let options = match family {
-            Family::V4 => vec![(0, vec![1; 8])],
-            Family::V6 => vec![(0, vec![0, 0, 1, 4, 0, 0, 0, 0])],
-        };
-        for options in [vec![], options] {
+        for options in [vec![], padding(family)] {
             let header = Header {
                 options,
                 ..Header::default()
