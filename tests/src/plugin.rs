@@ -8,7 +8,7 @@ use std::{
     io::{Read as _, Seek as _, Write as _},
     os::unix::process::ExitStatusExt as _,
     path::PathBuf,
-    process::{Command, ExitStatus, Stdio},
+    process::{Child, Command, ExitStatus, Stdio},
     sync::Mutex,
     thread,
     time::{Duration, Instant},
@@ -17,7 +17,12 @@ use std::{
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use nix::{
     libc,
-    sys::memfd::{MFdFlags, memfd_create},
+    sys::{
+        memfd::{MFdFlags, memfd_create},
+        signal::{Signal, kill},
+        wait::{Id, WaitPidFlag, WaitStatus, waitid},
+    },
+    unistd::Pid,
 };
 use serde_json::{Value, json};
 
@@ -225,7 +230,7 @@ impl Call {
     ///
     /// As [`Self::run`].
     pub fn run_here(&self) -> Result<Reply> {
-        self.execute(None)
+        self.execute(|_| Ok(()))
     }
 
     /// Makes the call in a namespace and kills it (SIGKILL) after a time, unless
@@ -235,10 +240,48 @@ impl Call {
     ///
     /// As [`Self::run`].
     pub fn run_until_killed(&self, namespace: &Namespace, after: Duration) -> Result<Reply> {
-        namespace.within(|| self.execute(Some(after)))
+        let start = Instant::now();
+        namespace.within(|| {
+            self.execute(|child| {
+                thread::sleep(after.saturating_sub(start.elapsed()));
+                child.kill().context("killing the plugin")
+            })
+        })
     }
 
-    fn execute(&self, kill_after: Option<Duration>) -> Result<Reply> {
+    /// Makes the call in a namespace and stops it after each of these times, a moment
+    /// later it goes on; until it has ended. Returns how often that was, too.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::run`].
+    pub fn run_stopped(&self, namespace: &Namespace, times: &[Duration]) -> Result<(Reply, usize)> {
+        /// Long enough for every thread of it to stop.
+        const MOMENT: Duration = Duration::from_micros(500);
+        let mut stops = 0;
+        let reply = namespace.within(|| {
+            self.execute(|child| {
+                let pid = Pid::from_raw(child.id().try_into()?);
+                let has_ended = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+                for time in times {
+                    thread::sleep(*time);
+                    // It keeps its number until it is waited for.
+                    if waitid(Id::Pid(pid), has_ended)? != WaitStatus::StillAlive {
+                        break;
+                    }
+                    kill(pid, Signal::SIGSTOP).context("stopping the plugin")?;
+                    thread::sleep(MOMENT);
+                    kill(pid, Signal::SIGCONT).context("letting the plugin go on")?;
+                    stops += 1;
+                }
+                Ok(())
+            })
+        })?;
+        Ok((reply, stops))
+    }
+
+    /// `meanwhile` is done to the process.
+    fn execute(&self, meanwhile: impl FnOnce(&mut Child) -> Result<()>) -> Result<Reply> {
         // Files and not pipes, so that neither side can ever wait for the other.
         let mut stdout = anonymous_file()?;
         let mut stderr = anonymous_file()?;
@@ -261,10 +304,7 @@ impl Call {
             // A plugin may end without reading: then the pipe is broken.
             let _ = stdin.write_all(self.stdin.as_bytes());
         }
-        if let Some(after) = kill_after {
-            thread::sleep(after.saturating_sub(start.elapsed()));
-            child.kill().context("killing the plugin")?;
-        }
+        meanwhile(&mut child)?;
         let (status, peak_rss) = wait_with_usage(child.id())?;
         let duration = start.elapsed();
         Ok(Reply {

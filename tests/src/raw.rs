@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use nix::libc;
 
-use crate::Namespace;
+use crate::{Namespace, ReceiveFrom as _};
 
 /// A socket that sends and receives what stands behind the IP header, of one
 /// protocol. The kernel makes the header, and ICMPv6's checksum.
@@ -80,7 +80,7 @@ impl RawSocket {
                 return Ok(None);
             }
             self.socket.set_read_timeout(Some(left))?;
-            let (length, from) = match self.socket.recv_from(&mut buffer) {
+            let (length, from) = match self.socket.receive_from(&mut buffer) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
                 received => received.context("receiving from a raw socket")?,
             };

@@ -25,7 +25,7 @@ use nix::{
     },
 };
 
-use crate::Namespace;
+use crate::{Namespace, Receive as _, ReceiveFrom as _, patient::uninterrupted};
 
 /// How much a server has room for, in bytes.
 const BUFFER: usize = 8 << 20;
@@ -168,7 +168,7 @@ fn serve_tcp(listener: &TcpListener, name: &str, stop: &AtomicBool) {
 fn serve_udp(socket: &UdpSocket, name: &str, stop: &AtomicBool) {
     let mut buffer = vec![0; 65_536];
     while !stop.load(Ordering::Relaxed) {
-        if let Ok((length, from)) = socket.recv_from(&mut buffer) {
+        if let Ok((length, from)) = socket.receive_from(&mut buffer) {
             let answer = [&greeting(name, from), &buffer[..length]].concat();
             let _ = socket.send_to(&answer, from);
         }
@@ -301,7 +301,7 @@ impl Namespace {
                 .with_context(|| format!("sending to {server}"))?;
                 let mut answer = vec![0; 65_536];
                 let (length, from) = socket
-                    .recv_from(&mut answer)
+                    .receive_from(&mut answer)
                     .with_context(|| format!("waiting for the answer from {server}"))?;
                 ensure!(from == server, "{from} answered, not {server}");
                 answer.truncate(length);
@@ -342,9 +342,12 @@ impl Namespace {
             )?;
             bind(socket.as_raw_fd(), &SockaddrStorage::from(local))
                 .with_context(|| format!("binding to {local}"))?;
-            connect(socket.as_raw_fd(), &SockaddrStorage::from(server))
-                .map_err(io::Error::from)
-                .with_context(|| format!("connecting to {server}"))?;
+            let server_address = SockaddrStorage::from(server);
+            uninterrupted(
+                || Ok(Some(limit)),
+                || Ok(connect(socket.as_raw_fd(), &server_address)?),
+            )
+            .with_context(|| format!("connecting to {server}"))?;
             Ok(socket)
         })?;
         Ok(socket.into())
@@ -393,7 +396,7 @@ impl Namespace {
                 .with_context(|| format!("sending to {server}"))?;
             let mut answer = vec![0; 65_536];
             let length = socket
-                .recv(&mut answer)
+                .receive(&mut answer)
                 .with_context(|| format!("waiting for the echo from {server}"))?;
             ensure!(
                 answer[..length] == *message,

@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use bpf_bridge_tests::{
     Captured, EchoServer, Frame, MacAddr, Namespace, Network, Node, Offload, Outside, PacketSocket,
-    Pod, wait_for,
+    Pod, Receive as _, wait_for,
 };
 use serde_json::json;
 
@@ -305,7 +305,7 @@ fn applications_can_broadcast_and_multicast() -> Result<()> {
         for socket in sockets {
             let mut buffer = [0; 64];
             let length = socket
-                .recv(&mut buffer)
+                .receive(&mut buffer)
                 .with_context(|| format!("waiting for the {}", String::from_utf8_lossy(what)))?;
             ensure!(&buffer[..length] == what);
         }

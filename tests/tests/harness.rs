@@ -3,17 +3,23 @@
 
 use std::{
     fs,
-    io::{Read as _, Write as _},
+    io::{ErrorKind, Read as _, Write as _},
     net::{IpAddr, UdpSocket},
     path::Path,
     process::Command,
+    sync::mpsc,
+    thread,
     time::Duration,
 };
 
 use anyhow::{Context as _, Result, ensure};
 use bpf_bridge_tests::{
     Client, EchoServer, Frame, MacAddr, Meeting, Namespace, Node, Offload, Packet, PacketSocket,
-    Snapshot, Verb, wait_for,
+    Receive as _, ReceiveFrom as _, Snapshot, Verb, wait_for,
+};
+use nix::sys::{
+    pthread::{pthread_kill, pthread_self},
+    signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction},
 };
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -111,7 +117,7 @@ fn a_transfer_that_changes_on_the_way_is_noticed() -> Result<()> {
     let (_, a, b) = pair(&node)?;
     let listener = b.within(|| Ok(std::net::TcpListener::bind("10.0.0.2:0")?))?;
     let address = listener.local_addr()?;
-    let liar = std::thread::spawn(move || -> std::io::Result<()> {
+    let liar = thread::spawn(move || -> std::io::Result<()> {
         use std::io::{Read as _, Write as _};
         let (mut stream, _) = listener.accept()?;
         let mut bytes = vec![0; 10_000];
@@ -241,7 +247,7 @@ fn ip_packets_are_understood_by_the_kernel() -> Result<()> {
                 wire.send(&Frame::ip(to, from, packet))?;
             }
             let mut answer = vec![0; 4000];
-            let received = socket.recv(&mut answer)?;
+            let received = socket.receive(&mut answer)?;
             let meeting = Meeting::parse(&answer[..received], &payload[..length])?;
             ensure!(meeting.server == "b" && meeting.client == client);
         }
@@ -267,7 +273,7 @@ fn ip_packets_are_understood_by_the_kernel() -> Result<()> {
             &Packet::tcp_reset((client.ip(), 4002).into(), server, 1).bytes(),
         ))?;
         (&stream).write_all(b"still there?")?;
-        ensure!((&stream).read(&mut greeting)? > 0);
+        ensure!(stream.receive(&mut greeting)? > 0);
     }
     Ok(())
 }
@@ -288,6 +294,51 @@ fn offloads_can_be_switched() -> Result<()> {
     ensure!(!a.offload("eth0", Offload::TcpSegmentation)?);
     a.set_offload("eth0", Offload::GenericSegmentation, false)?;
     a.set_offload("eth0", Offload::TxChecksum, true)
+}
+
+#[test]
+fn a_socket_hears_what_comes_after_an_interruption() -> Result<()> {
+    extern "C" fn handler(_: i32) {}
+    let interrupt = SigAction::new(
+        SigHandler::Handler(handler),
+        SaFlags::empty(),
+        SigSet::empty(),
+    );
+    // SAFETY: a handler that does nothing may be called at any time.
+    unsafe { sigaction(Signal::SIGUSR1, &interrupt) }?;
+    let socket = UdpSocket::bind("127.0.0.1:0")?;
+    let sender = UdpSocket::bind("127.0.0.1:0")?;
+    sender.connect(socket.local_addr()?)?;
+    let (said, heard) = mpsc::channel();
+    thread::scope(|scope| {
+        let listener = scope.spawn(|| -> Result<()> {
+            let _ = said.send(pthread_self());
+            socket.set_read_timeout(Some(10 * SECOND))?;
+            ensure!(socket.receive(&mut [0; 9])? == 5);
+            ensure!(socket.receive_from(&mut [0; 9])?.0 == 5);
+            // Interruptions do not make silence longer than twice the time.
+            socket.set_read_timeout(Some(SECOND / 10))?;
+            let end = socket.receive(&mut [0; 9]);
+            ensure!(end.is_err_and(|error| error.kind() == ErrorKind::WouldBlock));
+            Ok(())
+        });
+        let thread = heard.recv()?;
+        for number in 0..100 {
+            thread::sleep(SECOND / 100);
+            if listener.is_finished() {
+                break;
+            }
+            // It may just have ended.
+            let _ = pthread_kill(thread, Signal::SIGUSR1);
+            if number == 5 || number == 10 {
+                sender.send(b"hello")?;
+            }
+        }
+        ensure!(listener.is_finished(), "it listens for ever");
+        listener
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
 }
 
 #[test]

@@ -11,7 +11,8 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use bpf_bridge_tests::{
-    Attachment, Call, EchoServer, Network, Node, Pod, Reply, Snapshot, Verb, at_once, wait_for,
+    Attachment, Call, EchoServer, Network, Node, Pod, Reply, Snapshot, Tables, Verb, at_once,
+    wait_for,
 };
 use serde_json::{Value, json};
 
@@ -311,6 +312,69 @@ fn sixty_pods_at_once_get_sixty_addresses_and_leave_nothing() -> Result<()> {
             before.ensure_same(&after)?;
         }
     }
+    Ok(())
+}
+
+#[test]
+fn calls_that_are_stopped_go_on() -> Result<()> {
+    let node = Node::new()?;
+    let _outside = node.outside()?;
+    let mut config = config(&node);
+    config["ipMasq"] = json!(true);
+    config["capabilities"] = json!({"portMappings": true});
+    let network = Network::new(&node, config);
+    // What is stopped is soon the verifier, which begins again with the program.
+    stopped(&network, "first", &[Duration::from_millis(10); 8])?;
+    for round in 0..3 {
+        // Without a pod it takes the programs away.
+        network.gc(&[])?;
+        stopped(&network, &format!("load-{round}"), &moments(round))?;
+    }
+    let other = network.pod("other")?;
+    for round in 3..30 {
+        stopped(&network, &format!("pod-{round}"), &moments(round))?;
+    }
+    alive(&other, &node)?;
+    let leases = node.run(&format!("ls {LEASES}"))?;
+    let leases = leases.lines().filter(|name| name.starts_with("10."));
+    ensure!(leases.count() == 1);
+    Tables::read(&node)?.ensure_consistent()
+}
+
+/// Moments at which a call is stopped, each round others.
+fn moments(round: u64) -> Vec<Duration> {
+    let mut random = fastrand::Rng::with_seed(round);
+    let mut moment = || Duration::from_micros(random.u64(0..1000));
+    (0..200).map(|_| moment()).collect()
+}
+
+/// A pod's life, each call of which is stopped after each of these times.
+fn stopped(network: &Network, id: &str, times: &[Duration]) -> Result<()> {
+    let node = network.node();
+    let mut stops = 0;
+    let mut done = |call: Call| -> Result<Value> {
+        loop {
+            let (reply, more) = call.run_stopped(node, times)?;
+            stops += more;
+            // What aya asks of the kernel before it loads a program cannot be asked twice.
+            let again = reply.failure().is_ok_and(|error| {
+                error.code == 11 && error.text().contains("this process was stopped")
+            });
+            if !again {
+                return reply.success().with_context(|| id.to_owned());
+            }
+        }
+    };
+    let sandbox = node.sandbox(id)?;
+    let ports = json!([{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}]);
+    let attachment = sandbox.attachment().capability("portMappings", ports);
+    let result = done(call(network, Verb::Add, &attachment)?)?;
+    let mut config = network.configs(Some(&attachment))?.remove(0);
+    config["prevResult"] = result;
+    done(network.call(&config, Verb::Check)?.attachment(&attachment))?;
+    done(network.call(&config, Verb::Status)?)?;
+    done(call(network, Verb::Del, &attachment)?)?;
+    ensure!(stops > 0, "{id} was never stopped");
     Ok(())
 }
 

@@ -182,6 +182,7 @@ impl From<datapath::Error> for CniError {
         match error {
             datapath::Error::Lock(error) => error.into(),
             datapath::Error::Assigned { .. } => Self::internal(error.to_string()),
+            datapath::Error::Interrupted(_) => Self::new(ErrorCode::TryAgain, error.to_string()),
             datapath::Error::Full { .. } | datapath::Error::SegmentFull => {
                 Self::new(ErrorCode::Other(FULL), error.to_string())
             }

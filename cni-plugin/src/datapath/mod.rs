@@ -150,6 +150,14 @@ pub enum Error {
     /// A lock could not be taken.
     #[error(transparent)]
     Lock(#[from] LockError),
+    /// The kernel did not say that it can do something: somebody stopped the process
+    /// while it asked.
+    #[error(
+        "asking the kernel whether {0}: it did not say so, though every kernel since 5.5 does: \
+         this process was stopped at that moment (a frozen cgroup, a suspended machine, a \
+         debugger); try again"
+    )]
+    Interrupted(&'static str),
     /// The embedded object was refused.
     #[error("loading the eBPF programs: {0}")]
     Load(#[source] Box<aya::EbpfError>),

@@ -10,7 +10,7 @@ use std::{
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
     maps::{MapData, MapError, PerCpuHashMap, PerCpuValues, ProgramArray},
-    programs::SchedClassifier,
+    programs::{ProgramError, SchedClassifier},
     util::nr_cpus,
 };
 use aya_obj::{Object, maps::BtfMapDef};
@@ -48,6 +48,9 @@ pub(super) const SHARED: [&str; 9] = [
     LOG,
 ];
 
+/// How often the verifier is asked again that was interrupted.
+const INTERRUPTIONS: u32 = 100;
+
 /// The programs, and the slots under which others call them.
 pub(super) const PROGRAMS: [(&str, Option<u32>); 4] = [
     ("flood", Some(PROGRAM_FLOOD)),
@@ -64,7 +67,7 @@ pub(super) const PROGRAMS: [(&str, Option<u32>); 4] = [
 ///
 /// [`Error::Load`] or [`Error::Program`], with what the kernel refused.
 pub fn verify() -> Result<(), Error> {
-    let mut ebpf = loader(&Limits::read()?)
+    let mut ebpf = loader(&Limits::read()?)?
         .override_global("AYA_LOG_LEVEL", &LogLevel::Off.number(), false)
         .load(OBJECT)?;
     for (name, _) in PROGRAMS {
@@ -75,7 +78,21 @@ pub fn verify() -> Result<(), Error> {
 
 /// A loader that makes tables as large as `limits` has them. Those that are pinned
 /// already stay as they are.
-pub(super) fn loader<'a>(limits: &'a Limits) -> EbpfLoader<'a> {
+///
+/// What it makes of the objects depends on what the kernel can do, which is asked once a
+/// process, by programs of its own. One that is stopped at that moment takes the
+/// interruption for a no: its programs would have no names, or no constants.
+pub(super) fn loader<'a>(limits: &'a Limits) -> Result<EbpfLoader<'a>, Error> {
+    let can = aya::features();
+    for (what, known) in [
+        ("programs have names", can.bpf_name()),
+        ("programs have constants", can.bpf_global_data()),
+        ("helpers can be told apart", can.bpf_probe_read_kernel()),
+    ] {
+        if !known {
+            return Err(Error::Interrupted(what));
+        }
+    }
     let mut loader = bare_loader();
     for (map, entries) in limits.maps() {
         loader.map_max_entries(map, entries);
@@ -84,7 +101,7 @@ pub(super) fn loader<'a>(limits: &'a Limits) -> EbpfLoader<'a> {
         // Each object has its own.
         loader.override_global(name, value, false);
     }
-    loader
+    Ok(loader)
 }
 
 /// A loader that has not read the type information of the whole kernel.
@@ -128,7 +145,7 @@ impl Switch {
         pins::create_directories(level)?;
         let calls = pins::variant(level).join("PROGRAMS");
         let number = level.number();
-        let mut loader = loader(&limits);
+        let mut loader = loader(&limits)?;
         loader.override_global("AYA_LOG_LEVEL", &number, false);
         for name in SHARED {
             loader.map_pin_path(name, pins::map(name));
@@ -317,10 +334,31 @@ pub(super) fn load_program<'a>(
     name: &str,
 ) -> Result<&'a mut SchedClassifier, Error> {
     let program = classifier(ebpf, name)?;
-    program
-        .load()
-        .map_err(|source| Error::program(name, source))?;
+    uninterrupted(name, || program.load())?;
     Ok(program)
+}
+
+/// Lets the kernel verify the program `name`, by what loads it.
+///
+/// The kernel gives up with EAGAIN when the process is stopped meanwhile (`do_check` of
+/// `kernel/bpf/verifier.c`): its cgroup is frozen, or a debugger looks at it. Then it is
+/// asked again.
+pub(super) fn uninterrupted(
+    name: &str,
+    mut load: impl FnMut() -> Result<(), ProgramError>,
+) -> Result<(), Error> {
+    let is_interrupted = |error: &ProgramError| match error {
+        ProgramError::LoadError { io_error, .. } => io_error.kind() == io::ErrorKind::WouldBlock,
+        _ => false,
+    };
+    let mut verified = load();
+    for _ in 0..INTERRUPTIONS {
+        if !verified.as_ref().is_err_and(is_interrupted) {
+            break;
+        }
+        verified = load();
+    }
+    verified.map_err(|source| Error::program(name, source))
 }
 
 /// A program of tc hooks, loaded or not.
@@ -329,7 +367,7 @@ pub(super) fn classifier<'a>(
     name: &str,
 ) -> Result<&'a mut SchedClassifier, Error> {
     ebpf.program_mut(name)
-        .ok_or(aya::programs::ProgramError::NotLoaded)
+        .ok_or(ProgramError::NotLoaded)
         .and_then(|program| program.try_into())
         .map_err(|source| Error::program(name, source))
 }

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context as _, Result, ensure};
-use bpf_bridge_tests::{Client, Namespace, Network, Node, Pod};
+use bpf_bridge_tests::{Client, Namespace, Network, Node, Pod, Receive as _};
 use serde_json::json;
 
 use crate::{
@@ -150,7 +150,7 @@ fn netfilter_sees_all_that_was_asked_for(setting: Setting) -> Result<()> {
             socket.set_read_timeout(Some(PATIENCE))?;
             socket.send_to(&big, (other, POD_PORT))?;
             let length = socket
-                .recv(&mut [0; 4_000])
+                .receive(&mut [0; 4_000])
                 .context("a fragmented datagram")?;
             ensure!(length > big.len());
         }

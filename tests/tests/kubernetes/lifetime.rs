@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use bpf_bridge_tests::{Meeting, Namespace, Network, Node, Pod};
+use bpf_bridge_tests::{Meeting, Namespace, Network, Node, Pod, ReceiveFrom as _};
 use serde_json::json;
 
 use crate::{
@@ -56,7 +56,7 @@ impl Datagrams {
         server.set_read_timeout(Some(PATIENCE))?;
         client.send_to(b"hello", to)?;
         let (_, from) = server
-            .recv_from(&mut [0; 10])
+            .receive_from(&mut [0; 10])
             .context("the first datagram")?;
         Ok(Self {
             client,
@@ -70,7 +70,7 @@ impl Datagrams {
         self.client.send_to(b"ask", self.to)?;
         let (_, from) = self
             .server
-            .recv_from(&mut [0; 10])
+            .receive_from(&mut [0; 10])
             .context("asking over UDP")?;
         ensure!(from == self.from, "{from} asks in place of {}", self.from);
         Ok(())
@@ -80,7 +80,7 @@ impl Datagrams {
         self.server.send_to(b"answer", self.from)?;
         let (_, from) = self
             .client
-            .recv_from(&mut [0; 10])
+            .receive_from(&mut [0; 10])
             .context("answering over UDP")?;
         ensure!(from == self.to, "{from} answers in place of {}", self.to);
         Ok(())
@@ -272,7 +272,7 @@ fn an_endpoint_may_be_replaced(setting: Setting) -> Result<()> {
 fn ask(socket: &UdpSocket, server: SocketAddr) -> Result<Meeting> {
     socket.send_to(b"who?", server)?;
     let mut answer = [0; 200];
-    let (length, from) = socket.recv_from(&mut answer)?;
+    let (length, from) = socket.receive_from(&mut answer)?;
     ensure!(from == server, "{from} answered");
     Meeting::parse(&answer[..length], b"who?")
 }

@@ -20,7 +20,9 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use bpf_bridge_tests::{Client, EchoServer, Meeting, Namespace, Network, Node, Outside, Pod};
+use bpf_bridge_tests::{
+    Client, EchoServer, Meeting, Namespace, Network, Node, Outside, Pod, Receive as _,
+};
 use nix::{
     libc,
     sys::socket::{setsockopt, sockopt},
@@ -326,8 +328,8 @@ impl Connection {
         setsockopt(&self.client, sockopt::Linger, &linger)?;
         drop(self.client);
         // The server is told.
-        let mut server = self.server;
-        let end = server.read(&mut [0]);
+        let server = self.server;
+        let end = server.receive(&mut [0]);
         ensure!(!matches!(end, Ok(1)), "something was left");
         ensure!(
             !end.as_ref()

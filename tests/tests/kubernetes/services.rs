@@ -7,7 +7,8 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use bpf_bridge_tests::{
-    Client, EchoServer, Frame, MacAddr, Namespace, Network, Packet, PacketSocket,
+    Client, EchoServer, Frame, MacAddr, Namespace, Network, Packet, PacketSocket, Receive as _,
+    ReceiveFrom as _,
 };
 use serde_json::json;
 
@@ -364,7 +365,7 @@ fn one_source_port_for_a_cluster_ip_and_the_pod_behind_it(setting: Setting) -> R
             let mut answered = Vec::new();
             for _ in servers {
                 let mut answer = [0; 100];
-                let (length, from) = socket.recv_from(&mut answer).context("over UDP")?;
+                let (length, from) = socket.receive_from(&mut answer).context("over UDP")?;
                 let number = answer[..length].last().copied().unwrap_or_default();
                 ensure!(
                     from == servers[usize::from(number)],
@@ -455,7 +456,7 @@ fn is_refused(from: &Namespace, to: SocketAddr) -> Result<()> {
     })?;
     socket.send(b"anyone?")?;
     let error = socket
-        .recv(&mut [0; 10])
+        .receive(&mut [0; 10])
         .err()
         .context("something was answered")?;
     ensure!(
@@ -480,7 +481,7 @@ fn datagram(from: &Namespace, to: SocketAddr, length: usize) -> Result<()> {
     let message: Vec<u8> = (0..length).map(|at| (at % 251) as u8).collect();
     socket.send_to(&message, to)?;
     let mut answer = vec![0; 65_536];
-    let (received, source) = socket.recv_from(&mut answer)?;
+    let (received, source) = socket.receive_from(&mut answer)?;
     ensure!(source == to, "{source} answered");
     ensure!(
         answer[..received].ends_with(&message),
@@ -627,7 +628,7 @@ fn fragments_may_come_in_any_order(setting: Setting) -> Result<()> {
             socket.set_read_timeout(Some(PATIENCE))?;
             socket.send_to(b"much, please", asked)?;
             listener.set_read_timeout(Some(PATIENCE))?;
-            let (_, asker) = listener.recv_from(&mut [0; 100])?;
+            let (_, asker) = listener.receive_from(&mut [0; 100])?;
             let answer: Vec<u8> = (0..3_500).map(|at| (at % 251) as u8).collect();
             let packet = Packet::udp(own, asker, &answer);
             let mut fragments = packet.fragments(1000 + round, 1_000);
@@ -641,7 +642,7 @@ fn fragments_may_come_in_any_order(setting: Setting) -> Result<()> {
             }
             let mut received = vec![0; 5_000];
             let (length, source) = socket
-                .recv_from(&mut received)
+                .receive_from(&mut received)
                 .with_context(|| format!("{asked}, round {round}"))?;
             ensure!(source == asked, "{source} answered in place of {asked}");
             ensure!(received[..length] == answer, "something else was answered");

@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use bpf_bridge_tests::{Namespace, Node, Outside, Pod};
+use bpf_bridge_tests::{Namespace, Node, Outside, Pod, Receive as _, ReceiveFrom as _};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde_json::json;
 
@@ -142,11 +142,11 @@ fn datagrams_to_outside() -> Result<()> {
     let exchange = |socket: &UdpSocket, what: &str| -> Result<SocketAddr> {
         socket.send(b"?")?;
         let (_, seen) = remote
-            .recv_from(&mut [0; 8])
+            .receive_from(&mut [0; 8])
             .with_context(|| format!("{what}: there"))?;
         remote.send_to(b"!", seen)?;
         socket
-            .recv(&mut [0; 8])
+            .receive(&mut [0; 8])
             .with_context(|| format!("{what}: back"))?;
         Ok(seen)
     };
@@ -166,7 +166,7 @@ fn datagrams_to_outside() -> Result<()> {
         let seen = exchange(socket, &format!("socket {number}, after"))?;
         remote.send_to(b"first", seen)?;
         socket
-            .recv(&mut [0; 8])
+            .receive(&mut [0; 8])
             .with_context(|| format!("the remote speaks first to {number}"))?;
     }
     Ok(())
@@ -194,9 +194,9 @@ fn datagrams_of_the_node() -> Result<()> {
         for (number, socket) in sockets.iter().enumerate() {
             let what = || format!("socket {number}, round {round}");
             socket.send_to(b"?", address).with_context(what)?;
-            let (_, client) = server.recv_from(&mut [0; 8]).with_context(what)?;
+            let (_, client) = server.receive_from(&mut [0; 8]).with_context(what)?;
             server.send_to(b"!", client).with_context(what)?;
-            let (_, from) = socket.recv_from(&mut [0; 8]).with_context(what)?;
+            let (_, from) = socket.receive_from(&mut [0; 8]).with_context(what)?;
             anyhow::ensure!(from == address, "{}: from {from}", what());
         }
     }

@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use bpf_bridge_tests::{
-    Frame, MacAddr, Namespace, Network, Node, Outside, Packet, PacketSocket, Pod,
+    Frame, MacAddr, Namespace, Network, Node, Outside, Packet, PacketSocket, Pod, ReceiveFrom as _,
 };
 use serde_json::{Value, json};
 
@@ -93,7 +93,7 @@ fn bound(namespace: &Namespace, address: SocketAddr) -> Result<UdpSocket> {
 fn hears(socket: &UdpSocket, from: SocketAddr, length: usize, limit: Duration) -> Result<bool> {
     socket.set_read_timeout(Some(limit))?;
     let mut buffer = [0; 4096];
-    match socket.recv_from(&mut buffer) {
+    match socket.receive_from(&mut buffer) {
         Ok((heard, source)) => {
             ensure!((heard, source) == (length, from), "{heard} from {source}");
             Ok(true)
@@ -139,7 +139,7 @@ fn flows_to_outside() -> Result<()> {
         let remote = bound(&outside, (Outside::V4, 7).into())?;
         let socket = bound(&good, (good.v4()?, 4000).into())?;
         socket.send_to(b"hello", remote.local_addr()?)?;
-        let (_, seen) = remote.recv_from(&mut [0; 64]).context("the remote")?;
+        let (_, seen) = remote.receive_from(&mut [0; 64]).context("the remote")?;
 
         for bad in [&bad, &worse] {
             asks_many(bad, &Wire::of_pod(bad, node)?)?;
@@ -163,7 +163,7 @@ fn flows_that_netfilter_translates() -> Result<()> {
         let remote = bound(&outside, (Outside::V4, 7).into())?;
         let socket = bound(&good, (good.v4()?, 4000).into())?;
         socket.send_to(b"hello", remote.local_addr()?)?;
-        let (_, seen) = remote.recv_from(&mut [0; 64]).context("the remote")?;
+        let (_, seen) = remote.receive_from(&mut [0; 64]).context("the remote")?;
 
         let cni1 = MacAddr::of_device(node, "cni1")?;
         asks_many(&worse, &Wire::of_pod(&worse, node)?)?;
@@ -202,7 +202,7 @@ fn flows_of_clients_outside() -> Result<()> {
         let client = bound(&outside, (Outside::V4, 4000).into())?;
         let address = (Outside::NODE_V4, 8080).into();
         client.send_to(b"hello", address)?;
-        let (_, seen) = server.recv_from(&mut [0; 64]).context("the server")?;
+        let (_, seen) = server.receive_from(&mut [0; 64]).context("the server")?;
 
         let wire = Wire::of_outside(&outside, node)?;
         for number in 0..FLOOD {
@@ -232,7 +232,7 @@ fn flows_of_clients_in_pods() -> Result<()> {
         let client = bound(&outside, (Outside::V4, 4000).into())?;
         let address = (Outside::NODE_V4, 8080).into();
         client.send_to(b"hello", address)?;
-        let (_, seen) = server.recv_from(&mut [0; 64]).context("the server")?;
+        let (_, seen) = server.receive_from(&mut [0; 64]).context("the server")?;
 
         for bad in [&bad, &worse] {
             let wire = Wire::of_pod(bad, node)?;
@@ -262,7 +262,7 @@ fn fragments() -> Result<()> {
         let from = (good.v4()?, 4000).into();
         let whole = Packet::udp(from, remote.local_addr()?, b"hello");
         good_wire.send(&whole.bytes())?;
-        remote.recv_from(&mut [0; 64]).context("the remote")?;
+        remote.receive_from(&mut [0; 64]).context("the remote")?;
 
         // All come from the node, many at once, and not one datagram's after the other's.
         outside.set_sysctl("net/ipv4/ipfrag_max_dist", "0")?;
@@ -296,7 +296,7 @@ fn fragments_that_wait() -> Result<()> {
         let from = (good.v4()?, 4000).into();
         let whole = Packet::udp(from, remote.local_addr()?, b"hello");
         good_wire.send(&whole.bytes())?;
-        remote.recv_from(&mut [0; 64]).context("the remote")?;
+        remote.receive_from(&mut [0; 64]).context("the remote")?;
 
         let halves = Packet::udp(from, remote.local_addr()?, &[0; 1800]).fragments(ID, 1104);
         good_wire.send(&halves[1])?;

@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context as _, Result, anyhow, ensure};
 use bpf_bridge_tests::{
     Client, EchoServer, Frame, MacAddr, Meeting, Namespace, Network, Node, Offload, Outside,
-    Packet, PacketSocket, Pod, when_free,
+    Packet, PacketSocket, Pod, Receive as _, when_free,
 };
 use nix::{
     libc,
@@ -726,7 +726,7 @@ fn a_port_may_be_used_again(by: By) -> Result<()> {
             stream.write_all(b"!")?;
             let mut answer = [0; 10];
             let length = stream
-                .read(&mut answer)
+                .receive(&mut answer)
                 .with_context(|| format!("round {round}"))?;
             ensure!(length > 0, "round {round}: closed");
             crate::flow::reset_when_dropped(&stream)?;

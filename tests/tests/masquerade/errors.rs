@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use bpf_bridge_tests::{
     EchoServer, Far, Frame, MacAddr, Namespace, Node, Offload, Outside, Packet, PacketSocket, Pod,
-    RawSocket, internet_checksum, wait_for, when_free,
+    RawSocket, Receive as _, ReceiveFrom as _, internet_checksum, wait_for, when_free,
 };
 use nix::libc;
 
@@ -164,12 +164,12 @@ fn nobody_there_is_a_refusal(by: By) -> Result<()> {
             })
             .collect::<Result<Vec<_>>>()?;
         for socket in &sockets {
-            is_refused(socket.recv(&mut [0; 10])).with_context(|| nobody.to_string())?;
+            is_refused(socket.receive(&mut [0; 10])).with_context(|| nobody.to_string())?;
         }
         // And the other way round.
         for socket in sockets.iter().rev() {
             socket.send(b"anyone?")?;
-            is_refused(socket.recv(&mut [0; 10])).with_context(|| nobody.to_string())?;
+            is_refused(socket.receive(&mut [0; 10])).with_context(|| nobody.to_string())?;
         }
     }
     Ok(())
@@ -208,13 +208,13 @@ fn errors_of_pods_are_about_what_they_were_sent(by: By) -> Result<()> {
         let mut seen = Vec::new();
         for pod in &pods {
             connected(pod, 4000, server.local_addr()?)?.send(b"?")?;
-            seen.push(server.recv_from(&mut [0; 10])?.1);
+            seen.push(server.receive_from(&mut [0; 10])?.1);
         }
         crate::all_differ(&seen)?;
         for seen in seen {
             outside.within(|| Ok(server.connect(seen)?))?;
             server.send(b"!")?;
-            is_refused(server.recv(&mut [0; 10])).with_context(|| format!("of {seen}"))?;
+            is_refused(server.receive(&mut [0; 10])).with_context(|| format!("of {seen}"))?;
         }
     }
     Ok(())
@@ -249,7 +249,7 @@ fn uploads_fit(node: &Node, far: &Far, by: By, mtu: u32) -> Result<()> {
         wait_for("news of a smaller path", PATIENCE, || {
             // What comes back is the error, perhaps.
             let _ = socket.send(&[7; 1400]);
-            let _ = socket.recv(&mut [0; 2000]);
+            let _ = socket.receive(&mut [0; 2000]);
             knows_mtu(&by_udp, address, mtu)
         })?;
         // The remote has to learn the same.
@@ -466,14 +466,14 @@ fn fragments_may_come_in_any_order(by: By) -> Result<()> {
                     let there = with(Packet::udp(own, (address, 7).into(), &payload));
                     send(0, &there, order).context(what.clone())?;
                     let (length, seen) = remote
-                        .recv_from(&mut buffer)
+                        .receive_from(&mut buffer)
                         .with_context(|| format!("{what}: the remote"))?;
                     ensure!(buffer[..length] == payload, "{what}: {length} bytes");
                     ensure!(seen.ip() == NODE[family], "{what}: seen as {seen}");
                     let back = with(Packet::udp((address, 7).into(), seen, &payload));
                     send(1, &back, order)?;
                     let (length, from) = socket
-                        .recv_from(&mut buffer)
+                        .receive_from(&mut buffer)
                         .with_context(|| format!("{what}: the pod"))?;
                     ensure!(buffer[..length] == payload, "{what}: {length} bytes");
                     ensure!(from == (address, 7).into(), "{what}: from {from}");
@@ -502,7 +502,7 @@ fn a_rejection_by_a_firewall_reaches_the_pod() -> Result<()> {
     for address in OUTSIDE {
         let socket = connected(&pod, 0, (address, 9999).into())?;
         socket.send(b"?")?;
-        let error = socket.recv(&mut [0; 10]).err().context("an answer")?;
+        let error = socket.receive(&mut [0; 10]).err().context("an answer")?;
         let number = error.raw_os_error();
         ensure!(
             number == Some(libc::EHOSTUNREACH) || number == Some(libc::EACCES),

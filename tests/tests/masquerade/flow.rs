@@ -12,7 +12,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use bpf_bridge_tests::{Namespace, RawSocket, internet_checksum, when_free};
+use bpf_bridge_tests::{Namespace, RawSocket, ReceiveFrom as _, internet_checksum, when_free};
 use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, SockaddrStorage, bind, setsockopt, socket, sockopt,
 };
@@ -565,7 +565,7 @@ fn receive<T>(
             return Ok(None);
         }
         socket.set_read_timeout(Some(left))?;
-        let (length, from) = match socket.recv_from(&mut buffer) {
+        let (length, from) = match socket.receive_from(&mut buffer) {
             Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(None),
             received => received?,
         };

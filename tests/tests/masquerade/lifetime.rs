@@ -10,7 +10,8 @@ use std::{
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use bpf_bridge_tests::{
-    EchoServer, Frame, MacAddr, Namespace, Network, Node, Packet, PacketSocket, Pod, Snapshot,
+    EchoServer, Frame, MacAddr, Namespace, Network, Node, Packet, PacketSocket, Pod,
+    ReceiveFrom as _, Snapshot,
 };
 use serde_json::json;
 
@@ -66,7 +67,7 @@ fn bound(at: &Namespace, address: IpAddr, port: u16) -> Result<UdpSocket> {
 }
 
 fn hears(socket: &UdpSocket) -> Result<SocketAddr> {
-    Ok(socket.recv_from(&mut [0; 10])?.1)
+    Ok(socket.receive_from(&mut [0; 10])?.1)
 }
 
 /// Long after the last packet of what the other one has begun.
@@ -297,7 +298,7 @@ fn nothing_reaches_the_heir_of_an_address(by: By) -> Result<()> {
         let socket =
             first.within(|| Ok(UdpSocket::bind((any, 4000 + u16::from(address.is_ipv6())))?))?;
         socket.send_to(b"?", (address, 7))?;
-        seen.push(remote.recv_from(&mut [0; 10])?.1);
+        seen.push(remote.receive_from(&mut [0; 10])?.1);
         sockets.push(remote);
     }
     ensure!(

@@ -13,7 +13,8 @@ use std::{
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use bpf_bridge_tests::{
-    Client, EchoServer, Meeting, Namespace, Network, Node, Outside, Snapshot, Verb, wait_for,
+    Client, EchoServer, Meeting, Namespace, Network, Node, Outside, Receive as _, ReceiveFrom as _,
+    Snapshot, Verb, wait_for,
 };
 use serde_json::{Value, json};
 
@@ -258,7 +259,7 @@ impl Flood {
             } else {
                 socket.send_to(b"?", server)
             };
-            let received = sent.and_then(|_| socket.recv_from(&mut answer));
+            let received = sent.and_then(|_| socket.receive_from(&mut answer));
             // Nothing came otherwise, or somebody said that nobody is there.
             if let Ok((length, from)) = received {
                 ensure!(from == server, "{}: {from} answered", self.who);
@@ -377,14 +378,14 @@ fn a_connected_socket_of_the_node_is_told_of_its_pods_end() -> Result<()> {
         let ask = |socket: &UdpSocket| -> std::io::Result<Vec<u8>> {
             socket.send(b"?")?;
             let mut answer = vec![0; 200];
-            let length = socket.recv(&mut answer)?;
+            let length = socket.receive(&mut answer)?;
             answer.truncate(length);
             Ok(answer)
         };
         ensure!(Meeting::parse(&ask(&socket)?, b"?")?.server == "first");
         network.del(server.attachment())?;
         let server = Server::new(&network, "second")?;
-        let told = socket.recv(&mut [0; 10]);
+        let told = socket.receive(&mut [0; 10]);
         ensure!(
             told.as_ref()
                 .is_err_and(|error| error.kind() == ErrorKind::ConnectionAborted),

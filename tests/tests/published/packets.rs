@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context as _, Result, anyhow, ensure};
 use bpf_bridge_tests::{
     EchoServer, Far, Frame, MacAddr, Meeting, Namespace, Network, Node, Offload, Outside, Packet,
-    PacketSocket, Pod, Tunnel, wait_for,
+    PacketSocket, Pod, Receive as _, ReceiveFrom as _, Tunnel, wait_for,
 };
 use nix::sys::socket::{setsockopt, sockopt};
 use serde_json::json;
@@ -124,7 +124,7 @@ fn a_complaint_with_a_short_quotation_reaches_the_pod(uplinks: Uplinks) -> Resul
         let socket = outside.within(|| Ok(UdpSocket::bind(client)?))?;
         socket.set_read_timeout(Some(PATIENCE))?;
         socket.send_to(b"?", published(node))?;
-        socket.recv(&mut [0; 10])?;
+        socket.receive(&mut [0; 10])?;
         let answer = Packet::udp(published(node), client, &[7; 1400]);
         let complaint = Packet::too_big(client.ip(), &answer, 1300);
         wire.send(&Frame::ip(to, from, &complaint.bytes()))?;
@@ -271,7 +271,7 @@ fn packets_that_no_kernel_would_send_arrive(uplinks: Uplinks) -> Result<()> {
             let order: Vec<usize> = packets.iter().map(Vec::len).collect();
             let mut answer = vec![0; 4000];
             let (received, source) = socket
-                .recv_from(&mut answer)
+                .receive_from(&mut answer)
                 .with_context(|| format!("{what} of {order:?} bytes to {server}"))?;
             ensure!(source == server, "{what}: {source} answered");
             let met = Meeting::parse(&answer[..received], &payload[..length])
@@ -364,7 +364,7 @@ fn connections_end_as_their_ends_want_it(uplinks: Uplinks) -> Result<()> {
                 Ok(())
             })?;
             let mut stream = connect().with_context(context)?;
-            ensure!(stream.read(&mut [0; 1])? == 0);
+            ensure!(stream.receive(&mut [0; 1])? == 0);
             stream.write_all(&b"half".repeat(1000))?;
             drop(stream);
             join(task).with_context(context)?;
@@ -376,8 +376,8 @@ fn connections_end_as_their_ends_want_it(uplinks: Uplinks) -> Result<()> {
             drop(stream);
             join(task).with_context(context)?;
             let task = serve_one(listener, |stream| reset_when_dropped(&stream))?;
-            let mut stream = connect().with_context(context)?;
-            is_reset(stream.read(&mut [0; 1])).with_context(context)?;
+            let stream = connect().with_context(context)?;
+            is_reset(stream.receive(&mut [0; 1])).with_context(context)?;
             join(task)?;
 
             // A reset that neither sent. Hazard: spurious resets that change what

@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use bpf_bridge_tests::{
     Client, EchoServer, Frame, MacAddr, Meeting, Namespace, Network, Node, Outside, Packet,
-    PacketSocket, Pod, wait_for,
+    PacketSocket, Pod, Receive as _, ReceiveFrom as _, wait_for,
 };
 
 use crate::{
@@ -243,7 +243,7 @@ fn the_node_may_leave_out_the_address() -> Result<()> {
         socket.set_read_timeout(Some(PATIENCE))?;
         socket.send_to(b"who?", server)?;
         let mut answer = [0; 100];
-        let length = socket.recv(&mut answer).context("over UDP")?;
+        let length = socket.receive(&mut answer).context("over UDP")?;
         ensure!(Meeting::parse(&answer[..length], b"who?")?.server == "server");
     }
     Ok(())
@@ -418,7 +418,7 @@ fn broadcast_and_multicast_are_not_captured() -> Result<()> {
             &Packet::udp(from, to, b"all").bytes(),
         ))?;
         let mut answer = [0; 100];
-        let received = client.recv(&mut answer);
+        let received = client.receive(&mut answer);
         ensure!(received.is_err(), "{to}: {received:?}");
     }
     Ok(())
@@ -501,7 +501,7 @@ fn several_at_once(from: &Namespace, servers: &[SocketAddr]) -> Result<()> {
         while !waiting.is_empty() {
             let mut answer = [0; 200];
             let (length, source) = socket
-                .recv_from(&mut answer)
+                .receive_from(&mut answer)
                 .with_context(|| format!("waiting for {waiting:?}"))?;
             let answered = waiting
                 .iter()

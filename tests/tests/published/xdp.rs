@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr, UdpSocket};
 use anyhow::{Context as _, Result, bail, ensure};
 use bpf_bridge_tests::{
     Captured, Client, EchoServer, Frame, MacAddr, Network, Node, Offload, Outside, Packet,
-    PacketSocket, Pod, Verb, wait_for,
+    PacketSocket, Pod, Receive as _, Verb, wait_for,
 };
 use serde_json::json;
 
@@ -171,7 +171,7 @@ fn what_xdp_leaves_the_other_program_takes() -> Result<()> {
         ] {
             wire.send(&Frame::ip(to, from, &packet.bytes()))?;
             let length = socket
-                .recv(&mut answer)
+                .receive(&mut answer)
                 .with_context(|| context("options"))?;
             ensure!(answer[..length] == *b"options");
         }
@@ -179,7 +179,7 @@ fn what_xdp_leaves_the_other_program_takes() -> Result<()> {
         // The flow is one that XDP has made.
         watched(&node, Outside::UPLINK, true, || {
             socket.send_to(b"plain", server)?;
-            socket.recv(&mut answer)?;
+            socket.receive(&mut answer)?;
             Ok(())
         })?;
         let long = Packet::udp(server, client, &[7; 1400]);
@@ -225,7 +225,7 @@ fn frames_for_others_are_not_captured() -> Result<()> {
         for (destination, answered) in [(MacAddr([2, 0, 0, 0, 0, 9]), false), (to, true)] {
             socket.set_read_timeout(Some(if answered { PATIENCE } else { SILENCE }))?;
             wire.send(&Frame::ip(destination, from, &packet))?;
-            let received = socket.recv(&mut answer).is_ok();
+            let received = socket.receive(&mut answer).is_ok();
             ensure!(received == answered, "{destination:?} of {address}");
         }
     }

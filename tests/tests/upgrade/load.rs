@@ -14,7 +14,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use bpf_bridge_tests::{EchoServer, Namespace, Network, Node, Offload, Outside, Pod};
+use bpf_bridge_tests::{EchoServer, Namespace, Network, Node, Offload, Outside, Pod, Receive as _};
 use nix::sys::socket::{setsockopt, sockopt};
 
 use crate::{GATEWAY, HOST_PORT, POD_PORT, network, ports};
@@ -258,7 +258,7 @@ fn echo_datagrams(socket: &UdpSocket, stop: &AtomicBool) -> Result<()> {
             next += PACE;
         }
         let mut number = [0; 8];
-        match socket.recv(&mut number) {
+        match socket.receive(&mut number) {
             Ok(8) => {
                 let number = u64::from_ne_bytes(number);
                 ensure!(number < sent && seen.insert(number), "{number} comes twice");
@@ -314,7 +314,7 @@ impl Sockets {
             // An answer that is late is no loss.
             socket.set_read_timeout(Some(Duration::from_secs(3)))?;
             socket.send(b"ping").context("a new UDP flow")?;
-            if let Err(error) = socket.recv(&mut [0; 4]) {
+            if let Err(error) = socket.receive(&mut [0; 4]) {
                 lost.push(format!("{path}: a datagram ({error})"));
             }
             count += 1;

@@ -26,7 +26,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Error, Result, bail, ensure};
-use bpf_bridge_tests::Namespace;
+use bpf_bridge_tests::{Namespace, Receive as _, ReceiveFrom as _};
 use nix::{
     cmsg_space, libc,
     sched::{CpuSet, sched_setaffinity},
@@ -148,7 +148,7 @@ fn answer_udp(socket: &UdpSocket, quota: usize) -> Result<()> {
     let mut buffer = [0; 2048];
     let mut received = 0;
     loop {
-        let (_, from) = socket.recv_from(&mut buffer)?;
+        let (_, from) = socket.receive_from(&mut buffer)?;
         received += 1;
         if received == quota {
             received = 0;
@@ -443,7 +443,7 @@ impl Caller {
                 .with_context(|| format!("calling {server}"))?;
             let (_, from) = self
                 .socket
-                .recv_from(&mut [0])
+                .receive_from(&mut [0])
                 .with_context(|| format!("waiting for the answer of {server}"))?;
             ensure!(from == server, "{from} answered for {server}");
             done += 1;
@@ -508,7 +508,7 @@ fn transactions(
                     socket.send(&message).context("sending")?;
                 }
                 socket
-                    .recv(&mut answer)
+                    .receive(&mut answer)
                     .context("waiting for the answer: a datagram was lost")?;
             }
             _ => bail!("a flow of another transport"),
@@ -583,7 +583,7 @@ mod tests {
         for number in [1, 2, 200] {
             let server = SocketAddr::from(([127, 0, 0, number], port));
             asker.send_to(&[7], server).unwrap();
-            let (_, from) = asker.recv_from(&mut [0]).unwrap();
+            let (_, from) = asker.receive_from(&mut [0]).unwrap();
             assert_eq!(from, server);
         }
     }

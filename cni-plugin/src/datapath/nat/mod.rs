@@ -232,15 +232,13 @@ impl Translators {
         verify(&mut loaded.ebpf, &classifiers)?;
         if parts.contains(&Part::Sockets) {
             for name in SOCKETS {
-                sockets(&mut loaded.ebpf, name)?
-                    .load()
-                    .map_err(|source| Error::program(name, source))?;
+                let program = sockets(&mut loaded.ebpf, name)?;
+                object::uninterrupted(name, || program.load())?;
             }
         }
         if others.contains(&xdp::PROGRAM) {
-            xdp::program(&mut loaded.ebpf)?
-                .load()
-                .map_err(|source| Error::program(xdp::PROGRAM, source))?;
+            let program = xdp::program(&mut loaded.ebpf)?;
+            object::uninterrupted(xdp::PROGRAM, || program.load())?;
         }
         Ok(loaded)
     }
@@ -369,7 +367,7 @@ fn require_all_own() -> Result<(), Error> {
 /// Makes or finds the maps, and reads the programs; none is verified yet.
 fn load_object(limits: &Limits) -> Result<Ebpf, Error> {
     require_all_own()?;
-    let mut loader = object::loader(limits);
+    let mut loader = object::loader(limits)?;
     for name in MAPS.into_iter().chain(SHARED) {
         loader.map_pin_path(name, pins::map(name));
     }
@@ -393,16 +391,17 @@ fn verify(ebpf: &mut Ebpf, names: &[&str]) -> Result<(), Error> {
             .filter(|(name, _)| names.contains(name))
             .map(|(name, program)| {
                 let load = move || {
-                    let program: &mut SchedClassifier = program.try_into()?;
-                    program.load()
+                    let program: Result<&mut SchedClassifier, _> = program.try_into();
+                    let program = program.map_err(|source| Error::program(name, source))?;
+                    object::uninterrupted(name, || program.load())
                 };
                 (name.to_owned(), scope.spawn(load))
             })
             .collect();
         threads.into_iter().try_for_each(|(name, thread)| {
             // A panic aborts.
-            let loaded = thread.join().unwrap_or(Err(ProgramError::NotLoaded));
-            loaded.map_err(|source| Error::program(&name, source))
+            let aborted = |_| Err(Error::program(&name, ProgramError::NotLoaded));
+            thread.join().unwrap_or_else(aborted)
         })
     })
 }

@@ -55,6 +55,7 @@ fn counts() -> Counts {
     let mut counts = Counts::new();
     for object in [object::OBJECT, object::NAT] {
         let mut ebpf = object::loader(&Limits::default())
+            .unwrap()
             .override_global("AYA_LOG_LEVEL", &LogLevel::Off.number(), false)
             .load(object)
             .unwrap();

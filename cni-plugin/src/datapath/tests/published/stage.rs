@@ -198,7 +198,7 @@ pub(super) fn with_stage_of(limits: &Limits, work: impl FnOnce(&mut Stage)) {
 }
 
 fn load(limits: &Limits) -> Ebpf {
-    let mut ebpf = object::loader(limits).load(object::NAT).unwrap();
+    let mut ebpf = object::loader(limits).unwrap().load(object::NAT).unwrap();
     for name in [
         "uplink",
         "uplink_l3",
