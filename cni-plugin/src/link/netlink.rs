@@ -22,8 +22,9 @@ use crate::{
     netns::{Netns, NetnsError},
 };
 
-/// How often a dump that the kernel calls inconsistent is asked for again.
-const DUMP_ATTEMPTS: usize = 16;
+/// How long a dump that the kernel calls inconsistent is asked for again. On a node where
+/// others change things all the time each one may be, and the next one not.
+const DUMP_PATIENCE: Duration = Duration::from_secs(2);
 /// How long a datagram of the kernel's may be, in bytes: twice as long as it makes those of
 /// a dump.
 const DATAGRAM_MAX: usize = 64 * 1024;
@@ -190,7 +191,8 @@ impl Netlink {
         message: &RouteNetlinkMessage,
         operation: impl Fn() -> String,
     ) -> Result<Vec<RouteNetlinkMessage>, LinkError> {
-        for _ in 0..DUMP_ATTEMPTS {
+        let end = Instant::now() + DUMP_PATIENCE;
+        while Instant::now() < end {
             match self.exchange(message.clone(), NLM_F_DUMP, &operation) {
                 Ok(answer) if answer.interrupted => {}
                 Ok(answer) => return Ok(answer.messages),
@@ -200,7 +202,7 @@ impl Netlink {
         }
         Err(LinkError::Protocol {
             operation: operation(),
-            problem: "the kernel's answer was interrupted by changes again and again",
+            problem: "for two seconds each answer of the kernel was interrupted by changes",
         })
     }
 

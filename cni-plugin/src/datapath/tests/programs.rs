@@ -60,18 +60,19 @@ fn counts() -> Counts {
             .load(object)
             .unwrap();
         for (name, program) in ebpf.programs_mut() {
-            let info = match program {
-                Program::SchedClassifier(program) => program.load().and_then(|()| program.info()),
-                Program::CgroupSockAddr(program) => program.load().and_then(|()| program.info()),
-                Program::Xdp(program) => program.load().and_then(|()| program.info()),
+            let loaded = object::uninterrupted(name, || match program {
+                Program::SchedClassifier(program) => program.load(),
+                Program::CgroupSockAddr(program) => program.load(),
+                Program::Xdp(program) => program.load(),
                 _ => panic!("{name} is of no kind that is known here"),
-            };
+            });
             // The end of what the verifier writes says why.
-            let info = info.unwrap_or_else(|error| {
+            loaded.unwrap_or_else(|error| {
                 let error = error.to_string();
                 let end: Vec<_> = error.lines().rev().take(16).collect();
                 panic!("{name}: {end:#?}")
             });
+            let info = program.info().unwrap();
             // Linux 5.16 and newer tell.
             counts.extend(
                 info.verified_instruction_count()

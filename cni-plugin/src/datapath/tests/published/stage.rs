@@ -211,7 +211,7 @@ fn load(limits: &Limits) -> Ebpf {
         object::load_program(&mut ebpf, name).unwrap();
     }
     let xdp: &mut Xdp = ebpf.program_mut("xdp").unwrap().try_into().unwrap();
-    xdp.load().unwrap();
+    object::uninterrupted("xdp", || xdp.load()).unwrap();
     ebpf
 }
 
