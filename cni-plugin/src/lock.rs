@@ -14,7 +14,10 @@ use std::{
     io,
     os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        mpsc::{self, Receiver},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -34,8 +37,6 @@ use crate::fault::{self, Kind};
 const PATIENCE: Duration = Duration::from_secs(20);
 /// How long it waits at least while it undoes what it has made.
 const UNDOING: Duration = Duration::from_secs(5);
-/// How often it looks again.
-const INTERVAL: Duration = Duration::from_millis(2);
 
 /// What is left of this call's patience: a process makes one call.
 static CALL: Patience = Patience::new(PATIENCE);
@@ -58,16 +59,14 @@ impl Patience {
         *left = (*left).max(time);
     }
 
-    /// Waits a moment; says whether there was one left.
-    fn wait(&self) -> bool {
-        if self.left().is_zero() {
-            return false;
-        }
+    /// Waits for what comes, while there is time left.
+    fn wait<T>(&self, coming: &Receiver<T>) -> Option<T> {
+        let limit = *self.left();
         let began = Instant::now();
-        thread::sleep(INTERVAL);
+        let came = coming.recv_timeout(limit);
         let mut left = self.left();
         *left = left.saturating_sub(began.elapsed());
-        true
+        came.ok()
     }
 }
 
@@ -274,32 +273,41 @@ pub fn lock(file: File, mode: Mode, path: &Path) -> Result<Flock<File>, LockErro
 
 fn lock_with(
     patience: &Patience,
-    mut file: File,
+    file: File,
     mode: Mode,
     path: &Path,
 ) -> Result<Flock<File>, LockError> {
-    let how = match mode {
-        Mode::Shared => FlockArg::LockSharedNonblock,
-        Mode::Exclusive => FlockArg::LockExclusiveNonblock,
+    let (at_once, in_turn) = match mode {
+        Mode::Shared => (FlockArg::LockSharedNonblock, FlockArg::LockShared),
+        Mode::Exclusive => (FlockArg::LockExclusiveNonblock, FlockArg::LockExclusive),
     };
-    loop {
-        let (unlocked, errno) = match Flock::lock(file, how) {
-            Ok(lock) => return Ok(lock),
-            Err(refused) => refused,
-        };
-        if errno != Errno::EWOULDBLOCK && errno != Errno::EINTR {
-            return Err(LockError::Io {
-                path: path.to_owned(),
-                source: errno.into(),
-            });
-        }
-        if !patience.wait() {
-            return Err(LockError::Held {
-                path: path.to_owned(),
-                holder: holder(&unlocked).unwrap_or_else(|| "a process that was not found".into()),
-            });
-        }
-        file = unlocked;
+    let error = |source| LockError::Io {
+        path: path.to_owned(),
+        source,
+    };
+    let file = match Flock::lock(file, at_once) {
+        Ok(lock) => return Ok(lock),
+        Err((file, Errno::EWOULDBLOCK)) => file,
+        Err((_, errno)) => return Err(error(errno.into())),
+    };
+    let held = || LockError::Held {
+        path: path.to_owned(),
+        holder: holder(&file).unwrap_or_else(|| "a process that was not found".into()),
+    };
+    if patience.left().is_zero() {
+        return Err(held());
+    }
+    // Two hundred who look every other millisecond take all of a processor, and on a busy
+    // node some of them see the lock free never. The kernel wakes who waits in the call, but
+    // lets him wait for ever: so another thread does, and gives back what nobody wants then.
+    let waiting = file.try_clone().map_err(error)?;
+    let (sender, receiver) = mpsc::channel();
+    thread::Builder::new()
+        .spawn(move || sender.send(Flock::lock(waiting, in_turn)))
+        .map_err(error)?;
+    match patience.wait(&receiver) {
+        Some(locked) => locked.map_err(|(_, errno)| error(errno.into())),
+        None => Err(held()),
     }
 }
 
@@ -333,6 +341,8 @@ fn holder(file: &File) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use nix::sys::resource::{UsageWho, getrusage};
+
     use super::*;
 
     #[test]
@@ -351,6 +361,34 @@ mod tests {
         let released = Instant::now();
         drop(alone);
         assert!(waiting.join().unwrap().unwrap() >= released);
+    }
+
+    #[test]
+    fn who_waits_is_woken_and_does_not_keep_looking() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("lock");
+        let held = Lock::take(&path, Mode::Exclusive).unwrap();
+        let waiting = thread::spawn(move || {
+            let lock = Lock::take(&path, Mode::Exclusive);
+            let usage = getrusage(UsageWho::RUSAGE_THREAD).unwrap();
+            lock.map(|_| usage.voluntary_context_switches())
+        });
+        thread::sleep(Duration::from_millis(500));
+        drop(held);
+        let looked = waiting.join().unwrap().unwrap();
+        assert!(looked < 50, "{looked} times");
+    }
+
+    #[test]
+    fn a_lock_that_comes_too_late_is_given_back() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("lock");
+        let held = Lock::take(&path, Mode::Exclusive).unwrap();
+        let patience = Patience::new(Duration::from_millis(20));
+        let file = File::open(&path).unwrap();
+        lock_with(&patience, file, Mode::Exclusive, &path).unwrap_err();
+        drop(held);
+        drop(Lock::take(&path, Mode::Exclusive).unwrap());
     }
 
     #[test]

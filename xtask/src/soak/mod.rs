@@ -216,7 +216,8 @@ impl Soak {
         let mut watch = Watch::default();
         let mut first = None;
         let mut told = Duration::ZERO;
-        while began.elapsed() < self.duration {
+        // A leak is what differs from one pause to another.
+        while began.elapsed() < self.duration || samples.len() < 2 {
             bar.set_message("storm");
             self.rage(storm, &bar, began, lap)?;
             bar.set_message("pause");
