@@ -388,6 +388,8 @@ mod tests {
         let file = File::open(&path).unwrap();
         lock_with(&patience, file, Mode::Exclusive, &path).unwrap_err();
         drop(held);
+        // Now the one comes that nobody waits for any longer.
+        thread::sleep(Duration::from_millis(100));
         drop(Lock::take(&path, Mode::Exclusive).unwrap());
     }
 
