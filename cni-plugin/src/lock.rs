@@ -298,7 +298,7 @@ fn lock_with(
         return Err(held());
     }
     // Two hundred who look every other millisecond take all of a processor, and on a busy
-    // node some of them see the lock free never. The kernel wakes who waits in the call, but
+    // node one of them may never see the lock free. The kernel wakes who waits in the call, but
     // lets him wait for ever: so another thread does, and gives back what nobody wants then.
     let waiting = file.try_clone().map_err(error)?;
     let (sender, receiver) = mpsc::channel();

@@ -11,7 +11,7 @@ fn a_short_soak_finds_no_leak_and_says_what_it_did() -> Result<()> {
         .context("BPF_BRIDGE_XTASK does not name the commands; run `cargo xtask test`")?;
     let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join("soak.json");
     let output = Command::new(xtask)
-        .args(["soak", "--minutes", "0.2", "--callers", "8", "--output"])
+        .args(["soak", "--minutes", "0.1", "--callers", "8", "--output"])
         .arg(&file)
         .output()?;
     let text = String::from_utf8_lossy(&output.stdout);

@@ -183,6 +183,11 @@ impl From<datapath::Error> for CniError {
             datapath::Error::Lock(error) => error.into(),
             datapath::Error::Assigned { .. } => Self::internal(error.to_string()),
             datapath::Error::Interrupted(_) => Self::new(ErrorCode::TryAgain, error.to_string()),
+            datapath::Error::Carry { ref source, .. }
+                if matches!(**source, datapath::Error::Interrupted(_)) =>
+            {
+                Self::new(ErrorCode::TryAgain, error.to_string())
+            }
             datapath::Error::Full { .. } | datapath::Error::SegmentFull => {
                 Self::new(ErrorCode::Other(FULL), error.to_string())
             }
@@ -204,6 +209,25 @@ impl From<GatewayError> for CniError {
             | GatewayError::OtherAddress { .. } => {
                 Self::new(ErrorCode::InvalidConfig, error.to_string())
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_was_stopped_may_try_again() {
+        let interrupted = || datapath::Error::Interrupted("programs have names");
+        let carrying = datapath::Error::Carry {
+            from: "v0".to_owned(),
+            source: Box::new(interrupted()),
+            state: "nothing was changed",
+        };
+        for error in [interrupted(), carrying] {
+            let error = CniError::from(error);
+            assert_eq!(error.code, ErrorCode::TryAgain, "{error:?}");
         }
     }
 }
